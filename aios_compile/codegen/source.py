@@ -1,0 +1,29 @@
+"""What an emitter returns: the text of one kernel and what a caller must know to call it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """One generated kernel.
+
+    `symbol` is the C (or Triton) function. Operands are the body's inputs in placeholder order, then
+    its outputs. `inplace` lists (output index, input index) pairs that may share one buffer because
+    the kernel reads and writes them at the same index only. `model_lines` are the model's source
+    lines that the kernel computes, for people.
+    """
+
+    name: str
+    symbol: str
+    language: str
+    text: str
+    num_operands: int
+    inplace: tuple[tuple[int, int], ...] = ()
+    model_lines: tuple[str, ...] = ()
+
+    def digest(self) -> str:
+        """Return the sha256 of language and text, in hex."""
+        return hashlib.sha256(f"{self.language}\0{self.text}".encode()).hexdigest()

@@ -1,0 +1,72 @@
+"""Every error a user can meet, one class a kind of mistake.
+
+A message is lower case without a full stop and says what, where, got and expected; the advice and the
+model's source line follow on lines of their own. Broken invariants inside the system are asserts, not these.
+"""
+
+from __future__ import annotations
+
+
+class AiosError(Exception):
+    """Base of all errors raised on purpose. `str()` is the whole text that a user should read."""
+
+    def __init__(
+        self, message: str, *, advice: str | None = None, source_line: str | None = None
+    ) -> None:
+        self.message = message
+        self.advice = advice
+        self.source_line = source_line
+        lines = [message]
+        if source_line:
+            lines.append(f"  at {source_line}")
+        if advice:
+            lines.append(f"  try: {advice}")
+        super().__init__("\n".join(lines))
+
+
+class CheckpointError(AiosError):
+    """A file of the model folder is missing, damaged, unsafe or does not fit the others."""
+
+
+class UnsupportedModelError(AiosError):
+    """The checkpoint or module asks for mathematics that is not implemented; named, never guessed."""
+
+
+class CaptureError(AiosError):
+    """The forward pass could not be captured as one graph with one region a layer kind."""
+
+
+class PassError(AiosError):
+    """A required pass could not do its work, or the graph that it left is not valid."""
+
+
+class CodegenError(AiosError):
+    """A node of the kernel level has no emitter, or an emitter cannot serve its shapes."""
+
+
+class BuildError(AiosError):
+    """The C++ compiler is missing or failed, or a built library cannot be loaded."""
+
+
+class CacheError(AiosError):
+    """The artefact cache is not private, not writable, damaged or full."""
+
+
+class ConfigError(AiosError, ValueError):
+    """An option has an unknown name or a value outside its range."""
+
+
+class RequestError(AiosError, ValueError):
+    """One request is wrong (parameter, token id, length); other requests go on."""
+
+
+class PromptTooLongError(RequestError):
+    """The prompt plus the tokens asked for can never fit."""
+
+
+class EngineError(AiosError, RuntimeError):
+    """The engine failed while it ran a request."""
+
+
+class EngineClosedError(EngineError):
+    """The model was closed, or belongs to a parent process from before a fork."""
