@@ -1,0 +1,103 @@
+"""Eager references of attention, dense and paged, and of the KV write."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visible(
+    query_positions: Tensor, num_keys: int, window: int | None, chunk: int | None
+) -> Tensor:
+    """Return bool [queries, keys]: causal, within the window, and within the query's chunk."""
+    keys = torch.arange(num_keys, device=query_positions.device)[None]
+    positions = query_positions[:, None]
+    mask = keys <= positions
+    if window is not None:
+        mask = mask & (keys > positions - window)
+    if chunk is not None:
+        mask = mask & (keys // chunk == positions // chunk)
+    return mask
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend q[Q, H, D] to k[K, G, D], v[K, G, Dv] under mask[Q, K]; return [Q, H, Dv].
+
+    Half precision is computed in float32 and rounded once. `sinks` [H] is one extra logit a head
+    that takes probability and carries no value.
+    """
+    wide = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
+    groups = q.shape[1] // k.shape[1]
+    keys = k.to(wide).repeat_interleave(groups, 1)
+    values = v.to(wide).repeat_interleave(groups, 1)
+    scores = torch.einsum("qhd,khd->hqk", q.to(wide), keys) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask[None], float("-inf"))
+    if sinks is not None:
+        column = sinks.to(wide)[:, None, None].expand(-1, scores.shape[1], 1)
+        weights = torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, -1)
+    return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype).contiguous()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    chunk: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    positions = torch.arange(q.shape[0], device=q.device)
+    return attend(q, k, v, visible(positions, k.shape[0], window, chunk), scale, softcap, sinks)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    query_starts: Tensor,
+    context_lengths: Tensor,
+    page_tables: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    chunk: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    page_size = v_cache.shape[2]
+    out = q.new_zeros(*q.shape[:-1], v_cache.shape[-1])
+    for s, length in enumerate(context_lengths.tolist()):
+        begin, end = int(query_starts[s]), int(query_starts[s + 1])
+        if begin == end:
+            continue
+        pages = page_tables[s, : -(-length // page_size)]
+        k = k_cache[pages].permute(0, 3, 1, 2).flatten(0, 1)[:length]
+        v = v_cache[pages].permute(0, 2, 1, 3).flatten(0, 1)[:length]
+        positions = torch.arange(length - (end - begin), length, device=q.device)
+        mask = visible(positions, length, window, chunk)
+        out[begin:end] = attend(q[begin:end], k, v, mask, scale, softcap, sinks)
+    return out
+
+
+def kv_write(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    page_size = v_cache.shape[2]
+    pages, offsets = slots // page_size, slots % page_size
+    new_k, new_v = k_cache.clone(), v_cache.clone()
+    new_k[pages, :, :, offsets] = k.to(k_cache.dtype)
+    new_v[pages, :, offsets, :] = v.to(v_cache.dtype)
+    return new_k, new_v

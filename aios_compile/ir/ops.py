@@ -1,0 +1,205 @@
+"""The op table: schema, eager reference and fake of every `aios::` op.
+
+The reference is the definition of correct for each pass, kernel and fuzz test. Shapes: T tokens,
+H query heads, G key/value heads, D head width, R logit rows, S sequences, N pages. All ops are
+functional; `kv_write` returns new caches and only `plan_memory` makes it write in place. Half
+precision inputs are multiplied in float32 and rounded once at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aios_compile.ir import attention_reference, sample_op
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row of the op table."""
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    doc: str
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of accumulation: float32 for half precision, else the dtype itself."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    w = weight.to(wide(x.dtype))
+    b = None if bias is None else bias.to(wide(x.dtype))
+    return F.linear(x.to(wide(x.dtype)), w, b).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, scale_in_float32: bool) -> Tensor:
+    h = x.to(wide(x.dtype))
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return h.to(x.dtype)
+    w = weight.to(wide(x.dtype))
+    return (h * w).to(x.dtype) if scale_in_float32 else (w * h.to(x.dtype)).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    h = x.to(wide(x.dtype))
+    centred = h - h.mean(-1, keepdim=True)
+    h = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+    h = h if weight is None else h * weight.to(h.dtype)
+    return (h if bias is None else h + bias.to(h.dtype)).to(x.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    width = cos.shape[-1]
+    head, tail = x[..., :width], x[..., width:]
+    if interleaved:
+        turned = torch.stack((-head[..., 1::2], head[..., 0::2]), -1).reshape(head.shape)
+    else:
+        turned = torch.cat((-head[..., width // 2 :], head[..., : width // 2]), -1)
+    rotated = head * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)
+    return torch.cat((rotated, tail), -1).to(x.dtype)
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](gate) * up
+
+
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    ).contiguous()
+
+
+def _fake_like_first(x: Tensor, *unused: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *unused: Any) -> Tensor:
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+def _fake_paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, *unused: Any) -> Tensor:
+    return q.new_empty(*q.shape[:-1], v_cache.shape[-1])
+
+
+def _fake_kv_write(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    return k_cache.new_empty(k_cache.shape), v_cache.new_empty(v_cache.shape)
+
+
+_MASK = "float scale, int? window=None, float? softcap=None, int? chunk=None, Tensor? sinks=None"
+
+OPS: tuple[Op, ...] = (
+    Op(
+        "linear",
+        "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+        linear,
+        _fake_linear,
+        "x[..., K] @ weight[N, K].T + bias[N]; a half-precision weight is upcast, exactly",
+    ),
+    Op(
+        "rms_norm",
+        "(Tensor x, Tensor? weight, float eps, bool scale_in_float32) -> Tensor",
+        rms_norm,
+        _fake_like_first,
+        "x * rsqrt(mean(x^2) + eps) * weight over the last dimension, statistics in float32; the "
+        "product with the weight before (scale_in_float32) or after the cast to x's dtype",
+    ),
+    Op(
+        "layer_norm",
+        "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+        layer_norm,
+        _fake_like_first,
+        "(x - mean(x)) * rsqrt(var(x) + eps) * weight + bias over the last dimension",
+    ),
+    Op(
+        "rope",
+        "(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
+        rope,
+        _fake_like_first,
+        "rotary embedding of x[..., T, H, D] by full-width tables [..., T, R]; R..D pass through",
+    ),
+    Op(
+        "gated_activation",
+        "(Tensor gate, Tensor up, str activation) -> Tensor",
+        gated_activation,
+        _fake_like_first,
+        "activation(gate) * up: SwiGLU, GeGLU and their kin",
+    ),
+    Op(
+        "sdpa",
+        "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale, "
+        "bool enable_gqa) -> Tensor",
+        sdpa,
+        _fake_attention,
+        "scaled_dot_product_attention as the model called it; level 1 only",
+    ),
+    Op(
+        "attention",
+        f"(Tensor q, Tensor k, Tensor v, {_MASK}) -> Tensor",
+        attention_reference.attention,
+        _fake_attention,
+        "causal attention of one sequence: q[T, H, D], k[T, G, D], v[T, G, Dv] -> [T, H, Dv]",
+    ),
+    Op(
+        "paged_attention",
+        "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor query_starts, Tensor context_lengths, "
+        f"Tensor page_tables, {_MASK}) -> Tensor",
+        attention_reference.paged_attention,
+        _fake_paged_attention,
+        "causal attention of a flat batch over pages: k_cache[N, G, D, page], v_cache[N, G, page, "
+        "Dv]; the keys of this step are in the caches already",
+    ),
+    Op(
+        "kv_write",
+        "(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slots) -> (Tensor, Tensor)",
+        attention_reference.kv_write,
+        _fake_kv_write,
+        "write k[T, G, D], v[T, G, Dv] to slots[T] = page * page_size + offset",
+    ),
+    Op(
+        "sample",
+        sample_op.SCHEMA,
+        sample_op.reference,
+        sample_op.fake,
+        "logprobs, penalties, masks and one seeded Gumbel-max draw for each row of logits[R, V]",
+    ),
+)
+
+_LIBRARY = torch.library.Library("aios", "DEF")
+for _op in OPS:
+    _LIBRARY.define(_op.name + _op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_op.name, _op.reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"aios::{_op.name}", _op.fake, lib=_LIBRARY)
+
+TABLE: dict[str, Op] = {op.name: op for op in OPS}
