@@ -1,4 +1,8 @@
-"""The few symbolic sizes (T tokens, S sequences, R logit rows) and the fake tensors made of them."""
+"""The few symbolic sizes and the fake tensors made of them.
+
+T tokens, S sequences, R logit rows; NP, NB, NA lengths of the sampler's lists (penalties, biases,
+allowed ids).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 # Trace hints: primes that no config uses as a size, so that no size is taken for another.
-HINTS = {"T": 37, "S": 5, "R": 11}
+HINTS = {"T": 37, "S": 5, "R": 11, "NP": 13, "NB": 17, "NA": 19}
 
 
 def new_fake_mode() -> FakeTensorMode:

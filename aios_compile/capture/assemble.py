@@ -1,0 +1,195 @@
+"""Turn a lowered dynamo graph into an IRModule: regions as call_module nodes, inputs by name."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from aios_compile.capture import torch_private
+from aios_compile.errors import CaptureError
+from aios_compile.ir import provenance
+from aios_compile.ir.module import IRModule, Level, Recipe, drop_dead, placeholders
+
+aten = torch.ops.aten
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+def assemble(
+    traced: fx.GraphModule, lowered: fx.GraphModule, bindings: list[Any], layer_paths: list[str]
+) -> IRModule:
+    """Return level 1. `bindings[i]` says what captured input i is (see capture._binding)."""
+    root = fx.GraphModule(lowered, lowered.graph)
+    module = IRModule(root, Level.CAPTURED)
+    _own_regions(module, traced)
+    _bind_inputs(module, bindings)
+    for graph_module in module.graphs().values():
+        _free_of_sizes(graph_module)
+    _drop_size_inputs(module)
+    drop_dead(module)
+    _name_region_inputs(module, layer_paths)
+    _check_provenance(module)
+    return module
+
+
+def _own_regions(module: IRModule, traced: fx.GraphModule) -> None:
+    """Replace invoke_subgraph by call_module of `layer` (or layer_0, layer_1 for several kinds)."""
+    graph = module.root.graph
+    calls = [n for n in graph.nodes if n.target is torch_private.INVOKE_SUBGRAPH]
+    identifiers = list(dict.fromkeys(str(c.args[1]) for c in calls))
+    names = {k: "layer" if len(identifiers) == 1 else f"layer_{i}" for i, k in enumerate(identifiers)}
+    for call in calls:
+        holder, identifier = call.args[0], str(call.args[1])
+        assert isinstance(holder, fx.Node)
+        name = names[identifier]
+        if name not in dict(module.root.named_children()):
+            region = copy.deepcopy(module.root.get_submodule(str(holder.target)))
+            assert isinstance(region, fx.GraphModule)
+            region.meta["aios_region"] = True
+            _name_from_trace(region, traced, identifier)
+            module.root.add_submodule(name, region)
+        with graph.inserting_before(call):
+            new = graph.call_module(name, tuple(call.args[2:]))
+        new.meta = dict(call.meta)
+        region_values = module.root.get_submodule(name).graph.output_node().args[0]  # type: ignore[union-attr]
+        new.meta["val"] = tuple(n.meta["val"] for n in region_values)  # type: ignore[union-attr]
+        call.replace_all_uses_with(new)
+        graph.erase_node(call)
+    graph.eliminate_dead_code()
+
+
+def _name_from_trace(region: fx.GraphModule, traced: fx.GraphModule, identifier: str) -> None:
+    """Give region inputs the names that dynamo took from the model's code (x, cos, sin)."""
+    source = getattr(traced, identifier, None)
+    if not isinstance(source, fx.GraphModule):
+        return
+    given = placeholders(source.graph)
+    for node, named in zip(placeholders(region.graph), given):
+        if not named.name.startswith("l_self"):
+            _rename(node, re.sub(r"^l_|_$", "", named.name))
+
+
+def _rename(node: fx.Node, name: str) -> None:
+    node._rename(name) if hasattr(node, "_rename") else setattr(node, "name", name)
+    node.target = node.name
+
+
+def _bind_inputs(module: IRModule, bindings: list[Any]) -> None:
+    for node, binding in zip(placeholders(module.root.graph), bindings):
+        kind = binding[0]
+        if kind == "size":
+            node.meta["aios_size"] = binding[1]
+        elif kind == "input":
+            _rename(node, binding[1])
+            module.inputs[node.name] = binding[1]
+        elif kind == "weight":
+            names, tensor = binding[1], binding[2]
+            _rename(node, names[0].replace(".", "_"))
+            module.weights[node.name] = Recipe.identity(names[0])
+            module.aliases[names[0]] = names
+            if not tensor.is_meta:
+                module.tensors[names[0]] = tensor
+        else:
+            name, tensor = f"constant.{binding[1]}", binding[2]
+            _rename(node, name.replace(".", "_"))
+            module.weights[node.name] = Recipe.identity(name)
+            module.tensors[name] = tensor
+    for node in list(module.root.graph.find_nodes(op="get_attr")):
+        _constant_to_weight(module, node)
+
+
+def _constant_to_weight(module: IRModule, node: fx.Node) -> None:
+    """Turn a tensor that the trace lifted into an attribute into a weight with a known value."""
+    value = getattr(module.root, str(node.target), None)
+    if not isinstance(value, torch.Tensor):
+        return
+    name = f"constant.{node.target}"
+    with module.root.graph.inserting_before(next(iter(module.root.graph.nodes))):
+        holder = module.root.graph.placeholder(name.replace(".", "_"))
+    holder.target = holder.name
+    holder.meta = dict(node.meta)
+    holder.meta["val"] = module.mode.from_tensor(value, static_shapes=True)
+    module.weights[holder.name] = Recipe.identity(name)
+    module.tensors[name] = value
+    node.replace_all_uses_with(holder)
+    module.root.graph.erase_node(node)
+
+
+def _free_of_sizes(graph_module: fx.GraphModule) -> None:
+    """Write T in shapes as -1 where one dimension is symbolic: shapes then need no size input."""
+    for node in graph_module.graph.nodes:
+        if node.target in RESHAPES:
+            shape = list(node.args[1])
+            symbolic = [i for i, s in enumerate(shape) if not isinstance(s, int)]
+            if len(symbolic) == 1 and -1 not in shape:
+                shape[symbolic[0]] = -1
+                node.args = (node.args[0], shape)
+        elif node.target is aten.expand.default:
+            shape = list(node.args[1])
+            source = node.args[0].meta["val"].shape
+            for i, size in enumerate(shape):
+                own = i - len(shape) + len(source)
+                if not isinstance(size, int) and own >= 0 and not isinstance(source[own], int):
+                    shape[i] = -1
+            node.args = (node.args[0], shape)
+
+
+def _drop_size_inputs(module: IRModule) -> None:
+    """Replace size placeholders by aten.sym_size of a tensor input."""
+    for name, graph_module in module.graphs().items():
+        graph = graph_module.graph
+        inputs = placeholders(graph)
+        for node in inputs:
+            if isinstance(node.meta["val"], torch.Tensor):
+                continue
+            if node.users:
+                _size_from_tensor(graph, node, inputs)
+            position = inputs.index(node)
+            if name:
+                for call in module.calls(name):
+                    call.args = tuple(a for i, a in enumerate(call.args) if i != position)
+            graph.erase_node(node)
+            inputs = placeholders(graph)
+
+
+def _size_from_tensor(graph: fx.Graph, node: fx.Node, inputs: Sequence[fx.Node]) -> None:
+    expr = node.meta["val"].node.expr
+    for tensor in inputs:
+        value = tensor.meta["val"]
+        if not isinstance(value, torch.Tensor):
+            continue
+        for dim, size in enumerate(value.shape):
+            if not isinstance(size, int) and size.node.expr == expr:
+                with graph.inserting_after(inputs[-1]):
+                    new = graph.call_function(aten.sym_size.int, (tensor, dim))
+                new.meta["val"] = node.meta["val"]
+                provenance.inherit(new, list(node.users))
+                node.replace_all_uses_with(new, lambda user: user.op != "call_module")
+                return
+    raise AssertionError(f"no tensor input carries the size {expr}")
+
+
+def _name_region_inputs(module: IRModule, layer_paths: list[str]) -> None:
+    """Name region inputs after the weight of the first call, without the layer's path."""
+    prefixes = tuple(re.escape(path) for path in layer_paths)
+    pattern = re.compile(rf"^(?:model\.)?(?:{'|'.join(prefixes)})\.\d+\.") if prefixes else None
+    for name, region in module.regions().items():
+        call = module.calls(name)[0]
+        for node, argument in zip(placeholders(region.graph), call.args):
+            if isinstance(argument, fx.Node) and argument.name in module.weights:
+                full = module.weights[argument.name].names[0]
+                _rename(node, (pattern.sub("", full) if pattern else full).replace(".", "_"))
+        region.recompile()
+    module.root.recompile()
+
+
+def _check_provenance(module: IRModule) -> None:
+    for graph_module in module.graphs().values():
+        for node in graph_module.graph.nodes:
+            traced = node.op == "call_function" and "getitem" not in str(node.target)
+            if traced and node.target is not aten.sym_size.int and not node.meta.get("stack_trace"):
+                raise CaptureError(f"node {node.name} ({node.target}) lost the model's source line")

@@ -1,0 +1,174 @@
+"""Capture a causal language model's forward pass: nn.Module -> level 1 of the program.
+
+Dynamo traces the module once; the layers become calls of one region (regions.py); the graph is
+lowered to functional core ATen with the model's source line on every node; weights stay arguments,
+bound to parameter names by identity, so that the module may live on the meta device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from aios_compile.capture import foreign, regions, torch_private
+from aios_compile.capture.assemble import assemble
+from aios_compile.errors import CaptureError
+from aios_compile.ir import ops
+from aios_compile.ir.module import IRModule
+from aios_compile.ir.symbols import adopt_size
+
+TRACE_SIZES = (37, 41, 43, 47, 53, 59, 61, 67, 71, 73)  # primes: no multiple of a tile or a head
+
+
+def capture(model: nn.Module, *, flat: bool | None = None, max_tokens: int = 8192) -> IRModule:
+    """Return level 1 of `model`, whose forward(input_ids, position_ids) gives logits.
+
+    flat: token ids are [T] (True), [1, T] (False), or whichever the module takes (None, [1, T]
+    first). max_tokens: the largest T that will run; a guard below it is an error. Raises
+    CaptureError with the model's source line when the forward does not capture as one graph.
+    """
+    first = flat is True
+    try:
+        return _capture(model, first, max_tokens)
+    except CaptureError:
+        if flat is not None:
+            raise
+        with contextlib.suppress(CaptureError):
+            return _capture(model, True, max_tokens)
+        raise
+
+
+def _capture(model: nn.Module, flat: bool, max_tokens: int) -> IRModule:
+    size = _trace_size(model)
+    ids = torch.zeros(size, dtype=torch.long)
+    positions = torch.arange(size)
+    if not flat:
+        ids, positions = ids[None], positions[None]
+    with foreign.adapted(model) as (wrapped, kwargs), regions.marked(wrapped) as lists:
+        with _captured_errors(), torch_private.capture_settings():
+            graph_input = torch_private.full_graph(
+                wrapped, {"input_ids": ids, "position_ids": positions, **kwargs}
+            )
+        outer, examples = graph_input.graph_module, graph_input.example_inputs
+        holders = [n for n in outer.graph.nodes if n.op == "placeholder"]
+        fakes = [n.meta["example_value"] for n in holders]
+        mode = next(f.fake_mode for f in fakes if hasattr(f, "fake_mode"))
+        _adopt_token_count(mode, holders, fakes)
+        with _captured_errors():
+            keep_composites(outer)
+            lowered = torch_private.lower(outer, fakes, mode)
+    _check_guards(mode, max_tokens)
+    names = _names(wrapped)
+    bindings = [_binding(h, e, names) for h, e in zip(holders, examples)]
+    return assemble(outer, lowered, bindings, list(lists))
+
+
+def _trace_size(model: nn.Module) -> int:
+    """Return a token count that equals no size of the model, so that none is taken for T."""
+    sizes = {s for _, p in model.named_parameters() for s in p.shape}
+    sizes |= {s for _, b in model.named_buffers() for s in b.shape}
+    return next(n for n in TRACE_SIZES if all(s % n for s in sizes if s))
+
+
+@contextlib.contextmanager
+def _captured_errors() -> Iterator[None]:
+    try:
+        yield
+    except CaptureError:
+        raise
+    except Exception as error:
+        text = str(error).strip().split("\n\n")[0].replace("\n", " ")
+        frames = [line for line in str(error).splitlines() if line.strip().startswith("File ")]
+        raise CaptureError(
+            f"the forward pass does not capture as one graph: {type(error).__name__}: {text[:400]}",
+            source_line=frames[-1].strip() if frames else None,
+            advice="data-dependent Python (.item(), loops over tokens) must become tensor code",
+        ) from error
+
+
+def _adopt_token_count(mode: Any, holders: list[fx.Node], fakes: list[Any]) -> None:
+    """Name the one symbolic size T; anything else that is symbolic is an error."""
+    symbols: dict[str, Any] = {}
+    for fake in fakes:
+        for size in fake.shape if isinstance(fake, torch.Tensor) else [fake]:
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                symbols[str(size.node.expr)] = size
+    if len(symbols) != 1:
+        raise CaptureError(
+            f"the captured graph has {len(symbols)} symbolic sizes ({', '.join(symbols) or 'none'})"
+            ", expected exactly one, the token count",
+            advice="check that input_ids and position_ids have the same length in the model",
+        )
+    adopt_size(mode, "T", next(iter(symbols.values())))
+
+
+def keep_composites(outer: fx.GraphModule) -> None:
+    """Replace torch functions that must stay whole through lowering by aios ops."""
+    for module in [outer, *_children(outer)]:
+        for node in module.graph.nodes:
+            if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
+                node.target = _sdpa
+        module.recompile()
+
+
+def _sdpa(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    if dropout_p:
+        raise CaptureError(f"attention with dropout_p={dropout_p}", advice="call model.eval()")
+    return torch.ops.aios.sdpa(q, k, v, attn_mask, is_causal, scale, enable_gqa)
+
+
+def _children(module: fx.GraphModule) -> list[fx.GraphModule]:
+    return [child for _, child in module.named_children() if isinstance(child, fx.GraphModule)]
+
+
+def _check_guards(mode: Any, max_tokens: int) -> None:
+    """Allow only upper bounds on T that no step can reach."""
+    for guard in mode.shape_env.guards:
+        expr = guard.expr
+        symbols = expr.free_symbols
+        holds = [bool(expr.subs({s: t for s in symbols})) for t in (2, 3, 16, 17, 64, max_tokens)]
+        if not all(holds):
+            raise CaptureError(
+                f"the model specialises on the token count: {expr}",
+                advice="remove the branch on the sequence length, or lower max_num_batched_tokens",
+            )
+
+
+def _names(model: nn.Module) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        names[id(tensor)].append(name)
+    for name, tensor in model.named_buffers(remove_duplicate=False):
+        names[id(tensor)].append(name)
+    return names
+
+
+def _binding(holder: fx.Node, example: Any, names: dict[int, list[str]]) -> Any:
+    """Say what a captured input is: ("size",), ("input", name), ("weight", names), ("constant", x)."""
+    if not isinstance(example, torch.Tensor):
+        return ("size", "T")
+    if id(example) in names:
+        return ("weight", tuple(names[id(example)]), example)
+    for kind, name in (("input_ids", "token_ids"), ("position_ids", "positions")):
+        if kind in holder.name:
+            return ("input", name)
+    return ("constant", holder.name, example)
+
+
+CaptureFunction = Callable[..., IRModule]
+assert ops.TABLE, "the op table must be registered before a graph is lowered"

@@ -1,0 +1,98 @@
+"""Every import of a private torch name, in one file. Tested on torch 2.13; 2.11 by reading.
+
+What differs: torch 2.13 reuses a region's trace (flat capture time) and inlines a region that is
+called once unless told not to; torch 2.11 does neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch._dynamo as dynamo
+from torch import fx
+from torch._decomp import core_aten_decompositions
+from torch._dynamo.convert_frame import fullgraph_capture
+from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._guards import TracingContext, tracing
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+
+INVOKE_SUBGRAPH = torch.ops.higher_order.invoke_subgraph
+
+# Composites that passes want whole, or that core ATen would only make longer.
+KEPT = ("silu", "gelu", "leaky_relu", "elu", "softplus", "hardtanh", "addmm")
+
+
+def compile_region(function: Callable[..., Any], max_entries: int) -> Callable[..., Any]:
+    """Mark a layer's forward as a compile region that may be reused `max_entries` times."""
+    parameters = inspect.signature(torch.compiler.nested_compile_region).parameters
+    if "max_reuse_entries" in parameters:
+        return torch.compiler.nested_compile_region(  # type: ignore[no-any-return]
+            function, max_reuse_entries=max_entries
+        )
+    return torch.compiler.nested_compile_region(function)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def capture_settings() -> Iterator[None]:
+    """Dynamo's settings while capturing: symbolic token count, constant floats, no inlining."""
+    wanted = {
+        "specialize_float": True,
+        "assume_static_by_default": False,
+        "inline_single_use_invoke_subgraph": False,
+    }
+    known = {k: v for k, v in wanted.items() if hasattr(dynamo.config, k)}
+    with torch.no_grad(), dynamo.config.patch(known), get_metrics_context():
+        with dynamo_timed("aios_capture"):
+            yield
+
+
+def full_graph(model: torch.nn.Module, kwargs: dict[str, Any]) -> Any:
+    """Trace model(**kwargs) into one graph; return dynamo's backend input (graph, examples)."""
+    spaces = {id(g): g for g in _global_spaces(model)}
+    before = {key: set(space) for key, space in spaces.items()}
+    try:
+        return fullgraph_capture(model, (), kwargs).backend_input
+    finally:  # dynamo leaves helper names in the model's module globals
+        for key, space in spaces.items():
+            for name in set(space) - before[key]:
+                if name.startswith(("__compiled_fn_", "__builtins_dict_")):
+                    del space[name]
+
+
+def _global_spaces(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
+    for module in model.modules():
+        forward = inspect.unwrap(type(module).forward)
+        space = getattr(forward, "__globals__", None)
+        if space is not None:
+            yield space
+
+
+def decompositions() -> dict[Any, Any]:
+    """Return the core ATen table without the ops that stay whole."""
+    table = dict(core_aten_decompositions())
+    for overload in list(table):
+        name = getattr(overload, "_schema", None)
+        if name is not None and name.name.removeprefix("aten::") in KEPT:
+            del table[overload]
+    return table
+
+
+def lower(graph_module: fx.GraphModule, fakes: list[Any], mode: Any) -> fx.GraphModule:
+    """Trace a dynamo graph again as functional core ATen; node meta and regions survive."""
+
+    def run(*args: Any) -> Any:  # the interpreter, not a call: it carries the node meta over
+        return fx.Interpreter(graph_module).run(*args)
+
+    with mode, tracing(TracingContext(mode)), fx_traceback.preserve_node_meta(), torch.no_grad():
+        return make_fx(dispatch_functionalize(run), decomposition_table=decompositions())(*fakes)
+
+
+def reset() -> None:
+    """Drop dynamo's caches (a captured model leaves none, a failed capture may)."""
+    dynamo.reset()

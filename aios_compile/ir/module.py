@@ -1,0 +1,217 @@
+"""The program between capture and code generation: one outer graph, its regions, its bindings.
+
+A decoder layer is a *region*: a GraphModule child of `root` that `call_module` nodes call n times
+with different weights. A region returns a tuple, read through operator.getitem. At each level the
+whole is an ordinary GraphModule that runs in eager PyTorch.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from aios_compile.ir.symbols import fake_mode_of
+
+
+class Level(IntEnum):
+    """What a graph may contain; see ir/verifier.py for the rules."""
+
+    CAPTURED = 1
+    SEMANTIC = 2
+    KERNELS = 3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one weight comes from the checkpoint: an FX graph whose placeholders are `names`."""
+
+    graph: fx.Graph
+    names: tuple[str, ...]
+
+    @staticmethod
+    def identity(name: str) -> Recipe:
+        graph = fx.Graph()
+        graph.output(graph.placeholder("w0"))
+        return Recipe(graph, (name,))
+
+    def is_identity(self) -> bool:
+        return len(self.graph.nodes) == 2
+
+    def run(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Compute the weight from checkpoint tensors (or fakes, or proxies of another recipe)."""
+        module = fx.GraphModule(torch.nn.Module(), self.graph)
+        result = fx.Interpreter(module).run(*(tensors[name] for name in self.names))
+        assert isinstance(result, Tensor)
+        return result
+
+    @staticmethod
+    def compose(build: Callable[..., Any], sources: Sequence[Recipe]) -> Recipe:
+        """Return the recipe of build(*sources); names that repeat are read once."""
+        graph, env = fx.Graph(), {}
+        names = list(dict.fromkeys(name for source in sources for name in source.names))
+        for i, name in enumerate(names):
+            env[name] = graph.placeholder(f"w{i}")
+        values = []
+        for source in sources:
+            inner: dict[fx.Node, Any] = {}
+            holders = [n for n in source.graph.nodes if n.op == "placeholder"]
+            inner.update({h: env[name] for h, name in zip(holders, source.names)})
+            values.append(graph.graph_copy(source.graph, inner))
+        tracer = fx.proxy.GraphAppendingTracer(graph)
+        result = build(*(fx.Proxy(value, tracer) for value in values))
+        graph.output(result.node)
+        return Recipe(graph, tuple(names))
+
+    def text(self) -> str:
+        """Return the recipe as one line of Python over checkpoint names."""
+        names = dict(zip([n for n in self.graph.nodes if n.op == "placeholder"], self.names))
+        texts: dict[fx.Node, str] = {n: f"checkpoint[{name!r}]" for n, name in names.items()}
+
+        def show(value: Any) -> str:
+            if isinstance(value, fx.Node):
+                return texts[value]
+            if isinstance(value, (list, tuple)):
+                return "[" + ", ".join(show(v) for v in value) + "]"
+            return repr(value)
+
+        for node in self.graph.nodes:
+            if node.op in ("call_function", "call_method"):
+                name = node.target if node.op == "call_method" else node.target.__name__
+                args = [show(a) for a in node.args]
+                args += [f"{k}={show(v)}" for k, v in node.kwargs.items()]
+                texts[node] = f"{name}({', '.join(args)})"
+        return show(self.graph.output_node().args[0])
+
+
+@dataclass
+class IRModule:
+    """One level of the program. `root` owns the regions; the tables bind its placeholders.
+
+    weights: placeholder name -> recipe. inputs: placeholder name -> runtime input name.
+    states: placeholder name -> index of the output that is its next value (KV caches).
+    outputs: names of the leading outputs, e.g. ("logits",). aliases: checkpoint name -> all names of
+    the same tensor (tied weights). tensors: values that are known already (buffers, constants, and
+    the parameters of a module that is not on the meta device).
+    """
+
+    root: fx.GraphModule
+    level: Level
+    weights: dict[str, Recipe] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    states: dict[str, int] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ("logits",)
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def mode(self) -> FakeTensorMode:
+        return fake_mode_of(self.root.graph)
+
+    def regions(self) -> dict[str, fx.GraphModule]:
+        """Return the regions that are called, in call order, by name."""
+        found: dict[str, fx.GraphModule] = {}
+        for node in self.root.graph.nodes:
+            if node.op == "call_module" and is_region_call(self.root, node):
+                found[str(node.target)] = self.root.get_submodule(str(node.target))
+        return found
+
+    def calls(self, region: str) -> list[fx.Node]:
+        """Return the calls of a region, in order."""
+        return [n for n in self.root.graph.nodes if n.op == "call_module" and n.target == region]
+
+    def graphs(self) -> dict[str, fx.GraphModule]:
+        """Return every graph that passes work on: the regions, then the outer graph as ""."""
+        return {**self.regions(), "": self.root}
+
+
+def is_region_call(owner: fx.GraphModule, node: fx.Node) -> bool:
+    """Return whether a call_module node calls a region (and not a kernel body)."""
+    return node.op == "call_module" and bool(
+        owner.get_submodule(str(node.target)).meta.get("aios_region")
+    )
+
+
+def is_kernel_call(node: fx.Node) -> bool:
+    """Return whether a call_module node calls a kernel body."""
+    if node.op != "call_module":
+        return False
+    owner = node.graph.owning_module
+    assert owner is not None
+    return not is_region_call(owner, node)
+
+
+def body_of(node: fx.Node) -> fx.GraphModule:
+    """Return the GraphModule that a call_module node calls."""
+    owner = node.graph.owning_module
+    assert owner is not None and node.op == "call_module"
+    body = owner.get_submodule(str(node.target))
+    assert isinstance(body, fx.GraphModule)
+    return body
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "placeholder"]
+
+
+def outputs(graph: fx.Graph) -> list[Any]:
+    """Return the output values of a graph as a list."""
+    result = graph.output_node().args[0]
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def drop_dead(module: IRModule) -> None:
+    """Remove dead code, and region inputs and outputs that nothing uses, from inside out."""
+    module.root.graph.eliminate_dead_code(_is_impure)
+    for name, region in module.regions().items():
+        _drop_dead_outputs(module, name, region)
+        region.graph.eliminate_dead_code(_is_impure)
+        _drop_dead_inputs(module, name, region)
+    module.root.graph.eliminate_dead_code(_is_impure)
+    for node in placeholders(module.root.graph):
+        if not node.users and (node.name in module.weights or node.name in module.inputs):
+            module.weights.pop(node.name, None)
+            module.inputs.pop(node.name, None)
+            module.root.graph.erase_node(node)
+    for graph_module in module.graphs().values():
+        graph_module.delete_all_unused_submodules()
+        graph_module.recompile()
+
+
+def _is_impure(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output")
+
+
+def _drop_dead_outputs(module: IRModule, name: str, region: fx.GraphModule) -> None:
+    used: set[int] = set()
+    for call in module.calls(name):
+        for user in call.users:
+            assert user.target is operator.getitem, "a region's result is read through getitem"
+            used.add(int(user.args[1]))  # type: ignore[arg-type]
+    kept = sorted(used)
+    values = outputs(region.graph)
+    if len(kept) == len(values):
+        return
+    region.graph.output_node().args = (tuple(values[i] for i in kept),)
+    for call in module.calls(name):
+        call.meta["val"] = tuple(call.meta["val"][i] for i in kept)
+        for user in call.users:
+            user.args = (call, kept.index(int(user.args[1])))  # type: ignore[arg-type]
+
+
+def _drop_dead_inputs(module: IRModule, name: str, region: fx.GraphModule) -> None:
+    inputs = placeholders(region.graph)
+    kept = [i for i, node in enumerate(inputs) if node.users]
+    if len(kept) == len(inputs):
+        return
+    for call in module.calls(name):
+        call.args = tuple(call.args[i] for i in kept)
+    for node in inputs:
+        if not node.users:
+            region.graph.erase_node(node)

@@ -1,0 +1,55 @@
+"""Where a node comes from: the model's source line and module path, kept through every pass."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import fx
+
+KEYS = ("stack_trace", "nn_module_stack")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
+
+
+def source_line(node: fx.Node) -> str:
+    """Return `file.py:123 in forward: the source text` of the innermost model frame, or ""."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    path, line, function, text = frames[-1]
+    return f"{path.rsplit('/', 1)[-1]}:{line} in {function}: {text.strip()}"
+
+
+def source_file(node: fx.Node) -> tuple[str, int] | None:
+    """Return (path, line) of the innermost model frame."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return (frames[-1][0], int(frames[-1][1])) if frames else None
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the module path, with the layer index of a region shown as `*`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((str(entry[0]) for entry in reversed(stack.values())), "")
+    path = re.sub(r"L\['(?:self|model|[^']*)'\]\.?", "", path)
+    path = re.sub(r"_modules\['([^']+)'\]", r"\1", path)
+    path = re.sub(r"\['?(\d+)'?\]", r".\1", path)
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path).strip(".")
+
+
+def inherit(node: fx.Node, sources: Iterable[fx.Node]) -> None:
+    """Give a new node the provenance of the first source that has one; remember all lines."""
+    lines: list[str] = []
+    for source in sources:
+        for key in KEYS:
+            if source.meta.get(key) and not node.meta.get(key):
+                node.meta[key] = source.meta[key]
+        for line in source.meta.get("source_lines", ()) or filter(None, [source_line(source)]):
+            if line not in lines:
+                lines.append(line)
+    node.meta["source_lines"] = tuple(lines)
+
+
+def source_lines(node: fx.Node) -> tuple[str, ...]:
+    """Return every model line that a node computes (several after fusion)."""
+    lines: tuple[str, ...] = node.meta.get("source_lines", ())
+    return lines or tuple(filter(None, [source_line(node)]))
