@@ -1,0 +1,242 @@
+"""Compile generated C++ with the system compiler, one process a kernel, into one shared library.
+
+Torch-free. Objects are content-addressed: text, headers, compiler version and flags are the key, so a
+kernel that did not change is never compiled twice, and two processes that build the same object write
+the same bytes and rename them into place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Union
+
+from aios_compile import env
+from aios_compile.codegen.source import KernelSource
+from aios_compile.errors import BuildError
+
+HEADER_FOLDER = Path(__file__).parent
+COMPILERS = ("c++", "g++", "clang++")
+# The floating-point policy: a product and a sum are fused where the text says fma, and nowhere else;
+# no fast-math; sqrt does not set errno, so that it is one instruction.
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-Wno-psabi")
+LINK_FLAGS = ("-shared", "-pthread", "-lm")
+MESSAGE_LINES = 12
+
+Source = Union[KernelSource, tuple[str, str]]
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The instruction set that kernels are compiled for. `vector_bytes` is one register's width."""
+
+    name: str
+    march_flags: tuple[str, ...]
+    vector_bytes: int
+
+    @staticmethod
+    def host() -> Target:
+        """Return the widest target that this machine runs."""
+        have = cpu_features()
+        return next(target for target, needs in TARGETS if needs <= have)
+
+    @staticmethod
+    def named(name: str) -> Target:
+        """Return a target by name; raises KeyError with the known names."""
+        known = {target.name: target for target, _ in TARGETS}
+        if name not in known:
+            raise KeyError(f"target {name!r} is unknown (known: {', '.join(known)})")
+        return known[name]
+
+
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
+# From wide to narrow, each with the processor features that it needs. The last needs none.
+TARGETS: tuple[tuple[Target, frozenset[str]], ...] = (
+    (Target("avx512", tuple(f"-m{f}" for f in _AVX512), 64), frozenset(_AVX512)),
+    (Target("avx2", tuple(f"-m{f}" for f in _AVX2), 32), frozenset(_AVX2)),
+    (Target("neon", (), 16), frozenset({"asimd"})),
+    (Target("portable", (), 16), frozenset()),
+)
+
+
+def cpu_features() -> frozenset[str]:
+    """Return the processor's feature names as Linux spells them; empty where they are unknown."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return frozenset({"asimd"})  # part of the base architecture
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    found = re.search(r"^flags\s*:\s*(.*)$", text, re.MULTILINE)
+    return frozenset(found.group(1).split()) if found else frozenset()
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler: its path and the first line of `--version`."""
+
+    path: str
+    version: str
+
+
+def find_compiler() -> Compiler:
+    """Return the compiler named by AIOS_CXX, else the first of c++, g++, clang++ on the PATH.
+
+    Raises BuildError when there is none.
+    """
+    return _find_compiler(env.CXX.get(), os.environ.get("PATH", ""))
+
+
+@functools.lru_cache(maxsize=8)
+def _find_compiler(chosen: str, path: str) -> Compiler:
+    names = (chosen,) if chosen else COMPILERS
+    for name in names:
+        found = shutil.which(name, path=path)
+        if found is None:
+            continue
+        try:
+            run = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+        except OSError:
+            continue
+        if run.returncode == 0:
+            return Compiler(found, run.stdout.splitlines()[0] if run.stdout else "unknown")
+    where = f"AIOS_CXX={chosen!r} is not a C++ compiler" if chosen else "no C++ compiler was found"
+    raise BuildError(
+        f"{where}: looked for {', '.join(names)} on the PATH",
+        advice="install g++ (apt install g++, dnf install gcc-c++, xcode-select --install) or set "
+        "AIOS_CXX to the path of g++ or clang++",
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def headers_text() -> str:
+    """Return the text of all headers that kernels include; part of every object's key."""
+    return "\0".join(path.read_text() for path in sorted(HEADER_FOLDER.glob("*.h")))
+
+
+def compile_flags(target: Target, extra_flags: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return every flag of a compilation but for the file names and the include folder."""
+    return (*FLAGS, *target.march_flags, *extra_flags)
+
+
+def object_key(text: str, target: Target, extra_flags: Sequence[str] = ()) -> str:
+    """Return the name under which the object of `text` is cached: a sha256 in hex."""
+    parts = (text, headers_text(), find_compiler().version, *compile_flags(target, extra_flags))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def build_objects(
+    sources: Sequence[Source],
+    folder: Path,
+    target: Target,
+    jobs: int | None = None,
+    on_progress: Progress | None = None,
+    extra_flags: Sequence[str] = (),
+) -> list[Path]:
+    """Compile each source to an object in `folder`, in parallel; return the objects in source order.
+
+    `sources` are KernelSources or (name, text) pairs. `jobs` defaults to the number of processors.
+    `on_progress(done, total, name)` is called in the caller's thread. `extra_flags` are for sanitizer
+    builds. Raises BuildError that names the kernel and quotes the compiler.
+    """
+    pairs = [(s.name, s.text) if isinstance(s, KernelSource) else s for s in sources]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    find_compiler()
+    objects = [folder / f"{object_key(text, target, extra_flags)}.o" for _, text in pairs]
+    missing = {path: pair for path, pair in zip(objects, pairs) if not path.exists()}
+    done = len(pairs) - len(missing)
+    with ThreadPoolExecutor(max(1, jobs or os.cpu_count() or 1)) as pool:
+        futures = {
+            pool.submit(_compile, name, text, path, target, tuple(extra_flags)): name
+            for path, (name, text) in missing.items()
+        }
+        try:
+            for future in as_completed(futures):
+                future.result()
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, len(pairs), futures[future])
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return objects
+
+
+def _compile(
+    name: str, text: str, path: Path, target: Target, extra_flags: tuple[str, ...]
+) -> None:
+    source = path.with_suffix(".cpp")
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as aside:
+        kernel = Path(aside) / f"{re.sub(r'[^A-Za-z0-9_]', '_', name)}.cpp"
+        kernel.write_text(text)
+        built = kernel.with_suffix(".o")
+        command = [find_compiler().path, *compile_flags(target, extra_flags)]
+        command += ["-I", str(HEADER_FOLDER), "-c", str(kernel), "-o", str(built)]
+        _run(command, f"kernel {name}", "a generated kernel must compile: please report it")
+        os.replace(kernel, source)
+        os.replace(built, path)
+
+
+def _run(command: list[str], what: str, advice: str) -> None:
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"{what}: cannot run {command[0]}: {error}", advice=advice) from error
+    if run.returncode == 0:
+        return
+    lines = run.stderr.splitlines()
+    first = next((i for i, line in enumerate(lines) if "error" in line.lower()), 0)
+    quoted = "\n".join(lines[first : first + MESSAGE_LINES])
+    raise BuildError(
+        f"{what}: {command[0]} failed with status {run.returncode}\n{quoted}", advice=advice
+    )
+
+
+def link(
+    objects: Iterable[Path],
+    out_path: Path,
+    target: Target | None = None,
+    extra_flags: Sequence[str] = (),
+) -> Path:
+    """Link objects into the shared library `out_path`, atomically; return it.
+
+    Pass the target and the flags that the objects were compiled with. Raises BuildError.
+    """
+    out_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    march = target.march_flags if target else ()
+    with tempfile.TemporaryDirectory(prefix=".link-", dir=out_path.parent) as aside:
+        built = Path(aside) / out_path.name
+        command = [find_compiler().path, *march, *extra_flags, "-fPIC", "-o", str(built)]
+        command += [*(str(path) for path in objects), *LINK_FLAGS]
+        _run(command, f"linking {out_path.name}", "free disk space, or remove the cache folder")
+        os.replace(built, out_path)
+    return out_path
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Load a linked library. Raises BuildError when the folder cannot execute or the file is bad."""
+    try:
+        return ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+    except OSError as error:
+        if "failed to map segment" in str(error) or "Operation not permitted" in str(error):
+            raise BuildError(
+                f"{path}: the folder is on a file system that does not execute code (noexec)",
+                advice="set AIOS_CACHE_DIR to a folder on another file system, or mount it with exec",
+            ) from error
+        raise BuildError(
+            f"{path}: the library cannot be loaded: {error}",
+            advice="remove it from the cache and build it again",
+        ) from error
