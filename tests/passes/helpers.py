@@ -1,0 +1,271 @@
+"""Trace plain functions and small models into IRModules, apply one pass, compare in float64.
+
+`trace(f)` reads the annotations of f as the docstrings of the passes do: "f32[T, 64]" is an activation,
+"weight bf16[64, 64]" a checkpoint weight, "input i64[T]" a runtime input. T, S and R are symbolic.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from aios_compile.capture import torch_private
+from aios_compile.capture.assemble import _free_of_sizes
+from aios_compile.capture.capture import capture
+from aios_compile.ir.module import IRModule, Level, Recipe, drop_dead, outputs, placeholders
+from aios_compile.ir.symbols import new_fake, new_fake_mode
+from aios_compile.models.config import ModelConfig
+from aios_compile.models.decoder import Decoder
+from aios_compile.passes.context import PassContext, PassOptions
+
+torch.set_num_threads(1)
+
+DTYPES = {
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "b8": torch.bool,
+}
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SIZES = {"T": 7, "S": 2, "R": 3}
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One parameter of a traced function."""
+
+    kind: str  # "activation", "weight" or "input"
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+
+def parse(text: str) -> Annotation:
+    """Read "weight f32[128, 64]"."""
+    found = re.fullmatch(r"(?:(weight|input) )?(\w+)\[(.*)\]", text.strip("\"' "))
+    assert found, f"cannot read the annotation {text!r}"
+    sizes = [s.strip() for s in found[3].split(",") if s.strip()]
+    shape = tuple(int(s) if s.isdigit() else s for s in sizes)
+    return Annotation(found[1] or "activation", DTYPES[found[2]], shape)
+
+
+def trace(function: Callable[..., Any], seed: int = 0) -> IRModule:
+    """Return level 1 of a function whose parameters are annotated; weights get seeded values."""
+    annotations = {
+        n: parse(p.annotation) for n, p in inspect.signature(function).parameters.items()
+    }
+    mode = new_fake_mode()
+    fakes = [new_fake(mode, a.shape, a.dtype) for a in annotations.values()]
+
+    def run(*args: Any) -> Any:
+        result = function(*args)
+        return result if isinstance(result, tuple) else (result,)
+
+    known = inspect.signature(make_fx).parameters
+    extra = {"record_stack_traces": True} if "record_stack_traces" in known else {}
+    with mode, tracing(TracingContext(mode)), torch.no_grad():
+        table = torch_private.decompositions()
+        root = make_fx(dispatch_functionalize(run), decomposition_table=table, **extra)(*fakes)
+    _free_of_sizes(root)
+    module = IRModule(fx.GraphModule(root, root.graph), Level.CAPTURED)
+    generator = torch.Generator().manual_seed(seed)
+    for node, (name, annotation) in zip(placeholders(module.root.graph), annotations.items()):
+        node._rename(name)
+        node.target = node.name
+        if annotation.kind == "weight":
+            module.weights[node.name] = Recipe.identity(name)
+            module.tensors[name] = random(annotation, generator)
+        elif annotation.kind == "input":
+            module.inputs[node.name] = name
+    module.root.graph.eliminate_dead_code()
+    module.root.recompile()
+    return module
+
+
+def random(annotation: Annotation, generator: torch.Generator, sizes: Any = SIZES) -> Tensor:
+    shape = [sizes[s] if isinstance(s, str) else s for s in annotation.shape]
+    if annotation.dtype not in FLOATS:
+        return torch.randint(0, 2, shape, generator=generator).to(annotation.dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(annotation.dtype)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What one pass did: rewrites by graph name ("" is the outer graph), and its refusals."""
+
+    hits: dict[str, int]
+    refusals: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(self.hits.values())
+
+
+def apply(
+    function: Callable[[fx.Graph, PassContext], int], module: IRModule, target: str = "cpp"
+) -> Applied:
+    """Run a pass on every graph as the runner does, without its proofs."""
+    hits: dict[str, int] = {}
+    refusals: list[str] = []
+    for name in module.graphs():
+        context = PassContext(module, name, PassOptions(target=target))
+        hits[name] = function(context.graph_module.graph, context)
+        refusals += [r.reason for r in context.refusals]
+        drop_dead(module)
+    for graph_module in module.graphs().values():
+        graph_module.graph.lint()
+    return Applied(hits, tuple(refusals))
+
+
+class InFloat64(fx.Interpreter):
+    """Run a graph with every floating-point dtype written in it replaced by float64."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        kwargs = {k: torch.float64 if v in FLOATS else v for k, v in kwargs.items()}
+        return super().call_function(target, args, kwargs)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return InFloat64(self.module.get_submodule(target)).run(*args, **kwargs)
+
+
+def evaluate(
+    module: IRModule, values: dict[str, Tensor] | None = None, num_tokens: int = 7, seed: int = 1
+) -> list[Tensor]:
+    """Run a program in float64 on seeded values; `values` fixes placeholders or inputs by name."""
+    given = dict(values or {})
+    sizes = {**SIZES, "T": num_tokens}
+    arguments = []
+    for node in placeholders(module.root.graph):
+        generator = torch.Generator().manual_seed(seed)
+        name = module.inputs.get(node.name, node.name)
+        if name in given:
+            value = given[name]
+        elif node.name in module.weights:
+            recipe = module.weights[node.name]
+            sources = [double(module.tensors[n]) for n in recipe.names]
+            value = InFloat64(fx.GraphModule(nn.Module(), recipe.graph)).run(*sources)
+        elif name == "positions":
+            value = torch.arange(num_tokens).reshape(
+                [_size(s, sizes) for s in node.meta["val"].shape]
+            )
+        elif name == "sequence_lengths":
+            value = torch.full((num_tokens,), num_tokens)
+        else:
+            fake = node.meta["val"]
+            shape = tuple(_size(s, sizes) for s in fake.shape)
+            value = random(Annotation("activation", fake.dtype, shape), generator)
+        arguments.append(double(value))
+    with torch.no_grad():
+        result = InFloat64(module.root).run(*arguments)
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def double(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
+
+
+def _size(size: Any, sizes: dict[str, int]) -> int:
+    if isinstance(size, int):
+        return size
+    names = size.node.shape_env.aios_size_names
+    return sizes[names[str(size.node.expr)]]
+
+
+def assert_same(before: Sequence[Tensor], after: Sequence[Tensor], tolerance: float = 1e-9) -> None:
+    """Compare two evaluations; the tolerance is relative to the largest value."""
+    assert len(before) == len(after)
+    for x, y in zip(before, after):
+        assert x.shape == y.shape, f"{x.shape} became {y.shape}"
+        scale = max(1.0, float(x.abs().max())) if x.numel() else 1.0
+        error = float((x - y).abs().max()) if x.numel() else 0.0
+        assert error <= tolerance * scale, f"differs by {error:.3g} of {scale:.3g}"
+
+
+def targets(module: IRModule, region: str = "") -> list[str]:
+    """Return the names of the functions that a graph calls, in order: "mul", "aios.linear"."""
+    graph = module.graphs()[region].graph
+    found = [str(n.target).removesuffix(".default") for n in graph.nodes if n.op == "call_function"]
+    return [re.sub(r"^aten\.(\w+)\..*|^aten\.(\w+)$", r"\1\2", name) for name in found]
+
+
+def check(
+    function: Callable[[fx.Graph, PassContext], int],
+    example: Callable[..., Any] | IRModule,
+    hits: int = 1,
+    *,
+    reason: str = "",
+    values: dict[str, Tensor] | None = None,
+) -> IRModule:
+    """Apply a pass: it must fire `hits` times, keep the values, and find nothing the second time.
+
+    With `reason`, a refusal must contain that text. Return the rewritten module.
+    """
+    module = example if isinstance(example, IRModule) else trace(example)
+    before = [evaluate(module, values, n) for n in (1, 7)]
+    applied = apply(function, module)
+    assert applied.total == hits, f"{applied} instead of {hits}\n{module.root.graph}"
+    assert not reason or any(reason in r for r in applied.refusals), applied.refusals
+    for n, want in zip((1, 7), before):
+        assert_same(want, evaluate(module, values, n))
+    assert apply(function, module).total == 0, "a second run still fires"
+    return module
+
+
+def decoder_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
+    """Return a tiny config.json of one of the four families."""
+    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    config = {
+        "architectures": [f"{names[model_type]}ForCausalLM"],
+        "model_type": model_type,
+        "vocab_size": 101,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+    }
+    return {**config, **changes}
+
+
+def captured(
+    model_type: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any
+) -> IRModule:
+    """Return level 1 of a tiny decoder with seeded weights of about unit gain."""
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig.from_dict(decoder_config(model_type, **changes)))
+    return captured_module(model, dtype, flat=True)
+
+
+def captured_module(
+    model: nn.Module, dtype: torch.dtype = torch.float32, flat: bool | None = None
+) -> IRModule:
+    """Return level 1 of any module after scaling its weights away from their trivial values."""
+    model = model.eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        gain = 1 / math.sqrt(parameter.shape[-1]) if parameter.dim() > 1 else 0.3
+        parameter.data.copy_(noise * gain + (parameter.dim() == 1))
+    return capture(model.to(dtype), flat=flat)
+
+
+def output_values(module: IRModule, region: str = "") -> list[Any]:
+    return outputs(module.graphs()[region].graph)
