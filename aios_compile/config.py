@@ -1,0 +1,208 @@
+"""Every option of `load_and_compile`: its default, its range and whether it changes the artefact.
+
+One table serves the Python API, the command line and the cache key. Values are checked when the
+object is made, so an option that got this far is in range.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from aios_compile import env
+from aios_compile.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16")
+# The names that vLLM and torch use for the same thing.
+_DTYPE_ALIASES = {"float": "float32", "half": "float16", "fp32": "float32", "bf16": "bfloat16"}
+
+# Fields that leave the artefact as it is, each with the reason. All others are part of its key.
+NOT_IN_KEY = {
+    "progress": "changes only what is printed",
+    "cache_dir": "says where the artefact lies",
+    "local_files_only": "says how files are found; their content is in the key",
+    "seed": "goes to the sampler with each request",
+    "num_threads": "kernels give the same bits for every number of threads",
+    "enable_prefix_caching": "a policy of the runtime",
+}
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """The keywords of `load_and_compile`. Frozen; raises ConfigError for a value out of range.
+
+    `dtype` and `device` also accept torch's objects: only their text is read. Sizes left at None
+    are chosen by `resolve_sizes` when the model is known.
+    """
+
+    device: str = _option("auto", "auto or cpu")
+    dtype: str = _option("auto", "auto (the checkpoint's), float32, bfloat16 or float16")
+    quantization: str | None = _option(None, "int8 or int4; not built yet")
+    kv_cache_dtype: str = _option("auto", "auto, float32 or bfloat16")
+    max_model_len: int | None = _option(None, "longest prompt + output, in tokens")
+    max_num_seqs: int | None = _option(None, "sequences in one step")
+    max_num_batched_tokens: int | None = _option(None, "tokens in one step")
+    kv_cache_memory_bytes: int | None = _option(None, "size of the KV cache, in bytes")
+    gpu_memory_utilization: float = _option(0.9, "share of the GPU's memory to use, 0..1")
+    enable_prefix_caching: bool = _option(True, "share the pages of equal prompts; no effect yet")
+    speculative_config: Mapping[str, Any] | None = _option(None, "not built yet")
+    tensor_parallel_size: int = _option(1, "1; more is not built yet")
+    pipeline_parallel_size: int = _option(1, "1; more is not built yet")
+    tokenizer: str | None = _option(None, "folder or hub id of another tokenizer")
+    local_files_only: bool = _option(False, "never ask the hub")
+    cache_dir: str | None = _option(None, "folder of the artefact cache")
+    seed: int = _option(0, "seed of requests that bring none")
+    num_threads: int | None = _option(None, "threads of the C++ target; default all cores")
+    disable_passes: tuple[str, ...] = _option((), "passes to leave out")
+    progress: bool = _option(True, "show the stages and their time on stderr")
+
+    def __post_init__(self) -> None:
+        for name in ("device", "dtype", "kv_cache_dtype"):
+            text = str(getattr(self, name)).removeprefix("torch.")
+            self._set(name, _DTYPE_ALIASES.get(text, text) if name != "device" else text)
+        for name in ("tokenizer", "cache_dir"):
+            value = getattr(self, name)
+            if value is not None:
+                if not isinstance(value, str | os.PathLike):
+                    raise _bad(name, value, "a path or None")
+                self._set(name, os.fspath(value))
+        self._set("disable_passes", _names("disable_passes", self.disable_passes))
+        self._check_choices()
+        self._check_numbers()
+        self._check_not_built()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_choices(self) -> None:
+        if self.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
+            raise _bad("device", self.device, "auto or cpu")
+        if self.dtype not in DTYPES:
+            raise _bad("dtype", self.dtype, ", ".join(DTYPES))
+        if self.quantization not in (None, "int8", "int4"):
+            raise _bad("quantization", self.quantization, "None, int8 or int4")
+        known = (*KV_CACHE_DTYPES, "int8", "fp8", "fp8_e4m3", "fp8_e5m2")
+        if self.kv_cache_dtype not in known:
+            raise _bad("kv_cache_dtype", self.kv_cache_dtype, ", ".join(KV_CACHE_DTYPES))
+        for name in ("enable_prefix_caching", "local_files_only", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise _bad(name, getattr(self, name), "True or False")
+
+    def _check_numbers(self) -> None:
+        _whole("max_model_len", self.max_model_len, 2, 1 << 24)
+        _whole("max_num_seqs", self.max_num_seqs, 1, 4096)
+        _whole("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)
+        _whole("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 1 << 50)
+        _whole("num_threads", self.num_threads, 1, 1024)
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            _whole(name, getattr(self, name), 1, 1024, optional=False)
+        _whole("seed", self.seed, 0, (1 << 64) - 1, optional=False)
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise _bad("gpu_memory_utilization", share, "a number above 0 and at most 1")
+        seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if seqs is not None and tokens is not None and tokens < seqs:
+            raise _bad("max_num_batched_tokens", tokens, f"at least max_num_seqs ({seqs})")
+
+    def _check_not_built(self) -> None:
+        missing = {
+            "device": self.device.startswith("cuda") and "the Triton target",
+            "quantization": self.quantization is not None and "quantised weights",
+            "kv_cache_dtype": self.kv_cache_dtype not in KV_CACHE_DTYPES and "a quantised KV cache",
+            "speculative_config": self.speculative_config is not None and "speculative decoding",
+            "tensor_parallel_size": self.tensor_parallel_size > 1 and "tensor parallelism",
+            "pipeline_parallel_size": self.pipeline_parallel_size > 1 and "pipeline parallelism",
+        }
+        for name, part in missing.items():
+            if part:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}: {part} has not been built yet",
+                    advice=f"leave {name} at {_FIELDS[name].default!r}",
+                )
+
+    @classmethod
+    def parse(cls, keywords: Mapping[str, Any]) -> CompileOptions:
+        """Return the options in `keywords`; an unknown name raises and lists the known ones."""
+        for name in keywords:
+            if name not in _FIELDS:
+                close = difflib.get_close_matches(name, _FIELDS, 1)
+                hint = f"did you mean {close[0]}; " if close else ""
+                raise ConfigError(
+                    f"unknown option {name!r}", advice=f"{hint}the options are {', '.join(_FIELDS)}"
+                )
+        return cls(**keywords)
+
+    def key_fields(self) -> dict[str, Any]:
+        """Return everything that changes the artefact, ready for JSON; see NOT_IN_KEY."""
+        fields = {name: getattr(self, name) for name in _FIELDS if name not in NOT_IN_KEY}
+        fields["disable_passes"] = list(self.disabled_passes())
+        return fields
+
+    def disabled_passes(self) -> tuple[str, ...]:
+        """Return the passes to leave out: the option's and those of AIOS_DISABLE, sorted."""
+        return tuple(sorted({*self.disable_passes, *env.DISABLE.get_names()}))
+
+    def threads(self) -> int:
+        """Return the number of threads: the option, or every core that this process may use."""
+        if self.num_threads is not None:
+            return self.num_threads
+        affinity = getattr(os, "sched_getaffinity", None)
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+    def resolve_sizes(self, model_max_len: int) -> ResolvedSizes:
+        """Return the sizes of a step for a model that knows `model_max_len` positions.
+
+        The defaults suit a machine with a few cores: 16 sequences, 512 tokens a step (far past the
+        point where a prefill chunk is bound by arithmetic) and at most 4096 positions.
+        """
+        length = self.max_model_len or min(model_max_len, 4096)
+        if length > model_max_len:
+            raise _bad("max_model_len", length, f"at most the model's {model_max_len} positions")
+        tokens = self.max_num_batched_tokens or max(512, self.max_num_seqs or 0)
+        return ResolvedSizes(length, self.max_num_seqs or min(16, tokens), tokens)
+
+    def remarks(self) -> tuple[str, ...]:
+        """Return what the report should say about options that are accepted and have no effect."""
+        if self.enable_prefix_caching:
+            return ("enable_prefix_caching: accepted, not acted on yet",)
+        return ()
+
+
+@dataclass(frozen=True)
+class ResolvedSizes:
+    """The sizes of one step, all given."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+_FIELDS = {item.name: item for item in dataclasses.fields(CompileOptions)}
+
+
+def _bad(name: str, value: object, expected: str) -> ConfigError:
+    return ConfigError(f"{name}={value!r} is out of range, expected {expected}")
+
+
+def _whole(name: str, value: object, low: int, high: int, *, optional: bool = True) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise _bad(name, value, f"a whole number from {low} to {high}")
+
+
+def _names(field_name: str, value: str | Iterable[str]) -> tuple[str, ...]:
+    items = value.split(",") if isinstance(value, str) else list(value)
+    names = [item.strip() for item in items if isinstance(item, str)]
+    if len(names) != len(items) or not all(name.isidentifier() for name in names if name):
+        raise _bad(field_name, value, "names of passes")
+    return tuple(sorted({name for name in names if name}))
