@@ -1,0 +1,165 @@
+"""Choose an emitter for each kernel call and emit its text; equal texts become one kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import fx
+
+from aios_compile.codegen.layout import base_of, check_dense, kernel_calls
+from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.source import KernelSource
+from aios_compile.errors import CodegenError
+from aios_compile.ir import provenance
+from aios_compile.ir.module import IRModule, body_of, outputs, placeholders
+
+aios = torch.ops.aios
+ROWS16 = "rows16"
+
+
+@dataclass
+class Emitted:
+    """The kernels of a program. `by_call`: kernel call node -> index into `sources`.
+
+    `packed`: (kernel call, operand index) -> layout of the weight that it reads.
+    """
+
+    sources: list[KernelSource] = field(default_factory=list)
+    by_call: dict[fx.Node, int] = field(default_factory=dict)
+    packed: dict[tuple[fx.Node, int], str] = field(default_factory=dict)
+
+
+def emit_kernels(
+    module: IRModule,
+    emitters: Sequence[ModuleType],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Emitted:
+    """Emit every kernel of a level-3 module. Raises CodegenError naming the model line."""
+    emitted = Emitted()
+    graphs = list(module.graphs().items())
+    calls = [(name, call) for name, gm in graphs for call in kernel_calls(gm.graph)]
+    streamed = _streamed_weights(module)
+    digests: dict[str, int] = {}
+    for i, (region, call) in enumerate(calls):
+        operands = _operands(call, module, region, streamed, emitted)
+        source = _emit(call, operands, emitters)
+        digest = source.digest()
+        if digest not in digests:
+            digests[digest] = len(emitted.sources)
+            emitted.sources.append(source)
+        emitted.by_call[call] = digests[digest]
+        _note_in_place(call, source, module, region)
+        if on_progress is not None:
+            on_progress(i + 1, len(calls))
+    return emitted
+
+
+def tensor_arguments(call: fx.Node) -> list[fx.Node]:
+    """Return the arguments that are tensors (sizes are not operands: a kernel knows T)."""
+    return [a for a in call.args if isinstance(a, fx.Node) and _is_tensor(a)]
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], torch.Tensor)
+
+
+def linear_weights(call: fx.Node) -> list[int]:
+    """Return the indices of the operands that are weights of aios.linear in a kernel body."""
+    body = body_of(call)
+    holders = [p for p in placeholders(body.graph) if _is_tensor(p)]
+    found = [
+        n.args[1] for n in body.graph.nodes if n.target in (aios.linear.default, aios.linear)
+    ]
+    return [holders.index(w) for w in found if w in holders]
+
+
+def _streamed_weights(module: IRModule) -> set[str]:
+    """Return the outer weights that some linear streams: they are stored packed."""
+    streamed: set[str] = set()
+    for region, graph_module in module.graphs().items():
+        for call in kernel_calls(graph_module.graph):
+            arguments = tensor_arguments(call)
+            for index in linear_weights(call):
+                streamed |= set(bound_weights(module, region, arguments[index]))
+    return streamed
+
+
+def bound_weights(module: IRModule, region: str, node: fx.Node) -> list[str]:
+    """Return the outer weight names that a placeholder stands for; empty when it is no weight."""
+    if node.op != "placeholder":
+        return []
+    if not region:
+        return [node.name] if node.name in module.weights else []
+    position = placeholders(node.graph).index(node)
+    names = [str(call.args[position]) for call in module.calls(region)]
+    return names if all(name in module.weights for name in names) else []
+
+
+def _operands(
+    call: fx.Node, module: IRModule, region: str, streamed: set[str], emitted: Emitted
+) -> list[Operand]:
+    body = body_of(call)
+    arguments = tensor_arguments(call)
+    holders = [p for p in placeholders(body.graph) if _is_tensor(p)]
+    weights = linear_weights(call)
+    tables = [
+        holders.index(n.args[0])
+        for n in body.graph.nodes
+        if n.target is torch.ops.aten.embedding.default and n.args[0] in holders
+    ]
+    operands = []
+    for i, (holder, argument) in enumerate(zip(holders, arguments)):
+        names = bound_weights(module, region, argument)
+        wanted = bool(names) and (i in weights or (i in tables and set(names) <= streamed))
+        if wanted:
+            emitted.packed[call, i] = ROWS16
+        operands.append(
+            Operand.of_value(holder.name, argument.meta["val"], ROWS16 if wanted else None)
+        )
+    for i, result in enumerate(outputs(body.graph)):
+        operands.append(Operand.of_value(f"out{i}", result.meta["val"]))
+    return operands
+
+
+def _emit(call: fx.Node, operands: list[Operand], emitters: Sequence[ModuleType]) -> KernelSource:
+    body = body_of(call)
+    for emitter in emitters:
+        spec = emitter.spec_of(body, operands)
+        if spec is not None:
+            source = emitter.emit(spec)
+            assert isinstance(source, KernelSource)
+            lines = provenance.source_lines(call)
+            return dataclasses.replace(source, model_lines=lines)
+    ops = ", ".join(str(n.target) for n in body.graph.nodes if n.op == "call_function")
+    raise CodegenError(
+        f"no emitter for kernel {call.target} ({ops})",
+        source_line=provenance.source_line(call) or None,
+        advice="dump the model and look at level 3; CONTRIBUTING.md says how to add an emitter",
+    )
+
+
+def _note_in_place(call: fx.Node, source: KernelSource, module: IRModule, region: str) -> None:
+    """Record results that overwrite a state; every other result must be dense memory."""
+    arguments, results = tensor_arguments(call), outputs(body_of(call).graph)
+    in_place = {}
+    for result, operand in source.inplace:
+        base = base_of(arguments[operand])
+        if _is_state(module, region, base.node):
+            in_place[result] = call.args.index(arguments[operand])
+    call.meta["written_in_place"] = in_place
+    for i, result in enumerate(results):
+        if i not in in_place:
+            check_dense(call, result.meta["val"])
+
+
+def _is_state(module: IRModule, region: str, node: fx.Node) -> bool:
+    if node.op != "placeholder":
+        return False
+    if not region:
+        return node.name in module.states
+    position = placeholders(node.graph).index(node)
+    return all(str(call.args[position]) in module.states for call in module.calls(region))
