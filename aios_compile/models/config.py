@@ -1,6 +1,8 @@
-"""config.json to `ModelConfig`: every field that changes the mathematics is honoured or refused by name.
+"""config.json to `ModelConfig`: every field that changes the mathematics is honoured or refused by
+name.
 
-Free of torch, so that a cached start can read it. Defaults for absent keys are those of transformers.
+Free of torch, so that a cached start can read it. Defaults for absent keys are those of
+transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ __all__ = ["FAMILIES", "Family", "ModelConfig", "RopeConfig"]
 
 @dataclass(frozen=True)
 class Family:
-    """What a model type fixes and what it takes for absent keys. None for a bias: the config says."""
+    """What a model type fixes and what it takes for absent keys. None for a bias: the config
+    says.
+    """
 
     architecture: str
     max_position_embeddings: int
@@ -80,7 +84,9 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-        """Read a parsed config.json. Raises UnsupportedModelError, or CheckpointError on bad values."""
+        """Read a parsed config.json. Raises UnsupportedModelError, or CheckpointError on bad
+        values.
+        """
         fields = Fields(values, where)
         model_type = _model_type(fields)
         family = FAMILIES[model_type]

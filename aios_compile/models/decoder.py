@@ -1,13 +1,16 @@
 """The eager reference decoder: Llama, Mistral, Qwen2 and Qwen3 in plain PyTorch.
 
-This is the definition of correct, and it is itself what the compiler captures. Parameter names equal the
-Hugging Face names, so that checkpoint tensors bind one to one. The order of casts is transformers'.
+This is the definition of correct, and it is itself what the compiler captures. Parameter names
+equal the Hugging Face names, so that checkpoint tensors bind one to one. The order of casts is
+transformers'.
 
-Shapes: T tokens, D hidden, H query heads, K key/value heads, E head size, R rotary size. `...` is an
-optional batch: token ids are [T] (what is captured) or [B, T].
+Shapes: T tokens, D hidden, H query heads, K key/value heads, E head size, R rotary size. `...` is
+an optional batch: token ids are [T] (what is captured) or [B, T].
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +19,25 @@ from torch import Tensor, nn
 from aios_compile.models.config import ModelConfig
 from aios_compile.models.rope import RotaryEmbedding, apply_rope
 
-ACTIVATIONS = {
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU with the tanh approximation of the GPT-2 code."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": gelu_tanh,
     "relu": F.relu,
     "sigmoid": torch.sigmoid,
 }
 
 
 class RMSNorm(nn.Module):
-    """y = weight * x / rms(x), the quotient in float32 and cast back before the weight is applied."""
+    """y = weight * x / rms(x), the quotient in float32 and cast back before the weight is
+    applied.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -44,12 +55,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, window: int | None) -> None:
         super().__init__()
-        hidden, heads, kv_heads = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-        )
-        self.head_dim = config.head_dim
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.window = window
         self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=config.qkv_bias)
@@ -72,7 +79,8 @@ class Attention(nn.Module):
         else:
             mask = sliding_window_mask(position_ids, self.window)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return self.o_proj(out.transpose(-3, -2).flatten(-2))
+        out = self.o_proj(out.transpose(-3, -2).flatten(-2))
+        return out
 
 
 def sliding_window_mask(position_ids: Tensor, window: int) -> Tensor:
@@ -93,7 +101,8 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        y: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return y
 
 
 class DecoderLayer(nn.Module):
@@ -108,7 +117,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, position_ids)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
 
 
 class Backbone(nn.Module):
@@ -126,11 +136,14 @@ class Backbone(nn.Module):
         cos, sin = self.rotary_emb(position_ids, x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, position_ids)
-        return self.norm(x)
+        x = self.norm(x)
+        return x
 
 
 class Decoder(nn.Module):
-    """A causal language model: token ids and positions (int64 [..., T]) to logits [..., T, vocab]."""
+    """A causal language model: token ids and positions (int64 [..., T]) to logits [..., T,
+    vocab].
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -141,4 +154,5 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return self.lm_head(self.model(input_ids, position_ids))
+        logits: Tensor = self.lm_head(self.model(input_ids, position_ids))
+        return logits

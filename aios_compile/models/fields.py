@@ -1,6 +1,7 @@
 """Read the fields of a config.json one by one, checked, and account for every key.
 
-A key is read, known to be harmless, refused because it changes the mathematics, or reported as ignored.
+A key is read, known to be harmless, refused because it changes the mathematics, or reported as
+ignored.
 """
 
 from __future__ import annotations
@@ -11,25 +12,26 @@ from typing import Any
 
 from aios_compile.errors import CheckpointError, UnsupportedModelError
 
-# Keys that transformers writes or reads and that do not change the logits of a causal LM at inference.
-HARMLESS = frozenset(
-    """
+# Keys that transformers writes or reads and that do not change the logits of a causal LM at
+# inference.
+_WORDS = """
     _attn_implementation _attn_implementation_autoset _commit_hash _from_model_config _name_or_path
     architectures attention_dropout attn_implementation bad_words_ids begin_suppress_tokens
     chunk_size_feed_forward classifier_dropout decoder_start_token_id diversity_penalty do_sample
-    dtype early_stopping embd_pdrop embedding_dropout encoder_no_repeat_ngram_size exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id hidden_dropout id2label
-    initializer_range is_decoder label2id length_penalty max_length min_length model_type
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_scores prefix pretraining_tp problem_type remove_invalid_values
-    repetition_penalty resid_pdrop return_dict return_dict_in_generate rope_parameters rope_scaling
-    sep_token_id suppress_tokens task_specific_params temperature tie_encoder_decoder
-    tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
-    unsloth_fixed unsloth_version use_cache
-    """.split()
-)
+    dtype early_stopping embd_pdrop embedding_dropout encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    hidden_dropout id2label initializer_range is_decoder label2id length_penalty max_length
+    min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_scores prefix pretraining_tp problem_type
+    remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate
+    rope_parameters rope_scaling sep_token_id suppress_tokens task_specific_params temperature
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+    typical_p unsloth_fixed unsloth_version use_cache
+"""
+HARMLESS = frozenset(_WORDS.split())
 
-# Keys that change the mathematics in some family of transformers, with the values that change nothing.
+# Keys that change the mathematics in some family of transformers, with the values that change
+# nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (None, False),
     "alibi": (None, False),
@@ -132,7 +134,9 @@ class Fields:
         return CheckpointError(f"{self.where}: {key} is {shown}, expected {expected}")
 
     def refuse_other_mathematics(self) -> None:
-        """Raise UnsupportedModelError for the first key that changes the result and is not honoured."""
+        """Raise UnsupportedModelError for the first key that changes the result and is not
+        honoured.
+        """
         for key in sorted(self.values.keys() & NEUTRAL.keys() - self.read):
             value = self.values[key]
             if tuple(value) == () if isinstance(value, list) else value in NEUTRAL[key]:

@@ -1,10 +1,12 @@
 """Rotary position embedding: the frequencies of each variant, the tables and their application.
 
-Frequencies and angles are float32 always: a bfloat16 table destroys long positions. Sources: RoPE, Su et
-al. 2021; linear interpolation, Chen et al. 2023; NTK-aware "dynamic" scaling, the bloc97 and emozilla
-posts of 2023; YaRN, Peng et al. 2023; llama3, the Llama 3.1 model card. Values agree with transformers.
+Frequencies and angles are float32 always: a bfloat16 table destroys long positions. Sources: RoPE,
+Su et al. 2021; linear interpolation, Chen et al. 2023; NTK-aware "dynamic" scaling, the bloc97 and
+emozilla posts of 2023; YaRN, Peng et al. 2023; llama3, the Llama 3.1 model card. Values agree with
+transformers.
 
-Shapes: T tokens, H heads, E head size, R rotary size (even, at most E; the other dims pass through).
+Shapes: T tokens, H heads, E head size, R rotary size (even, at most E; the other dims pass
+through).
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class RotaryEmbedding(nn.Module):
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
     def dynamic_frequencies(self, position_ids: Tensor) -> Tensor:
-        """Return float32 [..., T, R / 2]: the base grows with the length of each token's sequence."""
+        """Return float32 [..., T, R / 2]: the base grows with the length of each token's
+        sequence.
+        """
         rope, dim = self.rope, self.rope.rotary_dim
         lengths = (position_ids.amax(-1, keepdim=True) + 1).expand_as(position_ids)
         ratio = lengths.clamp(min=rope.max_position_embeddings) / rope.max_position_embeddings
@@ -50,7 +54,9 @@ class RotaryEmbedding(nn.Module):
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first R dims of x [..., T, H, E] by the tables [..., T, R]; halves are the pairs."""
+    """Rotate the first R dims of x [..., T, H, E] by the tables [..., T, R]; halves are the
+    pairs.
+    """
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     rotary_dim = cos.shape[-1]
     if rotary_dim == x.shape[-1]:

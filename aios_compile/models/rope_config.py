@@ -32,9 +32,9 @@ class RopeConfig:
     high_freq_factor: float = 4.0
 
 
-def read_rope(top: Fields, head_dim: int, max_position_embeddings: int) -> tuple[
-    RopeConfig, tuple[str, ...]
-]:
+def read_rope(
+    top: Fields, head_dim: int, max_position_embeddings: int
+) -> tuple[RopeConfig, tuple[str, ...]]:
     """Return the RoPE of a config and the keys of its RoPE dict that were ignored.
 
     `rope_scaling` wins over `rope_parameters`, as in transformers; theta and the partial factor are
@@ -55,7 +55,8 @@ def read_rope(top: Fields, head_dim: int, max_position_embeddings: int) -> tuple
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in ROPE_TYPES:
         raise UnsupportedModelError(
-            f"{top.where}: rope type {rope_type!r} is not implemented, known: {', '.join(ROPE_TYPES)}"
+            f"{top.where}: rope type {rope_type!r} is not implemented, known: "
+            f"{', '.join(ROPE_TYPES)}"
         )
     rope.get("type")
     if rope.get("mrope_section") is not None:
