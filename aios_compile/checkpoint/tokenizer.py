@@ -134,24 +134,28 @@ class Tokenizer:
 
 
 class TokenStream:
-    """Text as it grows, never half a character; all pieces together are decode() of all ids.
+    """Text as it grows, never half a character.
 
-    Two decodes of a short window an id: the ids since the last whole piece, and one piece before
-    it, because the text of a token can depend on the token before (a leading space, say).
+    All pieces together are decode() of all ids, except where a byte-fallback tokenizer takes back
+    what it said: there a bad byte turns the good bytes before it into replacement characters, and
+    text that was given out stays. tokenizers' own DecodeStream raises in that case.
+
+    A window of ids is decoded: those not yet given out, and one piece before them, because the text
+    of a token can depend on the token before (a leading space, say).
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._ids: list[int] = []
-        self._known = 0  # ids at the window's start whose text was given out
-        self._shown = ""  # the text of those
+        self._num_given = 0  # ids at the start of the window whose text was given out
+        self._given = ""  # the text of those
 
     def push(self, index: int) -> str:
         """Return the text that became certain with this id; may be empty."""
         self._ids.append(index)
         text = self._tokenizer.decode(self._ids, self._skip)
-        if len(text) <= len(self._shown) or text.endswith(REPLACEMENT):
+        if len(text) <= len(self._given) or text.endswith(REPLACEMENT):
             return ""
         return self._give(text)
 
@@ -160,10 +164,13 @@ class TokenStream:
         return self._give(self._tokenizer.decode(self._ids, self._skip))
 
     def _give(self, text: str) -> str:
-        piece = text[len(self._shown) :]
-        self._ids = self._ids[self._known :]
-        self._known = len(self._ids)
-        self._shown = self._tokenizer.decode(self._ids, self._skip)
+        if text.startswith(self._given):
+            piece = text[len(self._given) :]
+        else:  # taken back: go on with the new ids alone
+            piece = self._tokenizer.decode(self._ids[self._num_given :], self._skip)
+        self._ids = self._ids[self._num_given :]
+        self._num_given = len(self._ids)
+        self._given = self._tokenizer.decode(self._ids, self._skip)
         return piece
 
 

@@ -79,8 +79,8 @@ class Attention(nn.Module):
         else:
             mask = sliding_window_mask(position_ids, self.window)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        out = self.o_proj(out.transpose(-3, -2).flatten(-2))
-        return out
+        y: Tensor = self.o_proj(out.transpose(-3, -2).flatten(-2))
+        return y
 
 
 def sliding_window_mask(position_ids: Tensor, window: int) -> Tensor:
@@ -132,7 +132,7 @@ class Backbone(nn.Module):
         self.rotary_emb = RotaryEmbedding(config.rope)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        x = self.embed_tokens(input_ids)
+        x: Tensor = self.embed_tokens(input_ids)
         cos, sin = self.rotary_emb(position_ids, x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, position_ids)
