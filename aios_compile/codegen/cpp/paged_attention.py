@@ -1,0 +1,132 @@
+"""out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h / G]) v[j, h / G] over the visible keys j.
+
+Layouts: q[T, H, D] float32 (any token and head stride), k_cache[N, Hkv, D, page] and
+v_cache[N, Hkv, page, Dv] in float32, bf16 or f16, query_starts i64[S+1], context_lengths i64[S],
+page_tables i64[S, P], sinks f32[H] (optional), out[T, H, Dv] float32. Sums in float32.
+Visible: causal; window w: the last w keys; chunk c: keys of the query's chunk of c positions.
+Bytes: K and V of a sequence once for each (key/value head, tile of up to 32 rows = tokens * group).
+Items: (key/value head, token), tokens fastest; neighbouring tokens of one sequence form the tiles.
+Algorithm: online softmax (Milakov and Gimelshein, 2018; FlashAttention-2), one page a step in
+ascending order for every row, so that bits do not depend on batch, chunking or tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from aios_compile.codegen.cpp.template import C_TYPES, constants, kernel, number, pointer
+from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.source import KernelSource
+from aios_compile.codegen.strided import Strided, body_lines, resolve
+
+ARGUMENTS = ("q", "k_cache", "v_cache", "query_starts", "context_lengths", "page_tables")
+
+
+@dataclass(frozen=True)
+class PagedAttentionSpec:
+    """Everything the text depends on. `inputs` are views of operands, in the op's order."""
+
+    inputs: tuple[Strided, ...]
+    sinks: Strided | None
+    out: Operand
+    scale: float
+    window: int | None
+    softcap: float | None
+    chunk: int | None
+    num_operands: int
+    lines: tuple[str, ...] = ()
+
+
+def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> PagedAttentionSpec | None:
+    """Return the spec of a body that is one aios.paged_attention, else None."""
+    (result,) = body.graph.output_node().args
+    node: Any = result[0] if isinstance(result, (tuple, list)) and len(result) == 1 else result
+    if not isinstance(node, fx.Node) or node.target is not torch.ops.aios.paged_attention.default:
+        return None
+    names = (*ARGUMENTS, "scale", "window", "softcap", "chunk", "sinks")
+    bound = dict(zip(names, node.args)) | dict(node.kwargs)
+    inputs = [resolve(bound[name], operands) for name in ARGUMENTS]
+    sinks = resolve(bound.get("sinks"), operands)
+    out = operands[-1]
+    if any(i is None for i in inputs) or (bound.get("sinks") is not None and sinks is None):
+        return None
+    views = tuple(i for i in inputs if i is not None)
+    spec = PagedAttentionSpec(
+        views,
+        sinks,
+        out,
+        float(bound["scale"]),
+        bound.get("window"),
+        bound.get("softcap"),
+        bound.get("chunk"),
+        len(operands),
+        body_lines(body),
+    )
+    return spec if _fits(spec) else None
+
+
+def _fits(spec: PagedAttentionSpec) -> bool:
+    q, k, v = (i.operand for i in spec.inputs[:3])
+    page, head = v.shape[2], v.shape[3]
+    return (
+        q.dtype == "f32"
+        and spec.out.dtype == "f32"
+        and k.dtype == v.dtype
+        and k.dtype in ("f32", "bf16", "f16")
+        and isinstance(page, int)
+        and page % 16 == 0
+        and q.strides[2] == 1
+        and k.strides[2:] == (page, 1)
+        and v.strides[2:] == (head, 1)
+        and spec.out.strides[2] == 1
+    )
+
+
+def reference(spec: PagedAttentionSpec, *tensors: Tensor) -> Tensor:
+    """Compute the kernel's output in eager PyTorch; tensors in the op's order."""
+    op = torch.ops.aios.paged_attention.default
+    sinks = tensors[6] if spec.sinks is not None else None
+    options = (spec.scale, spec.window, spec.softcap, spec.chunk, sinks)
+    result: Tensor = op(*tensors[:6], *options)
+    return result
+
+
+def emit(spec: PagedAttentionSpec) -> KernelSource:
+    """Return the kernel's text."""
+    q, k, v, starts, lengths, tables = spec.inputs
+    heads, width = q.operand.shape[1:]
+    kv_heads = k.operand.shape[1]
+    assert isinstance(heads, int) and isinstance(width, int) and isinstance(kv_heads, int)
+    page, v_width = v.operand.shape[2:]
+    assert isinstance(page, int) and isinstance(v_width, int)
+    definitions = [
+        f"using KeyValue = {C_TYPES[k.operand.dtype]};",
+        constants(HEADS=heads, KV_HEADS=kv_heads, D=width, DV=v_width, PAGE=page),
+        constants(WINDOW=spec.window or 0, CHUNK=spec.chunk or 0, HAS_SINKS=spec.sinks is not None),
+        constants(SCALE=float(spec.scale), SOFTCAP=float(spec.softcap or 0.0)),
+        number("num_tokens", q.operand.shape[0]),
+        number("num_sequences", lengths.operand.shape[0]),
+        pointer("q_at", q.index, q.operand, ("t", "h"), q.offset),
+        pointer("k_at", k.index, k.operand, ("page", "head"), k.offset),
+        pointer("v_at", v.index, v.operand, ("page", "head"), v.offset),
+        pointer("out_at", spec.num_operands - 1, spec.out, ("t", "h")),
+        pointer("pages_of", tables.index, tables.operand, ("s",), tables.offset),
+        pointer("start_of", starts.index, starts.operand, ("s",), starts.offset),
+        pointer("length_of", lengths.index, lengths.operand, ("s",), lengths.offset),
+    ]
+    if spec.sinks is not None:
+        definitions.append(
+            pointer("sink_at", spec.sinks.index, spec.sinks.operand, ("h",), spec.sinks.offset)
+        )
+    else:
+        definitions.append(
+            "AIOS_INLINE float* sink_at(const Sizes*, void* const*, int64_t) { return nullptr; }"
+        )
+    return kernel(
+        "paged_attention", spec, definitions, spec.num_operands, lines=spec.lines
+    )

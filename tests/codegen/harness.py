@@ -1,0 +1,78 @@
+"""Make kernel bodies as the compiler does, build their emitted text, run it with ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from aios_compile.codegen.cpp import build
+from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.source import KernelSource
+from aios_compile.ir.symbols import new_fake, new_fake_mode
+
+torch.set_num_threads(1)
+FOLDER = Path(tempfile.gettempdir()) / f"aios-test-objects-{__import__('os').getuid()}"
+
+
+class Sizes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in "TSRP"]
+
+
+def make_body(
+    function: Callable[..., Any],
+    inputs: dict[str, tuple[Sequence[Any], torch.dtype]],
+    strided: dict[str, Sequence[int]] | None = None,
+    packed: Sequence[str] = (),
+) -> tuple[fx.GraphModule, list[Operand]]:
+    """Trace `function` on fake inputs; return the body and its operands (inputs, then outputs).
+
+    inputs: name -> (sizes, each a number or "T", "S", "R"; dtype). strided: name -> strides.
+    """
+    mode = new_fake_mode()
+    fakes = []
+    for name, (shape, dtype) in inputs.items():
+        fake = new_fake(mode, shape, dtype)
+        if strided and name in strided:
+            with mode:
+                fake = torch.empty_strided(fake.shape, strided[name], dtype=dtype)
+        fakes.append(fake)
+    body = fx.symbolic_trace(function)
+    FakeTensorProp(body, mode).propagate_dont_convert_inputs(*fakes)
+    operands = [
+        Operand.of_value(name, fake, "rows16" if name in packed else None)
+        for name, fake in zip(inputs, fakes)
+    ]
+    (result,) = body.graph.output_node().args
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    for i, node in enumerate(results):
+        operands.append(Operand.of_value(f"out{i}", node.meta["val"]))
+    return body, operands
+
+
+class Kernel:
+    """A built kernel; call it with sizes and tensors (inputs, then outputs)."""
+
+    def __init__(self, source: KernelSource, target: build.Target | None = None) -> None:
+        target = target or build.Target.host()
+        objects = build.build_objects([source], FOLDER, target, jobs=1)
+        self.library = build.load(build.link(objects, objects[0].with_suffix(".so"), target))
+        self.run = getattr(self.library, source.symbol)
+        self.items = getattr(self.library, f"{source.symbol}_items")
+        self.items.restype = ctypes.c_int64
+
+    def __call__(self, sizes: dict[str, int], *tensors: Tensor | np.ndarray, splits: int = 1) -> None:
+        n = Sizes(**sizes)
+        addresses = [t.data_ptr() if isinstance(t, Tensor) else t.ctypes.data for t in tensors]
+        p = (ctypes.c_void_p * len(addresses))(*addresses)
+        items = self.items(ctypes.byref(n))
+        cuts = [items * i // splits for i in range(splits + 1)]
+        for begin, end in zip(cuts, cuts[1:]):
+            self.run(ctypes.byref(n), p, ctypes.c_int64(begin), ctypes.c_int64(end))

@@ -1,0 +1,144 @@
+"""Paged attention against its eager reference: mixed batches, masks, odd sizes, invariance."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from aios_compile.codegen.cpp import build, paged_attention
+from aios_compile.ir import ops  # noqa: F401  (registers the ops)
+from tests.codegen.harness import Kernel, make_body
+
+PAGE = 16
+
+
+@functools.lru_cache(maxsize=None)
+def kernel(heads, kv_heads, width, v_width, dtype, target=None, sinks=False, page=PAGE, **options):
+    def body(q, k_cache, v_cache, starts, lengths, tables, *rest):
+        return torch.ops.aios.paged_attention.default(
+            q, k_cache, v_cache, starts, lengths, tables, 0.3,
+            options.get("window"), options.get("softcap"), options.get("chunk"),
+            rest[0] if sinks else None,
+        )  # fmt: skip
+
+    def plain(q, k_cache, v_cache, starts, lengths, tables):
+        return body(q, k_cache, v_cache, starts, lengths, tables)
+
+    def with_sinks(q, k_cache, v_cache, starts, lengths, tables, sinks):
+        return body(q, k_cache, v_cache, starts, lengths, tables, sinks)
+
+    row = (heads + 2 * kv_heads) * width
+    inputs = {
+        "q": (("T", heads, width), torch.float32),
+        "k_cache": ((40, kv_heads, width, page), dtype),
+        "v_cache": ((40, kv_heads, page, v_width), dtype),
+        "starts": ((6,), torch.int64),
+        "lengths": (("S",), torch.int64),
+        "tables": (("S", 6), torch.int64),
+    }
+    if sinks:
+        inputs["sinks"] = ((heads,), torch.float32)
+    graph, operands = make_body(
+        with_sinks if sinks else plain, inputs, {"q": (row, width, 1)}
+    )
+    spec = paged_attention.spec_of(graph, operands)
+    assert spec is not None
+    return spec, Kernel(paged_attention.emit(spec), target and build.Target.named(target))
+
+
+class Batch:
+    """Sequences with (new tokens, tokens in cache): pages shuffled, unused slots poisoned."""
+
+    def __init__(self, sequences, heads, kv_heads, width, v_width, dtype, seed=0, page=PAGE):
+        g = torch.Generator().manual_seed(seed)
+        total = sum(new for new, _ in sequences)
+        row = (heads + 2 * kv_heads) * width
+        merged = torch.randn(total + 1, row, generator=g)
+        self.q = merged[:total].as_strided((total, heads, width), (row, width, 1))
+        self.k = torch.full((40, kv_heads, width, page), float("nan"), dtype=dtype)
+        self.v = torch.full((40, kv_heads, page, v_width), float("nan"), dtype=dtype)
+        self.starts = torch.zeros(len(sequences) + 1, dtype=torch.int64)
+        self.starts[1:] = torch.tensor([new for new, _ in sequences]).cumsum(0)
+        self.lengths = torch.tensor([context for _, context in sequences])
+        order = (torch.randperm(39, generator=g) + 1).tolist()
+        self.tables = torch.zeros(len(sequences), 6, dtype=torch.int64)
+        for s, (_, context) in enumerate(sequences):
+            for i in range(-(-context // page)):
+                self.tables[s, i] = order.pop()
+            for t in range(context):
+                at = self.tables[s, t // page]
+                self.k[at, :, :, t % page] = torch.randn(kv_heads, width, generator=g).to(dtype)
+                self.v[at, :, t % page] = torch.randn(kv_heads, v_width, generator=g).to(dtype)
+        self.sinks = torch.randn(heads, generator=g)
+        self.shape = (total, heads, v_width)
+
+    def arguments(self, sinks=False):
+        tensors = [self.q, self.k, self.v, self.starts, self.lengths, self.tables]
+        return [*tensors, self.sinks] if sinks else tensors
+
+    def run(self, built, sinks=False, splits=1):
+        out = torch.full(self.shape, float("nan"))
+        sizes = {"T": self.shape[0], "S": len(self.lengths), "R": 1, "P": 6}
+        built(sizes, *self.arguments(sinks), out, splits=splits)
+        return out
+
+
+MIXED = ((1, 1), (1, 37), (16, 16), (21, 50), (1, 90))
+
+
+@pytest.mark.parametrize("target", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(4, 2, 32, 32), (3, 1, 20, 13), (16, 8, 128, 128)])
+def test_mixed_batch_matches_the_reference(shape, dtype, target):
+    if build.Target.named(target).vector_bytes > build.Target.host().vector_bytes:
+        pytest.skip("the processor lacks the instructions")
+    if target == "portable" and (shape[0] == 16 or dtype == torch.float16):
+        pytest.skip("slow to build; the small shapes cover it")
+    spec, built = kernel(*shape, dtype, target)
+    batch = Batch(MIXED, *shape, dtype)
+    expected = paged_attention.reference(spec, *batch.arguments())
+    torch.testing.assert_close(batch.run(built), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"window": 1}, {"window": 16}, {"window": 19}, {"chunk": 8}, {"chunk": 32}, {"softcap": 5.0},
+     {"sinks": True}, {"window": 20, "softcap": 2.0, "sinks": True}, {"page": 32}],
+    ids=str,
+)  # fmt: skip
+def test_masks_softcap_sinks(options):
+    shape = (4, 2, 24, 40)
+    spec, built = kernel(*shape, torch.float32, **options)
+    batch = Batch(MIXED, *shape, torch.float32, page=options.get("page", PAGE))
+    sinks = options.get("sinks", False)
+    expected = paged_attention.reference(spec, *batch.arguments(sinks))
+    torch.testing.assert_close(batch.run(built, sinks), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 19}, {"chunk": 24}], ids=str)
+def test_a_row_does_not_depend_on_batch_chunk_or_split(options):
+    shape = (4, 2, 24, 40)
+    _, built = kernel(*shape, torch.bfloat16, **options)
+    batch = Batch(MIXED, *shape, torch.bfloat16)
+    whole = batch.run(built)
+    for splits in (2, 3, 7, 80):
+        assert torch.equal(whole, batch.run(built, splits=splits))
+    for s, (new, context) in enumerate(MIXED):  # alone, and each token as a step of its own
+        first = int(batch.starts[s])
+        for t in range(new):
+            alone = Batch(((1, 1),), *shape, torch.bfloat16)
+            alone.q, alone.k, alone.v = batch.q[first + t :][:1], batch.k, batch.v
+            alone.tables = batch.tables[s : s + 1]
+            alone.lengths = torch.tensor([context - new + t + 1])
+            assert torch.equal(alone.run(built)[0], whole[first + t])
+
+
+def test_padding_tokens_get_zeros():
+    shape = (4, 2, 24, 40)
+    _, built = kernel(*shape, torch.float32)
+    batch = Batch(((3, 3), (2, 20)), *shape, torch.float32)
+    batch.starts = torch.tensor([0, 3, 3])  # tokens 3 and 4 belong to nobody
+    out = batch.run(built)
+    assert torch.equal(out[3:], torch.zeros_like(out[3:])) and out[:3].isfinite().all()
