@@ -1,1 +1,1 @@
-"""."""
+"""The runtime, torch-free: admission, scheduler, paged KV cache, batches, engine, executor."""

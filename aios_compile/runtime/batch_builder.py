@@ -1,0 +1,153 @@
+"""From a plan to the arrays of one step, in buffers that are allocated once.
+
+tokens    | seq A: 1 | seq B: 1 | seq C: a chunk of 5 | padding to the bucket: page 0 |
+query_starts 0          1          2                     7  (= T without the padding)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from aios_compile.runtime.batch import TRASH_PAGE, Batch, Ints, Limits
+from aios_compile.runtime.request import Sequence
+from aios_compile.runtime.sampling_rows import PromptRows, SamplingRows
+from aios_compile.runtime.schedule_state import Chunk, Plan, SequenceState
+
+
+class BatchBuilder:
+    """Owner of every input buffer. A batch is valid until the next `build`."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        tokens = limits.padded_tokens(limits.max_num_batched_tokens)
+        self._token_ids, self._positions, self._lengths, self._slots = (
+            np.zeros(tokens, np.int64) for _ in range(4)
+        )
+        self._query_starts = np.zeros(limits.max_num_seqs + 1, np.int64)
+        self._context_lengths = np.zeros(limits.max_num_seqs, np.int64)
+        self._page_tables = np.zeros((limits.max_num_seqs, limits.max_pages_per_sequence), np.int64)
+        self._table_keys: list[tuple[int, int, int]] = [(-1, 0, 0)] * limits.max_num_seqs
+        self._logit_rows = np.zeros(limits.max_num_logit_rows, np.int64)
+        self._rows = SamplingRows(limits)
+        self._counting: Ints = np.arange(max(limits.max_model_len, tokens), dtype=np.int64)
+        self._batch: Batch | None = None
+
+    def build(
+        self, plan: Plan, sequences: Mapping[int, Sequence], states: Mapping[int, SequenceState]
+    ) -> Batch:
+        """Return the batch of a plan; tokens, positions, pages and sampling rows as of now."""
+        token, row = 0, 0
+        sampled: list[tuple[int, Sequence]] = []
+        prompts: list[PromptRows] = []
+        for s, chunk in enumerate(plan.chunks):
+            sequence, state = sequences[chunk.sequence_id], states[chunk.sequence_id]
+            self._write_page_table(s, state)
+            if chunk.num_tokens == 1:
+                self._write_token(token, s, chunk.start, sequence)
+            else:
+                self._write_chunk(token, s, chunk, sequence)
+            token += chunk.num_tokens
+            end = chunk.start + chunk.num_tokens
+            self._query_starts[s + 1] = token
+            self._context_lengths[s] = end
+            samples = state.samples and end == state.num_tokens
+            count = chunk.num_rows - samples
+            if count:
+                first = max(chunk.start, state.num_rows_done)
+                prompts.append(PromptRows(row, count, first, sequence))
+                place = token - end + first
+                self._logit_rows[row : row + count] = np.arange(place, place + count)
+            if samples:
+                self._logit_rows[row + count] = token - 1
+                sampled.append((row + count, sequence))
+            row += chunk.num_rows
+        assert token == plan.num_tokens and row == plan.num_rows, "the plan's sums are wrong"
+        padded = self.limits.padded_tokens(token)
+        if padded > token:
+            self._pad(token, padded)
+        self._rows.write(sampled, prompts)
+        return self._views(padded, len(plan.chunks), row)
+
+    def _write_page_table(self, s: int, state: SequenceState) -> None:
+        key = (state.sequence_id, state.page_epoch, len(state.pages))
+        old = self._table_keys[s]
+        if key == old:
+            return
+        if key[:2] == old[:2]:  # the same sequence got more pages
+            self._page_tables[s, old[2] : key[2]] = state.pages[old[2] :]
+        else:
+            self._page_tables[s, : key[2]] = state.pages
+            self._page_tables[s, key[2] :] = TRASH_PAGE
+        self._table_keys[s] = key
+
+    def _write_token(self, token: int, s: int, position: int, sequence: Sequence) -> None:
+        page, offset = divmod(position, self.limits.page_size)
+        self._token_ids[token] = sequence.tokens[position]
+        self._positions[token] = position
+        self._lengths[token] = max(sequence.num_prompt_tokens, position + 1)
+        self._slots[token] = self._page_tables[s, page] * self.limits.page_size + offset
+
+    def _write_chunk(self, token: int, s: int, chunk: Chunk, sequence: Sequence) -> None:
+        here = slice(token, token + chunk.num_tokens)
+        end = chunk.start + chunk.num_tokens
+        positions = self._counting[chunk.start : end]
+        self._token_ids[here] = sequence.tokens[chunk.start : end]
+        self._positions[here] = positions
+        np.maximum(positions + 1, sequence.num_prompt_tokens, out=self._lengths[here])
+        size = self.limits.page_size
+        self._slots[here] = self._page_tables[s][positions // size] * size + positions % size
+
+    def _pad(self, start: int, end: int) -> None:
+        """Fill [start, end): token 0 at position 0, written to the trash page."""
+        self._token_ids[start:end] = 0
+        self._positions[start:end] = 0
+        self._lengths[start:end] = 1
+        size = self.limits.page_size
+        self._slots[start:end] = TRASH_PAGE * size + self._counting[: end - start] % size
+
+    def _views(self, num_tokens: int, num_sequences: int, num_rows: int) -> Batch:
+        """Return views of the buffers; the last batch again when no size has changed."""
+        rows, batch = self._rows, self._batch
+        if batch is None or (batch.num_tokens, batch.num_sequences, batch.num_rows) != (
+            num_tokens,
+            num_sequences,
+            num_rows,
+        ):
+            T, S, R = num_tokens, num_sequences, num_rows
+            self._batch = batch = Batch(
+                token_ids=self._token_ids[:T],
+                positions=self._positions[:T],
+                sequence_lengths=self._lengths[:T],
+                slots=self._slots[:T],
+                query_starts=self._query_starts[: S + 1],
+                context_lengths=self._context_lengths[:S],
+                page_tables=self._page_tables[:S],
+                logit_rows=self._logit_rows[:R],
+                temperature=rows.temperature[:R],
+                top_k=rows.top_k[:R],
+                top_p=rows.top_p[:R],
+                min_p=rows.min_p[:R],
+                seeds=rows.seeds[:R],
+                sample_positions=rows.positions[:R],
+                repetition_penalty=rows.repetition[:R],
+                presence_penalty=rows.presence[:R],
+                frequency_penalty=rows.frequency[:R],
+                penalty_starts=rows.penalties.starts(R),
+                penalty_ids=rows.penalties.column(0),
+                penalty_counts=rows.penalties.column(1),
+                bias_starts=rows.bias.starts(R),
+                bias_ids=rows.bias.column(0),
+                bias_values=rows.bias.column(1),
+                allowed_starts=rows.allowed.starts(R),
+                allowed_ids=rows.allowed.column(0),
+                logprob_counts=rows.logprob_counts[:R],
+                given_ids=rows.given[:R],
+                has_given=rows.has_given[:R],
+            )
+            return batch
+        batch.penalty_ids, batch.penalty_counts = (rows.penalties.column(i) for i in range(2))
+        batch.bias_ids, batch.bias_values = (rows.bias.column(i) for i in range(2))
+        batch.allowed_ids = rows.allowed.column(0)
+        return batch

@@ -1,0 +1,147 @@
+"""What the result of a step means for its requests: tokens, log-probabilities, text, the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from aios_compile.runtime.batch import Batch, Limits, StepResult
+from aios_compile.runtime.output_text import Tokenizer
+from aios_compile.runtime.outputs import Logprob, TokenLogprobs
+from aios_compile.runtime.request import Request, Sequence
+from aios_compile.runtime.schedule_state import Plan, SequenceState
+
+
+class Committer:
+    """Applies step results to sequences. Stateless but for what it was made with."""
+
+    def __init__(self, limits: Limits, tokenizer: Tokenizer | None) -> None:
+        self._limits = limits
+        self._tokenizer = tokenizer
+
+    def apply(
+        self,
+        plan: Plan,
+        batch: Batch,
+        result: StepResult,
+        sequences: Mapping[int, Sequence],
+        requests: Mapping[int, Request],
+        states: Mapping[int, SequenceState],
+    ) -> tuple[list[tuple[int, str]], list[Request]]:
+        """Return (sequence id, reason) of the sequences that ended, and the requests to deliver.
+
+        A row whose logits were not finite ends its whole request with "error", and no other one.
+        """
+        ended: list[tuple[int, str]] = []
+        touched: dict[int, Request] = {}
+        finite, sampled = result.finite.tolist(), result.sampled_ids.tolist()
+        row = 0
+        for chunk in plan.chunks:
+            state, sequence = states[chunk.sequence_id], sequences[chunk.sequence_id]
+            request = requests[state.request_id]
+            end, last = chunk.start + chunk.num_tokens, row + chunk.num_rows
+            samples = state.samples and end == state.num_tokens
+            rows = range(row, last)
+            row = last
+            if sequence.finish_reason is not None:
+                continue  # a sibling's row of this step failed the whole request
+            if not sequence.admitted.wants_logits and not all(finite[r] for r in rows):
+                ended += _fail(request)
+                touched[state.request_id] = request
+                continue
+            if chunk.num_rows > samples:
+                first = max(chunk.start, state.num_rows_done)
+                self._prompt_rows(request, first, rows[: len(rows) - samples], batch, result)
+            if samples:
+                self._token(sequence, sampled[last - 1], last - 1, result)
+                touched[state.request_id] = request
+            elif not state.samples and end == state.num_prompt_tokens:
+                sequence.finish_reason = "length"
+                touched[state.request_id] = request
+            if sequence.finish_reason is not None:
+                ended.append((chunk.sequence_id, sequence.finish_reason))
+                request.num_unfinished -= 1
+        return ended, list(touched.values())
+
+    def _prompt_rows(
+        self, request: Request, first: int, rows: range, batch: Batch, result: StepResult
+    ) -> None:
+        if request.logits is not None:
+            request.logits[first : first + len(rows)] = result.logits[rows.start : rows.stop]
+        elif request.prompt_logprobs is not None:
+            count = request.admitted.params.prompt_logprobs or 0
+            for row in rows:
+                entry = self._logprobs(int(batch.given_ids[row]), row, count, result)
+                request.prompt_logprobs.append(entry)
+
+    def _token(self, sequence: Sequence, token_id: int, row: int, result: StepResult) -> None:
+        """Append one sampled token and decide whether the sequence ends with it."""
+        params = sequence.admitted.params
+        sequence.tokens.append(token_id)
+        if sequence.penalties is not None:
+            sequence.penalties.add(token_id)
+        if sequence.logprobs is not None:
+            entry = self._logprobs(token_id, row, params.logprobs or 0, result)
+            sequence.logprobs.append(entry)
+            sequence.cumulative_logprob += entry[token_id].logprob
+        self._decide(sequence, token_id)
+        if sequence.finish_reason is not None:
+            finish_text(sequence)
+
+    def _decide(self, sequence: Sequence, token_id: int) -> None:
+        admitted = sequence.admitted
+        count = sequence.num_output_tokens
+        if count > admitted.params.min_tokens:
+            if token_id in admitted.eos_token_ids:
+                sequence.finish_reason = "stop"
+                return
+            if token_id in admitted.stop_token_ids:
+                sequence.finish_reason, sequence.stop_reason = "stop", token_id
+                return
+        if sequence.text is not None:
+            stop = sequence.text.append(token_id, can_stop=count > admitted.params.min_tokens)
+            if stop is not None:
+                sequence.finish_reason, sequence.stop_reason = "stop", stop
+                return
+        if count >= admitted.max_tokens or len(sequence.tokens) >= self._limits.max_model_len:
+            sequence.finish_reason = "length"
+
+    def _logprobs(self, token_id: int, row: int, count: int, result: StepResult) -> TokenLogprobs:
+        """Return the token's own entry, then the `count` best ones."""
+        logprob, rank = float(result.logprobs[row]), int(result.ranks[row])
+        entries = {token_id: Logprob(logprob, rank, self._decode(token_id))}
+        if count:
+            ids, values = result.top_ids[row, :count].tolist(), result.top_logprobs[row].tolist()
+            for place, (top, value) in enumerate(zip(ids, values), start=1):
+                if top not in entries:
+                    entries[top] = Logprob(value, place, self._decode(top))
+        return entries
+
+    def _decode(self, token_id: int) -> str | None:
+        if self._tokenizer is None:
+            return None
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def finish_text(sequence: Sequence) -> None:
+    """Release the text that was held back; a stop token shows only if the caller asked for it."""
+    if sequence.text is None:
+        return
+    on_token = sequence.finish_reason == "stop" and not isinstance(sequence.stop_reason, str)
+    shown = on_token and sequence.admitted.params.include_stop_str_in_output
+    sequence.text.finish(sequence.tokens[-1] if shown else None)
+
+
+def end_request(request: Request, reason: str) -> list[tuple[int, str]]:
+    """End all unfinished sequences of a request; return their ids with the reason."""
+    ended = []
+    for sequence in request.sequences:
+        if sequence.finish_reason is None:
+            sequence.finish_reason = reason
+            finish_text(sequence)
+            ended.append((sequence.sequence_id, reason))
+    request.num_unfinished = 0
+    return ended
+
+
+def _fail(request: Request) -> list[tuple[int, str]]:
+    return end_request(request, "error")

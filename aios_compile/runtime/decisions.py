@@ -1,0 +1,66 @@
+"""The scheduler's diary: every decision with its reason, as records that go to JSON.
+
+The latest records stay in memory (a ring); a sink file, if any, receives each event and decision as
+one JSON line, from which `scheduler.replay` makes the same decisions again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+KINDS = ("arrive", "admit", "wait", "decode", "chunk", "copy", "fork", "preempt", "finish", "abort")
+
+
+@dataclass(slots=True)
+class Decision:
+    """One decision. `sequences` are sequence ids; `detail` holds a few numbers by name."""
+
+    step: int
+    now_us: int
+    kind: str
+    sequences: tuple[int, ...]
+    reason: str
+    detail: dict[str, int]
+
+    def __str__(self) -> str:
+        numbers = " ".join(f"{key}={value}" for key, value in self.detail.items())
+        names = ",".join(map(str, self.sequences))
+        return f"step {self.step}: {self.kind} [{names}] {numbers} ({self.reason})"
+
+
+class DecisionLog:
+    """Keeps the last `capacity` decisions and writes all of them to a sink file if there is one."""
+
+    def __init__(self, capacity: int = 4096, sink: Path | None = None) -> None:
+        self.ring: deque[Decision] = deque(maxlen=capacity)
+        self._file: TextIO | None = None if sink is None else sink.open("w", encoding="utf-8")
+
+    def extend(self, decisions: Iterable[Decision]) -> None:
+        for decision in decisions:
+            self.ring.append(decision)
+            if self._file is not None:
+                self._write({"decision": asdict(decision)})
+
+    def event(self, record: dict[str, Any]) -> None:
+        """Write one event to the sink; the ring keeps decisions only."""
+        if self._file is not None:
+            self._write({"event": record})
+
+    @property
+    def records_events(self) -> bool:
+        return self._file is not None
+
+    def _write(self, record: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+
+    def close(self) -> None:
+        """Flush and close the sink; the ring stays readable."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

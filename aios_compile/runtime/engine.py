@@ -1,0 +1,244 @@
+"""The engine as callers see it: generate, stream, logits, abort, close, from any thread.
+
+caller's thread                       engine thread (engine_core.py)
+admit -> Request -> inbox  ------->   schedule -> run -> commit, again and again
+wait on Delivery           <-------   text, tokens, the end, or an error
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import weakref
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aios_compile.errors import ConfigError, EngineClosedError, RequestError
+from aios_compile.runtime.admission import Admission, Prompt
+from aios_compile.runtime.batch import Executor, Floats
+from aios_compile.runtime.decisions import DecisionLog
+from aios_compile.runtime.engine_core import EngineCore, EngineStats
+from aios_compile.runtime.output_text import Tokenizer
+from aios_compile.runtime.outputs import RequestOutput, StreamChunk
+from aios_compile.runtime.request import Request
+from aios_compile.sampling_params import SamplingDefaults, SamplingParams
+
+
+class Engine:
+    """Runs requests on an executor, which it owns from now on.
+
+    seed: requests without a seed get one from this and their number. decision_sink: a file that
+    receives every event and decision of the scheduler as JSON lines.
+    Safe to use from several threads. After a fork the child gets EngineClosedError: threads and
+    locks do not survive a fork.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer | None = None,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        defaults: SamplingDefaults | None = None,
+        seed: int = 0,
+        decision_sink: Path | None = None,
+    ) -> None:
+        limits, eos = executor.limits, frozenset(eos_token_ids)
+        wrong = [token_id for token_id in eos if not 0 <= token_id < limits.vocab_size]
+        if wrong:
+            raise ConfigError(
+                f"eos_token_id {wrong[0]} is out of the vocabulary of {limits.vocab_size}"
+            )
+        self.tokenizer = tokenizer
+        self.defaults = defaults or SamplingDefaults({}, {})
+        self.admission = Admission(limits, tokenizer, eos)
+        self.log = DecisionLog(sink=decision_sink)
+        self._core = EngineCore(executor, tokenizer, seed, self.log)
+        self._pid = os.getpid()
+        # The thread holds the core, not this object: an engine nobody holds any more is closed.
+        self._thread = threading.Thread(target=self._core.run, name="aios-engine", daemon=True)
+        # It does not wait: the collector may run it in any thread, the engine's own included.
+        weakref.finalize(self, self._core.request_close).atexit = False
+        self._atexit = _close_at_exit(self._core, self._thread, self._pid)
+        self._thread.start()
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters since the start; read while running they may be a step old."""
+        return self._core.stats
+
+    def generate(
+        self,
+        prompts: Seq[Prompt],
+        params: SamplingParams | Seq[SamplingParams] | None = None,
+        **fields: Any,
+    ) -> list[RequestOutput]:
+        """Return one output a prompt, in order. If one prompt is refused, none runs.
+
+        params: one for all or one for each; or the fields of SamplingParams as keywords, over the
+        model's defaults. Raises RequestError, EngineError, EngineClosedError.
+        """
+        self._check_alive()
+        requests = [
+            self._request(prompt, given, f"prompt {i}: " if len(prompts) > 1 else "")
+            for i, (prompt, given) in enumerate(self._pairs(prompts, params, fields))
+        ]
+        self._run(requests)
+        return [request.output() for request in requests]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **fields: Any
+    ) -> TextStream:
+        """Return an iterator of StreamChunk; it is submitted at once. Closing it aborts."""
+        self._check_alive()
+        ((prompt, given),) = self._pairs([prompt], params, fields)
+        if given.n != 1:
+            raise RequestError(f"n={given.n} is out of range: a stream has one completion")
+        request = self._request(prompt, given, "", streams=True)
+        self._core.submit([request])
+        return TextStream(self, request)
+
+    def logits(self, token_ids: Seq[int]) -> Floats:
+        """Return the raw logits, float32 [T, V], of one sequence from position 0.
+
+        Runs as a request among the others, in chunks that fit the limits; its pages are freed.
+        """
+        self._check_alive()
+        request = Request(self.admission.admit_for_logits(token_ids), None, streams=False)
+        # here and not in the engine's thread: too little memory is this caller's problem only
+        request.logits = np.empty((len(token_ids), self.admission.limits.vocab_size), np.float32)
+        self._run([request])
+        assert request.logits is not None
+        return request.logits
+
+    def abort(self, request_id: int) -> bool:
+        """End a request with finish_reason "abort"; False if it is not running."""
+        self._check_alive()
+        request = self._core.requests.get(request_id)
+        if request is not None:
+            self._core.abort([request])
+        return request is not None
+
+    def close(self) -> None:
+        """End all requests (callers get EngineClosedError) and free everything; idempotent."""
+        atexit.unregister(self._atexit)
+        _close(self._core, self._thread, self._pid)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_alive(self) -> None:
+        if os.getpid() != self._pid:
+            raise EngineClosedError(
+                "the model belongs to the parent process: its threads did not survive the fork",
+                advice='load the model again in this process, or start it with the "spawn" method',
+            )
+
+    def _pairs(
+        self,
+        prompts: Seq[Prompt],
+        params: SamplingParams | Seq[SamplingParams] | None,
+        fields: dict[str, Any],
+    ) -> list[tuple[Prompt, SamplingParams]]:
+        if isinstance(prompts, str):
+            raise RequestError("prompts: got one text, expected a list", advice="[prompt]")
+        if params is None:
+            params = self.defaults.params(**fields)
+        elif fields:
+            raise RequestError(f"got both sampling parameters and {sorted(fields)}, expected one")
+        if isinstance(params, SamplingParams):
+            params = [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise RequestError(f"got {len(params)} sampling parameters for {len(prompts)} prompts")
+        return list(zip(prompts, params))
+
+    def _request(
+        self, prompt: Prompt, params: SamplingParams, where: str, streams: bool = False
+    ) -> Request:
+        try:
+            return Request(self.admission.admit(prompt, params), self.tokenizer, streams)
+        except RequestError as error:
+            if not where:
+                raise
+            raise type(error)(where + error.message, advice=error.advice) from error
+
+    def _run(self, requests: list[Request]) -> None:
+        """Submit and wait for all; whatever interrupts the wait aborts them."""
+        try:
+            self._core.submit(requests)
+            for request in requests:
+                request.delivery.wait()
+        except BaseException:
+            self._core.abort(requests)
+            raise
+
+
+class TextStream:
+    """Iterator over the chunks of one request. Not closed is aborted when it is dropped."""
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._engine = engine
+        self._request = request
+        self._ended = False
+
+    @property
+    def request_id(self) -> int:
+        return self._request.request_id
+
+    def output(self) -> RequestOutput:
+        """Return the whole result; only after the last chunk."""
+        assert self._ended, "the stream has not ended"
+        return self._request.output()
+
+    def __iter__(self) -> TextStream:
+        return self
+
+    def __next__(self) -> StreamChunk:
+        if self._ended:
+            raise StopIteration
+        self._engine._check_alive()
+        try:
+            chunk = self._request.delivery.take(self._engine.tokenizer is not None)
+        except BaseException:
+            self.close()
+            raise
+        self._ended = chunk.finish_reason is not None
+        return chunk
+
+    def close(self) -> None:
+        """Abort the request if it still runs; idempotent."""
+        if not self._ended and os.getpid() == self._engine._pid:
+            self._ended = True
+            self._engine._core.abort([self._request])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _close(core: EngineCore, thread: threading.Thread, pid: int) -> None:
+    """Close and wait. A forked child has no thread to ask and nothing of its own to free."""
+    if os.getpid() != pid:
+        return
+    core.request_close()
+    if thread is not threading.current_thread():
+        core.closed.wait()
+
+
+def _close_at_exit(core: EngineCore, thread: threading.Thread, pid: int) -> Any:
+    """Register closing for the interpreter's exit, without keeping the core alive for it."""
+    held = weakref.ref(core)
+
+    def close() -> None:
+        alive = held()
+        if alive is not None:
+            _close(alive, thread, pid)
+
+    return atexit.register(close)

@@ -1,0 +1,216 @@
+"""A request from admission to its output. Owner: the engine thread, but for `Delivery`."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from aios_compile.runtime.batch import Floats, Ints
+from aios_compile.runtime.output_text import OutputText, Tokenizer
+from aios_compile.runtime.outputs import (
+    CompletionOutput,
+    RequestMetrics,
+    RequestOutput,
+    StreamChunk,
+    TokenLogprobs,
+)
+from aios_compile.runtime.penalties import PenaltyCounts
+from aios_compile.sampling_params import SamplingParams
+
+_MASK = 2**64 - 1
+
+
+def mix_seed(seed: int, number: int) -> int:
+    """Return a 64-bit seed from two numbers: splitmix64 (Steele, Lea, Flood 2014), twice."""
+    for value in (number, 0):
+        z = seed = (seed + (value + 1) * 0x9E3779B97F4A7C15) & _MASK
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+        seed = z ^ (z >> 31)
+    return seed
+
+
+def as_int64(bits: int) -> int:
+    """Return the int64 with the same 64 bits."""
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A request that passed every check, in the form that steps use. Arrays are never written."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int  # clipped to the model's length; 0: only the logits of the prompt are wanted
+    eos_token_ids: frozenset[int]  # empty with ignore_eos
+    stop_token_ids: frozenset[int]
+    bias_ids: Ints
+    bias_values: Floats
+    early_bias_ids: Ints  # the bias until min_tokens: stop ids banned too
+    early_bias_values: Floats
+    allowed_ids: Ints
+    bad_words: tuple[tuple[int, ...], ...]
+
+    @property
+    def wants_logits(self) -> bool:
+        return self.max_tokens == 0
+
+    @property
+    def all_rows(self) -> bool:
+        return self.wants_logits or self.params.prompt_logprobs is not None
+
+
+class Sequence:
+    """One completion in progress: its tokens and all that follows from them."""
+
+    def __init__(self, admitted: Admitted, index: int, tokenizer: Tokenizer | None) -> None:
+        params = admitted.params
+        self.admitted = admitted
+        self.index = index
+        self.sequence_id = -1  # given by the engine, as is the seed
+        self.seed = 0
+        self.tokens = list(admitted.prompt_token_ids)  # the prompt, then the output
+        self.num_prompt_tokens = len(self.tokens)
+        self.text: OutputText | None = None
+        if tokenizer is not None and not admitted.wants_logits:
+            self.text = OutputText(tokenizer, params.stop, params.include_stop_str_in_output)
+        self.penalties = PenaltyCounts(self.tokens, params) if params.has_penalties else None
+        self.has_changing_bias = params.min_tokens > 0 or bool(admitted.bad_words)
+        self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        self.cumulative_logprob = 0.0
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+        self.num_preemptions = 0
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.tokens[self.num_prompt_tokens :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    def output(self) -> CompletionOutput:
+        """Return what the caller sees of it."""
+        assert self.finish_reason is not None
+        return CompletionOutput(
+            index=self.index,
+            text="" if self.text is None else self.text.text,
+            token_ids=self.output_token_ids,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            logprobs=self.logprobs,
+            cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
+        )
+
+
+class Delivery:
+    """Where the engine thread leaves results and one caller's thread waits for them.
+
+    Bounded: what a slow reader has not taken is merged into one chunk.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.Lock())
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._finish_reason: str | None = None
+        self._error: Exception | None = None
+        self._done = False
+
+    def put(self, chunk: StreamChunk) -> None:
+        """Add a chunk of a stream that goes on."""
+        with self._changed:
+            self._text.append(chunk.text)
+            self._token_ids += chunk.token_ids
+            self._changed.notify_all()
+
+    def finish(self, chunk: StreamChunk, error: Exception | None = None) -> None:
+        """Add the last chunk and end: with its finish_reason, or with an error."""
+        with self._changed:
+            if not self._done:
+                self._text.append(chunk.text)
+                self._token_ids += chunk.token_ids
+                self._finish_reason, self._error, self._done = chunk.finish_reason, error, True
+                self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait for the end; raise the error if there is one."""
+        with self._changed:
+            while not self._done:
+                self._changed.wait()
+        if self._error is not None:
+            raise self._error
+
+    def take(self, with_text: bool) -> StreamChunk:
+        """Wait for new text (or just tokens, when there is no tokenizer) or the end; return it."""
+        with self._changed:
+            while not (self._done or any(self._text) or (self._token_ids and not with_text)):
+                self._changed.wait()
+            if self._error is not None:
+                raise self._error
+            reason = self._finish_reason if self._done else None
+            chunk = StreamChunk("".join(self._text), self._token_ids, reason)
+            self._text, self._token_ids = [], []
+            return chunk
+
+
+class Request:
+    """One admitted request: its sequences, its prompt's results, and where they are delivered."""
+
+    def __init__(self, admitted: Admitted, tokenizer: Tokenizer | None, streams: bool) -> None:
+        self.request_id = -1  # given by the engine when it is submitted
+        self.admitted = admitted
+        count = admitted.params.n
+        self.sequences = [Sequence(admitted, i, tokenizer) for i in range(count)]
+        self.num_unfinished = count
+        self.streams = streams
+        self.delivery = Delivery()
+        self.num_sent_chars = 0
+        self.num_sent_tokens = 0
+        self.logits: Floats | None = None
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if admitted.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+        self.submitted_us = 0
+        self.started_us: int | None = None
+        self.first_token_us: int | None = None
+        self.finished_us = 0
+
+    def number(self, request_id: int, sequence_id: int, engine_seed: int, now_us: int) -> None:
+        """Give the request its number, and with it ids and seeds for its sequences."""
+        seed = self.admitted.params.seed
+        if seed is None:
+            seed = mix_seed(engine_seed, request_id)
+        self.request_id = request_id
+        self.submitted_us = now_us
+        for sequence in self.sequences:
+            sequence.sequence_id = sequence_id + sequence.index
+            sequence.seed = as_int64(mix_seed(seed, sequence.index))
+
+    def next_chunk(self) -> StreamChunk:
+        """Return what a stream has not sent yet; empty for a request that does not stream."""
+        sequence, text = self.sequences[0], ""
+        if not self.streams:
+            return StreamChunk("", [], sequence.finish_reason)
+        ids = sequence.tokens[sequence.num_prompt_tokens + self.num_sent_tokens :]
+        self.num_sent_tokens += len(ids)
+        if sequence.text is not None:
+            text = sequence.text.text[self.num_sent_chars : sequence.text.num_released]
+            self.num_sent_chars = sequence.text.num_released
+        return StreamChunk(text, ids, sequence.finish_reason)
+
+    def output(self) -> RequestOutput:
+        """Return the result; every sequence has finished."""
+        start, first, admitted = self.submitted_us, self.first_token_us, self.admitted
+        metrics = RequestMetrics(
+            queue_us=None if self.started_us is None else self.started_us - start,
+            ttft_us=None if first is None else first - start,
+            total_us=self.finished_us - start,
+            num_preemptions=sum(s.num_preemptions for s in self.sequences),
+        )
+        outputs = [sequence.output() for sequence in self.sequences]
+        ids = list(admitted.prompt_token_ids)
+        id_ = self.request_id
+        return RequestOutput(id_, admitted.prompt, ids, outputs, metrics, self.prompt_logprobs)
