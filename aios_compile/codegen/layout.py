@@ -54,17 +54,17 @@ def base_of(node: fx.Node) -> Base:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         if source.op == "call_module":
-            return _result_base(source, int(node.args[1]))  # type: ignore[arg-type]
+            return result_base(source, int(node.args[1]))  # type: ignore[arg-type]
         return base_of(source)
     if node.op == "call_function" and node.target in VIEWS:
         assert isinstance(node.args[0], fx.Node)
         return base_of(node.args[0])
     if node.op == "call_module":
-        return _result_base(node, 0)
+        return result_base(node, 0)
     return Base(node)
 
 
-def _result_base(call: fx.Node, result: int) -> Base:
+def result_base(call: fx.Node, result: int) -> Base:
     owner = call.graph.owning_module
     assert owner is not None
     if is_region_call(owner, call):

@@ -9,34 +9,12 @@ phase may not be handed to an output of that phase.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import networkx as nx
 
+from aios_compile.ir.lifetimes import Lifetime, Placement
+
 ALIGNMENT = 64  # one cache line, and the widest vector
-
-
-@dataclass(frozen=True)
-class Lifetime:
-    """A buffer that must keep its bytes from the phase that writes it to the last that reads it."""
-
-    name: str
-    bytes: int
-    first: int
-    last: int
-
-    def overlaps(self, other: Lifetime) -> bool:
-        return self.first <= other.last and other.first <= self.last
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Offsets by buffer name; arena size; the bound that no plan can beat."""
-
-    offsets: dict[str, int]
-    arena_bytes: int
-    naive_bytes: int
-    lower_bound_bytes: int
 
 
 def aligned(size: int) -> int:
