@@ -1,0 +1,118 @@
+"""What the commands need of a compiled model, and the timing of one streamed answer."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from aios_compile.progress import Progress
+
+
+class Chunk(Protocol):
+    """A piece of streamed text (runtime.outputs.StreamChunk)."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+class Tokenizer(Protocol):
+    """The part of the tokenizer that the commands use."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+
+class Model(Protocol):
+    """The part of api.CompiledModel that the commands use."""
+
+    progress: Progress
+    tokenizer: Tokenizer
+    artefact_path: Path
+
+    def generate(self, prompt: Any, **sampling: Any) -> Any: ...
+    def stream(self, prompt: Any, **sampling: Any) -> Iterator[Any]: ...
+    def apply_chat_template(self, messages: list[dict[str, str]]) -> str: ...
+    def report(self) -> Any: ...
+    def dump(self, folder: str) -> Any: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> Model: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+def load(model: str, options: dict[str, Any]) -> Model:
+    """Load and compile `model`; the import is here so that `aios --help` needs none of it."""
+    import aios_compile
+
+    loaded: Model = aios_compile.load_and_compile(model, **options)
+    return loaded
+
+
+@dataclass
+class Timing:
+    """Times of one streamed answer, in microseconds; None where there was no such token."""
+
+    num_prompt_tokens: int
+    num_tokens: int = 0
+    first_token_us: float | None = None
+    process_to_first_token_us: float | None = None
+    us_per_token: float | None = None
+
+    def __str__(self) -> str:
+        lines = [f"prompt       {self.num_prompt_tokens} tokens"]
+        if self.first_token_us is not None:
+            line = f"first token  {self.first_token_us / 1e3:.1f} ms after the request"
+            if self.process_to_first_token_us is not None:
+                line += f", {self.process_to_first_token_us / 1e3:.0f} ms after the process started"
+            lines.append(line)
+        rate = "" if self.us_per_token is None else f", {self.us_per_token:.0f} us a token"
+        lines.append(f"output       {self.num_tokens} tokens{rate}")
+        return "\n".join(lines)
+
+
+def stream_timed(
+    model: Model, ids: list[int], sampling: dict[str, Any], show: Callable[[str], None]
+) -> tuple[str, str | None, Timing]:
+    """Stream an answer through `show`; return its text, its finish reason and its timing."""
+    timing = Timing(len(ids))
+    pieces: list[str] = []
+    reason = None
+    begin = time.perf_counter()
+    first = last = begin
+    num_first = 0
+    for chunk in model.stream(ids, **sampling):
+        last = time.perf_counter()
+        if chunk.token_ids and timing.first_token_us is None:
+            first, num_first = last, len(chunk.token_ids)
+            timing.first_token_us = (first - begin) * 1e6
+            age = process_age_seconds()
+            timing.process_to_first_token_us = None if age is None else age * 1e6
+        timing.num_tokens += len(chunk.token_ids)
+        reason = chunk.finish_reason or reason
+        pieces.append(chunk.text)
+        show(chunk.text)
+    if timing.num_tokens > num_first:
+        timing.us_per_token = (last - first) * 1e6 / (timing.num_tokens - num_first)
+    return "".join(pieces), reason, timing
+
+
+def show_text(text: str) -> None:
+    """Write text to stdout at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def process_age_seconds() -> float | None:
+    """Return the seconds since this process was started (to 10 ms), or None off Linux."""
+    try:
+        with open("/proc/self/stat", encoding="utf-8") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        with open("/proc/uptime", encoding="utf-8") as file:
+            uptime = float(file.read().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+    return uptime - ticks / os.sysconf("SC_CLK_TCK")
