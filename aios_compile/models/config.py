@@ -148,9 +148,7 @@ def token_ids(fields: Fields, key: str, vocab_size: int) -> tuple[int, ...]:
 
 def _model_type(fields: Fields) -> str:
     by_architecture = {family.architecture: name for name, family in FAMILIES.items()}
-    architectures = fields.get("architectures") or []
-    if not isinstance(architectures, list):
-        raise fields.wrong("architectures", architectures, "a list of names")
+    architectures = fields.get_names("architectures") or []
     known = ", ".join(sorted(by_architecture))
     for name in architectures:
         if name not in by_architecture:
@@ -158,10 +156,10 @@ def _model_type(fields: Fields) -> str:
                 f"{fields.where}: architecture {name!r} is not implemented, known: {known}",
                 advice="build the model with its own library and pass the nn.Module",
             )
-    model_type = fields.get("model_type")
+    model_type = fields.get_name("model_type")
     if model_type is None and architectures:
         model_type = by_architecture[architectures[0]]
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if model_type is None or model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"{fields.where}: model_type {model_type!r} is not implemented, known: "
             f"{', '.join(sorted(FAMILIES))}",
@@ -192,7 +190,7 @@ def _bias(fields: Fields, key: str, fixed: bool | None) -> bool:
 
 
 def _activation(fields: Fields) -> str:
-    name = fields.get("hidden_act") or "silu"
+    name = fields.get_name("hidden_act", "silu") or ""
     if name not in ACTIVATION_NAMES:
         raise UnsupportedModelError(
             f"{fields.where}: hidden_act {name!r} is not implemented, known: "
@@ -202,10 +200,10 @@ def _activation(fields: Fields) -> str:
 
 
 def _dtype(fields: Fields) -> str | None:
-    name = fields.get("dtype") or fields.get("torch_dtype")
+    name = fields.get_name("dtype") or fields.get_name("torch_dtype")
     if name is None or name == "auto":
         return None
-    name = str(name).removeprefix("torch.")
+    name = name.removeprefix("torch.")
     if name not in DTYPES:
         raise UnsupportedModelError(
             f"{fields.where}: dtype {name!r} is not implemented, known: {', '.join(DTYPES)}"
@@ -226,13 +224,13 @@ def _windows(fields: Fields, model_type: str, layers: int) -> tuple[int | None, 
     first = fields.get_int("max_window_layers", 28, 0, 1 << 20)
     if model_type == "mistral":
         first = 0
-    types = fields.get("layer_types")
+    types = fields.get_names("layer_types")
     if types is None:
         types = [
             "sliding_attention" if window is not None and i >= first else "full_attention"
             for i in range(layers)
         ]
-    if not isinstance(types, list) or len(types) != layers:
+    if len(types) != layers:
         raise fields.wrong("layer_types", types, f"a list of {layers} names")
     for name in types:
         if name not in ("full_attention", "sliding_attention"):

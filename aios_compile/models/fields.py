@@ -128,6 +128,23 @@ class Fields:
             raise self.wrong(key, value, "true or false")
         return value
 
+    def get_name(self, key: str, default: str | None = None) -> str | None:
+        """Return a string, or the default where the key is absent or null."""
+        value = self.get(key)
+        value = default if value is None else value
+        if value is not None and not isinstance(value, str):
+            raise self.wrong(key, value, "a name")
+        return value
+
+    def get_names(self, key: str) -> list[str] | None:
+        """Return a list of strings, None where the key is absent or null."""
+        value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.wrong(key, value, "a list of names")
+        return value
+
     def wrong(self, key: str, got: object, expected: str) -> CheckpointError:
         """Return the error of a field with a value that cannot be."""
         shown = "nothing" if got is None else repr(got)[:80]

@@ -52,13 +52,13 @@ def read_rope(
     partial = top.get_float("partial_rotary_factor", 1.0, 0.0, 1.0)
     trained = top.get_int("original_max_position_embeddings", 0, 0, MAX_LENGTH)
     rope = Fields(values, f"{top.where}: rope_parameters")
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    rope_type = rope.get_name("rope_type") or rope.get_name("type") or "default"
     if rope_type not in ROPE_TYPES:
         raise UnsupportedModelError(
             f"{top.where}: rope type {rope_type!r} is not implemented, known: "
             f"{', '.join(ROPE_TYPES)}"
         )
-    rope.get("type")
+    rope.get("type")  # read, also where rope_type stands beside it
     if rope.get("mrope_section") is not None:
         raise UnsupportedModelError(f"{top.where}: rope mrope_section is not implemented")
     theta = rope.get_float("rope_theta", theta, 1.001, 1e15)
