@@ -1,0 +1,127 @@
+"""Run a program in eager PyTorch: as it is, or in float64 as the oracle; some layers passed through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from aios_compile.ir.module import IRModule, is_region_call, outputs, placeholders
+
+aten = torch.ops.aten
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MATMULS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.matmul.default)
+HALVES = (torch.bfloat16, torch.float16)
+
+# Name of a region call -> for each output, the position of the argument that is passed through.
+Skips = Mapping[str, tuple[int, ...]]
+
+
+class Evaluator(fx.Interpreter):
+    """Run a graph, its regions and kernel bodies node by node.
+
+    in_float64: every floating-point dtype written in the graph is replaced by float64 (the caller
+    gives float64 tensors). skips: region calls that return arguments instead of computing. Half
+    precision matmuls are computed in float32 and rounded once: PyTorch's own are up to 100 times
+    slower on a CPU without bf16 instructions, and their sums are float32 as well.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, *, in_float64: bool = False, skips: Skips | None = None
+    ) -> None:
+        assert isinstance(module, fx.GraphModule)
+        super().__init__(module)
+        self.in_float64 = in_float64
+        self.skips = skips or {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_module" and n.name in self.skips:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            return tuple(args[p] for p in self.skips[n.name])
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if self.in_float64:
+            args = tuple(_widened(a) for a in args)
+            kwargs = {k: _widened(v) for k, v in kwargs.items()}
+        elif target in MATMULS and args[0].dtype in HALVES:
+            wide = (a.float() if isinstance(a, Tensor) else a for a in args)
+            return target(*wide, **kwargs).to(args[0].dtype)
+        return super().call_function(target, args, kwargs)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        inner = self.module.get_submodule(str(target))
+        return Evaluator(inner, in_float64=self.in_float64).run(*args, **kwargs)
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in FLOATS else value
+
+
+def run(
+    module: IRModule,
+    values: Mapping[str, Tensor],
+    *,
+    in_float64: bool = False,
+    skips: Skips | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Run the program on values by placeholder name; return (outputs by name, next states by name)."""
+    arguments = [values[n.name] for n in placeholders(module.root.graph)]
+    with torch.no_grad():
+        result = Evaluator(module.root, in_float64=in_float64, skips=skips).run(*arguments)
+    results = list(result) if isinstance(result, (tuple, list)) else [result]
+    states = {name: results[i] for name, i in module.states.items() if i >= 0}
+    kept = [r for i, r in enumerate(results) if i not in set(module.states.values())]
+    names = [*module.outputs, *(f"output_{i}" for i in range(len(module.outputs), len(kept)))]
+    return dict(zip(names, kept)), states
+
+
+def carried(module: IRModule) -> dict[str, tuple[int, ...]] | None:
+    """Say how each region call can be passed through, or None when some output has no source.
+
+    A layer's output goes to the next layer at a position; that position is what the output replaces.
+    A state's next value is the state itself.
+    """
+    root = module.root
+    calls = [n for n in root.graph.nodes if n.op == "call_module" and is_region_call(root, n)]
+    inside = {user for call in calls for user in call.users}
+    by_region: dict[str, set[int]] = {}
+    for call in calls:
+        positions = {i for i, a in enumerate(call.args) if a in inside}
+        by_region.setdefault(str(call.target), set()).update(positions)
+    values = outputs(root.graph)
+    holders = {values[i]: name for name, i in module.states.items() if i >= 0}
+    skips = {}
+    for call in calls:
+        states = {
+            int(u.args[1]): holders[u]  # type: ignore[call-overload]
+            for u in call.users
+            if u in holders
+        }
+        free = sorted(by_region[str(call.target)])
+        found = _sources(call, states, free)
+        if found is None:
+            return None
+        skips[call.name] = found
+    return skips
+
+
+def _sources(call: fx.Node, states: Mapping[int, str], free: list[int]) -> tuple[int, ...] | None:
+    names = [a.name if isinstance(a, fx.Node) else "" for a in call.args]
+    found: list[int] = []
+    for i, value in enumerate(call.meta["val"]):
+        if i in states:
+            found.append(names.index(states[i]))
+            continue
+        fits = [p for p in free if _alike(call.args[p], value) and p not in found]
+        if not fits:
+            return None
+        found.append(fits[0])
+    return tuple(found)
+
+
+def _alike(argument: Any, value: Tensor) -> bool:
+    given = argument.meta["val"]
+    return given.dtype == value.dtype and [*map(str, given.shape)] == [*map(str, value.shape)]

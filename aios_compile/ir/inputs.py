@@ -1,0 +1,267 @@
+"""Random values that a program can run on: weights, runtime inputs and states, from one seed.
+
+A graph of level 2 or 3 does not run on any integers: slots, page tables and sequence starts must tell
+one story. `Step` is that story (which positions of which sequences); the values follow from it.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aios_compile.ir.module import IRModule, placeholders
+from aios_compile.ir.symbols import size_names
+
+MAX_PAGES = 64  # a sampled cache has at most this many pages, whatever the pool will have
+PAGE_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Value:
+    """A placeholder of the outer graph. kind: "weight", "input", "state" or "free" (tests).
+
+    source: the runtime input's name, or the weight's recipe as text. shape: ints, or texts over the
+    size names ("T", "S + 1").
+    """
+
+    name: str
+    kind: str
+    source: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The tokens of one step: sequence s brings `lengths[s]` tokens from position `starts[s]` on.
+
+    rows: the token indices whose logits are wanted. total: the prompt length of a single sequence.
+    """
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    rows: tuple[int, ...]
+    total: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+def whole(num_tokens: int) -> Step:
+    """Return a step that is one whole sequence; logits of its last token and of one in the middle."""
+    rows = tuple(sorted({num_tokens // 2, num_tokens - 1}))
+    return Step((0,), (num_tokens,), rows, num_tokens)
+
+
+def chunks(num_tokens: int) -> list[Step]:
+    """Return the same sequence cut into a prefill and a later chunk that reads the cache."""
+    if num_tokens == 1:
+        return [whole(1)]
+    cut = max(1, num_tokens * 2 // 3)
+    rest = num_tokens - cut
+    wanted = set(whole(num_tokens).rows)
+    first = tuple(sorted({r for r in wanted if r < cut} | {cut - 1}))
+    second = tuple(sorted({r - cut for r in wanted if r >= cut} | {rest - 1}))
+    return [Step((0,), (cut,), first, num_tokens), Step((cut,), (rest,), second, num_tokens)]
+
+
+def mixed(num_tokens: int) -> Step:
+    """Return decodes, a prefill chunk in the middle of a sequence and a fresh prefill in one batch."""
+    if num_tokens == 1:
+        return Step((17,), (1,), (0,))
+    if num_tokens < 8:
+        return Step((20, 0), (1, num_tokens - 1), (0, num_tokens - 1))
+    middle = (num_tokens - 1) * 2 // 3
+    lengths = (1, middle, num_tokens - 1 - middle)
+    return Step((33, 7, 0), lengths, (0, middle, num_tokens - 1))
+
+
+def describe(module: IRModule) -> list[Value]:
+    """List the placeholders of the outer graph with dtypes and symbolic shapes."""
+    found = []
+    for node in placeholders(module.root.graph):
+        kind, source = "free", node.name
+        if node.name in module.weights:
+            kind, source = "weight", module.weights[node.name].text()
+        elif node.name in module.inputs:
+            kind, source = "input", module.inputs[node.name]
+        elif node.name in module.states:
+            kind, source = "state", node.name
+        value = node.meta["val"]
+        shape = shape_of(module, value)
+        if kind == "state" and isinstance(shape[0], int):
+            shape = (min(shape[0], MAX_PAGES), *shape[1:])
+        found.append(Value(node.name, kind, source, value.dtype, shape))
+    return found
+
+
+def shape_of(module: IRModule, value: Tensor) -> tuple[int | str, ...]:
+    """Return a fake tensor's shape with symbols by their size names."""
+    names = size_names(module.mode)
+    return tuple(s if isinstance(s, int) else _rename(str(s), names) for s in value.shape)
+
+
+def _rename(text: str, names: Mapping[str, str]) -> str:
+    return re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), text)
+
+
+def size(text: int | str, sizes: Mapping[str, int]) -> int:
+    """Evaluate a dimension: an int, or a sum of products such as "2*T + 1"."""
+    if isinstance(text, int):
+        return text
+    total = 0
+    for term in text.split("+"):
+        product = 1
+        for factor in term.split("*"):
+            name = factor.strip()
+            product *= int(name) if name.lstrip("-").isdigit() else sizes[name]
+        total += product
+    return total
+
+
+def sizes_of(step: Step) -> dict[str, int]:
+    """Return the symbolic sizes of a step; the sampler's lists are two entries a row."""
+    rows = len(step.rows)
+    return {
+        "T": step.num_tokens,
+        "S": len(step.starts),
+        "R": rows,
+        "NP": 2 * rows,
+        "NB": 2 * rows,
+        "NA": 2 * rows,
+    }
+
+
+def random_tensor(name: str, shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
+    """Return seeded values for a name: weights around 0, vectors around 1, small integers."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+    if dtype == torch.bool or not dtype.is_floating_point:
+        return torch.randint(0, 2, tuple(shape), generator=generator).to(dtype)
+    values = torch.randn(tuple(shape), generator=generator)
+    return (1 + 0.25 * values if len(shape) == 1 else 0.05 * values).to(dtype)
+
+
+def sample(values: Iterable[Value], step: Step, seed: int) -> dict[str, Tensor]:
+    """Return a tensor for every placeholder: what a printed level runs on.
+
+    States hold random values everywhere, so that reading another sequence's page shows.
+    """
+    values = list(values)
+    sizes = sizes_of(step)
+    runtime = runtime_inputs(values, step, seed, vocabulary=_vocabulary(values))
+    found = {}
+    for value in values:
+        if value.kind == "input" and value.source in runtime:
+            found[value.name] = runtime[value.source].to(value.dtype)
+            continue
+        shape = [size(s, sizes) for s in value.shape]
+        tensor = random_tensor(value.name, shape, value.dtype, seed)
+        found[value.name] = tensor * 10 if value.kind == "state" else tensor
+    return found
+
+
+def sample_inputs(module: IRModule, step: Step, seed: int) -> dict[str, Tensor]:
+    """Return random values for every placeholder of the outer graph, by name."""
+    return sample(describe(module), step, seed)
+
+
+def _vocabulary(values: Sequence[Value]) -> int:
+    """Return a bound that token ids may take: the smallest row count of the outer tables."""
+    rows = [v.shape[0] for v in values if v.kind == "weight" and len(v.shape) == 2]
+    return min((r for r in rows if isinstance(r, int)), default=2)
+
+
+def page_size_of(values: Iterable[Value]) -> int:
+    """Return the page size of the caches, read off a `k_cache` state [N, G, D, page]."""
+    for value in values:
+        if value.kind == "state" and "k_cache" in value.name:
+            assert isinstance(value.shape[-1], int)
+            return value.shape[-1]
+    return PAGE_SIZE
+
+
+def runtime_inputs(
+    values: Sequence[Value], step: Step, seed: int, *, vocabulary: int
+) -> dict[str, Tensor]:
+    """Return the runtime inputs of a step by runtime name: those in `values` that are known."""
+    wanted = {v.source: v for v in values if v.kind == "input"}
+    generator = torch.Generator().manual_seed(seed)
+    page_size = page_size_of(values)
+    width = wanted["page_tables"].shape[1] if "page_tables" in wanted else 8
+    assert isinstance(width, int)
+    made = _sequence_inputs(step, generator, vocabulary, page_size, width)
+    made.update(_sampling_inputs(step, generator, vocabulary))
+    return {name: made[name] for name in wanted if name in made}
+
+
+def _sequence_inputs(
+    step: Step, generator: torch.Generator, vocabulary: int, page_size: int, width: int
+) -> dict[str, Tensor]:
+    length = max([step.total, *(s + n for s, n in zip(step.starts, step.lengths))])
+    prompt = torch.randint(0, vocabulary, (length,), generator=generator)
+    free = (1 + torch.randperm(MAX_PAGES - 1, generator=generator)).tolist()
+    tables = torch.zeros(len(step.starts), width, dtype=torch.int64)
+    ids, positions, slots, lengths, starts = [], [], [], [], [0]
+    for s, (begin, count) in enumerate(zip(step.starts, step.lengths)):
+        where = torch.arange(begin, begin + count)
+        num_pages = -(-(begin + count) // page_size)
+        if step.total:
+            num_pages = max(num_pages, -(-step.total // page_size))
+        pages = torch.tensor([free.pop() for _ in range(num_pages)])
+        tables[s, :num_pages] = pages[:width]
+        ids.append(prompt[where])
+        positions.append(where)
+        slots.append(pages[where // page_size] * page_size + where % page_size)
+        lengths.append(torch.full((count,), max(step.total, begin + count)))
+        starts.append(starts[-1] + count)
+    return {
+        "token_ids": torch.cat(ids),
+        "positions": torch.cat(positions),
+        "slots": torch.cat(slots),
+        "sequence_lengths": torch.cat(lengths),
+        "query_starts": torch.tensor(starts),
+        "context_lengths": torch.tensor([b + n for b, n in zip(step.starts, step.lengths)]),
+        "page_tables": tables,
+        "logit_rows": torch.tensor(step.rows),
+    }
+
+
+def _sampling_inputs(step: Step, generator: torch.Generator, vocabulary: int) -> dict[str, Tensor]:
+    """Return sampling inputs: greedy and random rows, every penalty and list in use."""
+    rows = len(step.rows)
+    index = torch.arange(rows)
+    pairs = torch.arange(rows + 1) * 2
+    ids = torch.stack([torch.randperm(max(vocabulary, 2), generator=generator)[:2] for _ in index])
+
+    def constant(value: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.full((rows,), value, dtype=dtype)
+
+    return {
+        "temperature": (index % 2).float() * 0.7,
+        "top_k": constant(20, torch.int64),
+        "top_p": constant(0.9),
+        "min_p": constant(0.01),
+        "seeds": torch.randint(0, 2**62, (rows,), generator=generator),
+        "sample_positions": index + 1,
+        "repetition_penalty": constant(1.1),
+        "presence_penalty": constant(0.1),
+        "frequency_penalty": constant(0.1),
+        "penalty_starts": pairs,
+        "penalty_ids": ids.reshape(-1),
+        "penalty_counts": torch.arange(2 * rows) % 3,
+        "bias_starts": pairs,
+        "bias_ids": ids.reshape(-1),
+        "bias_values": torch.linspace(-1, 1, 2 * rows),
+        "allowed_starts": torch.zeros(rows + 1, dtype=torch.int64),
+        "allowed_ids": torch.zeros(2 * rows, dtype=torch.int64),
+        "logprob_counts": constant(5, torch.int64),
+        "given_ids": constant(1, torch.int64),
+        "has_given": index % 3 // 2,
+    }

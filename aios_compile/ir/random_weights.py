@@ -1,0 +1,158 @@
+"""Random checkpoint tensors by name, cheap enough to prove every pass on a real model's shapes.
+
+All tensors of a dtype are windows of one random buffer, at an offset that depends on the name: a layer
+of 15 million weights costs nothing to make. Values known before loading (buffers, folded constants) are
+used as they are; parameters never are, because fresh ones are ones and zeros that hide mistakes.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from aios_compile.ir.module import IRModule, Recipe, placeholders
+
+VOCABULARY_ROWS = 64
+_SLACK = 1 << 16  # offsets are spread over this many elements
+_LIMIT = 1 << 26  # larger tensors repeat the buffer
+
+
+@dataclass
+class RandomWeights:
+    """Seeded values for checkpoint names; tensors with `vocabulary` rows keep VOCABULARY_ROWS of them.
+
+    vocabulary: 0 keeps every tensor whole.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+    known: Mapping[str, Tensor]
+    seed: int
+    vocabulary: int = 0
+    _buffers: dict[tuple[torch.dtype, torch.dtype], Tensor] = field(default_factory=dict)
+    _built: dict[tuple[str, bool], Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(module: IRModule, seed: int, vocabulary: int = 0) -> RandomWeights:
+        """Read names, shapes and dtypes off a program whose recipes are identities or whose tensors
+        are known."""
+        shapes, dtypes = {}, {}
+        for name, tensor in module.tensors.items():
+            shapes[name], dtypes[name] = tuple(tensor.shape), tensor.dtype
+        for node in placeholders(module.root.graph):
+            recipe = module.weights.get(node.name)
+            if recipe is not None and recipe.is_identity():
+                value = node.meta["val"]
+                shapes[recipe.names[0]] = tuple(int(s) for s in value.shape)
+                dtypes[recipe.names[0]] = value.dtype
+        known = {n: t for n, t in module.tensors.items() if not isinstance(t, nn.Parameter)}
+        return RandomWeights(shapes, dtypes, known, seed, vocabulary)
+
+    def learn(self, module: IRModule) -> None:
+        """Take over values that a pass has computed since (folded constants)."""
+        known = {n: t for n, t in module.tensors.items() if not isinstance(t, nn.Parameter)}
+        self.known = {**self.known, **known}
+
+    def weight(self, recipe: Recipe, in_float64: bool = False) -> Tensor:
+        """Return the weight that a recipe makes of the random checkpoint; the oracle's is upcast."""
+        if recipe.is_identity():
+            return self.tensor(recipe.names[0], in_float64)
+        key = (recipe.text(), in_float64)
+        if key not in self._built:
+            with torch.no_grad():
+                value = recipe.run({n: self.tensor(n) for n in recipe.names})
+            self._built[key] = _upcast(value) if in_float64 else value
+        return self._built[key]
+
+    def forget(self) -> None:
+        """Free the results of recipes."""
+        self._built.clear()
+
+    def tensor(self, name: str, in_float64: bool = False) -> Tensor:
+        """Return a checkpoint tensor in its own dtype, or the same values in float64."""
+        if name in self.known:
+            value = self.known[name]
+            value = value[:VOCABULARY_ROWS] if self._is_table(tuple(value.shape)) else value
+            return _upcast(value) if in_float64 else value
+        shape, dtype = self.shapes[name], self.dtypes[name]
+        if self._is_table(shape):
+            shape = (VOCABULARY_ROWS, *shape[1:])
+        if not dtype.is_floating_point:
+            generator = torch.Generator().manual_seed(self.seed)
+            return torch.randint(0, 2, shape, generator=generator).to(dtype)
+        count = math.prod(shape)
+        start = zlib.crc32(f"{self.seed} {name}".encode()) % (_SLACK // 16) * 16
+        window = self._window(dtype, in_float64, start, count).view(shape)
+        return 1 + 5 * window if len(shape) <= 1 else window
+
+    def _is_table(self, shape: tuple[int, ...]) -> bool:
+        return bool(self.vocabulary and shape and shape[0] == self.vocabulary)
+
+    def _window(self, dtype: torch.dtype, in_float64: bool, start: int, count: int) -> Tensor:
+        buffer = self._buffer(dtype, torch.float64 if in_float64 else dtype)
+        if start + count > len(buffer):
+            return buffer.repeat(-(-(start + count) // len(buffer)))[start : start + count]
+        return buffer[start : start + count]
+
+    def _buffer(self, stored: torch.dtype, dtype: torch.dtype) -> Tensor:
+        """Return the buffer of values that `stored` can hold, as `dtype`."""
+        if (stored, dtype) not in self._buffers:
+            if (torch.float32, torch.float32) not in self._buffers:
+                sizes = [math.prod(s) for s in self.shapes.values() if not self._is_table(s)]
+                length = min(max(sizes, default=0), _LIMIT) + _SLACK
+                generator = torch.Generator().manual_seed(self.seed)
+                base = torch.randn(length, generator=generator) * 0.05
+                self._buffers[torch.float32, torch.float32] = base
+            base = self._buffers[torch.float32, torch.float32]
+            self._buffers[stored, dtype] = base.to(stored).to(dtype)
+        return self._buffers[stored, dtype]
+
+
+def _upcast(value: Tensor) -> Tensor:
+    return value.to(torch.float64) if value.is_floating_point() else value
+
+
+def shrinkable_vocabulary(*modules: IRModule) -> int:
+    """Return the vocabulary size when it can be cut to a few rows in all these programs, else 0.
+
+    It can where only the outer graph's own nodes read tables of that many rows and no node has the
+    number as an argument.
+    """
+    sizes = {_vocabulary(module) for module in modules}
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
+def _vocabulary(module: IRModule) -> int:
+    graph = module.root.graph
+    tables = [
+        n
+        for n in placeholders(graph)
+        if n.name in module.weights
+        and any("embedding" in str(u.target) for u in n.users)
+        and n.meta["val"].dim() == 2
+    ]
+    if not tables:
+        return 0
+    rows = int(tables[0].meta["val"].shape[0])
+    if rows <= VOCABULARY_ROWS:
+        return 0
+    for name, graph_module in module.graphs().items():
+        for node in graph_module.graph.nodes:
+            if _mentions(node.args, rows) or _mentions(tuple(node.kwargs.values()), rows):
+                return 0
+            value = node.meta.get("val")
+            if name and node.op == "placeholder" and isinstance(value, Tensor):
+                if value.dim() and value.shape[0] == rows:
+                    return 0
+    return rows
+
+
+def _mentions(value: object, number: int) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_mentions(v, number) for v in value)
+    return isinstance(value, int) and not isinstance(value, bool) and value == number
