@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aios_compile.codegen.checksum import Checksum, checksum_buffer
-from aios_compile.codegen.manifest import WEIGHTS, Manifest, canonical, damaged, read_manifest
+from aios_compile.codegen.manifest import WEIGHTS, Manifest, canonical, damaged, open_folder
 from aios_compile.codegen.private_folder import cache_errors
 
 ALIGNMENT = 64
@@ -156,7 +156,7 @@ class Artefact:
 
         `ArtefactCache.lookup` has hashed the files before; this reads no large file.
         """
-        manifest = read_manifest(path)
+        manifest = open_folder(path)
         for name in (PROGRAM, LIBRARY, TENSORS, WEIGHTS):
             if name not in manifest.files:
                 raise damaged(path / name, "is missing")
@@ -167,8 +167,8 @@ class Artefact:
             _check_records(records, size)
         except (TypeError, ValueError, KeyError) as error:
             raise damaged(path / TENSORS, f"is not a table of tensors ({error})") from error
-        got = (path / WEIGHTS).stat().st_size
-        if got != size or manifest.files[WEIGHTS].bytes != size:
+        got = manifest.files[WEIGHTS].bytes
+        if got != size:
             raise damaged(path / WEIGHTS, f"has {got} bytes, expected {size}")
         artefact = cls(path, manifest, records)
         artefact._checksum = checksum

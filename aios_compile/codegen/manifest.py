@@ -121,19 +121,17 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(body["key"], body["about"], files)
 
 
-def verify_folder(folder: Path, key: str) -> Manifest:
-    """Check every file but the content of the weights; return the manifest or raise CacheError.
-
-    The set of files must be exactly the manifest's, each a plain file of this user.
-    """
-    info = os.lstat(folder)
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
-        raise damaged(folder, "is a link, no folder, or another user's")
-    manifest = read_manifest(folder)
-    if manifest.key != key:
-        raise damaged(folder / MANIFEST, f"has key {manifest.key[:12]}, expected {key[:12]}")
-    present = list_files(folder)
-    present.pop(MANIFEST)
+def open_folder(folder: Path) -> Manifest:
+    """Return the manifest if the folder has exactly its files, of its sizes, all of this user."""
+    try:
+        info = os.lstat(folder)
+        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
+            raise damaged(folder, "is a link, no folder, or another user's")
+        manifest = read_manifest(folder)
+        present = list_files(folder)
+    except OSError as error:
+        raise damaged(folder, f"cannot be read ({error.strerror})") from error
+    del present[MANIFEST]
     for name in sorted(present.keys() ^ manifest.files.keys()):
         what = "is not in the manifest" if name in present else "is missing"
         raise damaged(folder / name, what)
@@ -143,6 +141,15 @@ def verify_folder(folder: Path, key: str) -> Manifest:
             raise damaged(folder / name, f"has {got.st_size} bytes, expected {record.bytes}")
         if got.st_uid != os.geteuid():
             raise damaged(folder / name, f"belongs to user {got.st_uid}")
+    return manifest
+
+
+def verify_folder(folder: Path, key: str) -> Manifest:
+    """Check every file and (but for the weights) its content; CacheError says what differs."""
+    manifest = open_folder(folder)
+    if manifest.key != key:
+        raise damaged(folder / MANIFEST, f"has key {manifest.key[:12]}, expected {key[:12]}")
+    for name, record in manifest.files.items():
         if record.sha256 is not None and _sha256(folder / name) != record.sha256:
             raise damaged(folder / name, "differs from the sha256 of its manifest")
     return manifest

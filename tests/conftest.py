@@ -1,0 +1,44 @@
+"""Shared by all tests: one thread for torch, a cache of their own, no settings of the developer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported by anyone, and for child processes: the machine may be shared.
+os.environ["OMP_NUM_THREADS"] = "1"
+for _name in [name for name in os.environ if name.startswith("AIOS_")]:
+    del os.environ[_name]
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the goldens anew")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Point the artefact cache at a folder of this run, shared by its workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    os.environ["AIOS_CACHE_DIR"] = str(shared / "aios-cache")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Return a function that compares a text with tests/goldens/<name>; see --update-golden."""
+
+    def compare(name: str, text: str) -> None:
+        path = GOLDENS / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        assert path.read_text() == text, (
+            f"{path} differs: pytest --update-golden, then read the diff"
+        )
+
+    return compare
