@@ -41,7 +41,9 @@ def _own_regions(module: IRModule, traced: fx.GraphModule) -> None:
     graph = module.root.graph
     calls = [n for n in graph.nodes if n.target is torch_private.INVOKE_SUBGRAPH]
     identifiers = list(dict.fromkeys(str(c.args[1]) for c in calls))
-    names = {k: "layer" if len(identifiers) == 1 else f"layer_{i}" for i, k in enumerate(identifiers)}
+    names = {
+        k: "layer" if len(identifiers) == 1 else f"layer_{i}" for i, k in enumerate(identifiers)
+    }
     for call in calls:
         holder, identifier = call.args[0], str(call.args[1])
         assert isinstance(holder, fx.Node)

@@ -141,7 +141,7 @@ def _check_guards(mode: Any, max_tokens: int) -> None:
     for guard in mode.shape_env.guards:
         expr = guard.expr
         symbols = expr.free_symbols
-        holds = [bool(expr.subs({s: t for s in symbols})) for t in (2, 3, 16, 17, 64, max_tokens)]
+        holds = [bool(expr.subs(dict.fromkeys(symbols, t))) for t in (2, 3, 16, 17, 64, max_tokens)]
         if not all(holds):
             raise CaptureError(
                 f"the model specialises on the token count: {expr}",

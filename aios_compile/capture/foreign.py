@@ -80,7 +80,9 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend query [1, H, T, D] to key and value [1, G, T, D]; return [1, T, H, Dv]."""
     unknown = {
-        k for k, v in others.items() if k not in _KNOWN_ARGUMENTS and v is not None and v is not False
+        k
+        for k, v in others.items()
+        if k not in _KNOWN_ARGUMENTS and v is not None and v is not False
     }
     unknown -= {"is_causal"} if others.get("is_causal", True) else set()
     if unknown or not getattr(module, "is_causal", True) or attention_mask is not None:

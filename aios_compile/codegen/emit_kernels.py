@@ -71,9 +71,7 @@ def linear_weights(call: fx.Node) -> list[int]:
     """Return the indices of the operands that are weights of aios.linear in a kernel body."""
     body = body_of(call)
     holders = [p for p in placeholders(body.graph) if _is_tensor(p)]
-    found = [
-        n.args[1] for n in body.graph.nodes if n.target in (aios.linear.default, aios.linear)
-    ]
+    found = [n.args[1] for n in body.graph.nodes if n.target in (aios.linear.default, aios.linear)]
     return [holders.index(w) for w in found if w in holders]
 
 

@@ -97,9 +97,7 @@ def num_bytes(value: Any, sizes: Mapping[str, int]) -> int:
 
 def check_dense(node: fx.Node, value: Any) -> None:
     """Raise unless a kernel result fills its memory without holes or overlap."""
-    hints = sorted(
-        (int(st), int(s)) for st, s in zip(value.stride(), value.shape) if int(s) != 1
-    )
+    hints = sorted((int(st), int(s)) for st, s in zip(value.stride(), value.shape) if int(s) != 1)
     expected = 1
     for stride, size in hints:
         if stride != expected:

@@ -14,7 +14,14 @@ from torch import fx
 
 from aios_compile.codegen.emit_kernels import Emitted, tensor_arguments
 from aios_compile.codegen.form_phases import form_phases
-from aios_compile.codegen.layout import Base, base_of, compute_nodes, num_bytes, result_base, shift_bytes
+from aios_compile.codegen.layout import (
+    Base,
+    base_of,
+    compute_nodes,
+    num_bytes,
+    result_base,
+    shift_bytes,
+)
 from aios_compile.codegen.operand import DTYPE_NAMES, dim_of
 from aios_compile.codegen.program import (
     BufferRow,
@@ -204,7 +211,9 @@ class Lowering:
             for a in tensor_arguments(n)
             if graph.aliases.get(base_of(a), base_of(a)) == old
         ]
-        own = [a for a in tensor_arguments(node) if graph.aliases.get(base_of(a), base_of(a)) == old]
+        own = [
+            a for a in tensor_arguments(node) if graph.aliases.get(base_of(a), base_of(a)) == old
+        ]
         same = num_bytes(new.value, self.sizes) == num_bytes(old.value, self.sizes)
         same = same and new.value.dtype == old.value.dtype
         whole = shift_bytes(argument) == 0 and spans[old][1] == phase
@@ -214,9 +223,7 @@ class Lowering:
         prefix = f"{region}/" if region else ""
         for item in lifetimes:
             self.rows.append(
-                BufferRow(
-                    prefix + item.name, item.bytes, offsets[item.name], item.first, item.last
-                )
+                BufferRow(prefix + item.name, item.bytes, offsets[item.name], item.first, item.last)
             )
 
     def _ref(self, graph: _Graph, value: fx.Node, packing: str) -> Ref:
@@ -273,7 +280,10 @@ class Lowering:
                 continue
             row = self.module.calls(name).index(node)
             last = items[-1] if items else None
-            if isinstance(last, RegionCall) and (last.region, last.first + last.count) == (name, row):
+            if isinstance(last, RegionCall) and (last.region, last.first + last.count) == (
+                name,
+                row,
+            ):
                 items[-1] = RegionCall(name, last.first, last.count + 1, last.phase)
             else:
                 items.append(RegionCall(name, row, 1, phase))
@@ -351,5 +361,3 @@ def lower(
     `planner` is passes.plan_memory: codegen does not import passes.
     """
     return Lowering(module, emitted, sizes, planner).program(settings)
-
-

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 from aios_compile.codegen.operand import Dim, SizeExpr, dim_text
 
@@ -63,7 +63,7 @@ class Function:
     """The launches of one graph. `rows` is the argument table of a region (empty for the root)."""
 
     name: str
-    items: tuple[Union[Launch, RegionCall], ...]
+    items: tuple[Launch | RegionCall, ...]
     rows: tuple[tuple[Ref, ...], ...] = ()
 
 
@@ -167,9 +167,7 @@ class Program:
 
 def plan_from_json(data: Mapping[str, Any]) -> MemoryPlan:
     rows = tuple(_build(BufferRow, b) for b in data["buffers"])
-    return MemoryPlan(
-        data["arena_bytes"], data["naive_bytes"], data["lower_bound_bytes"], rows
-    )
+    return MemoryPlan(data["arena_bytes"], data["naive_bytes"], data["lower_bound_bytes"], rows)
 
 
 def _plain(value: Any) -> Any:

@@ -98,7 +98,9 @@ class PassContext:
     ) -> fx.Node:
         """Return the placeholder of the runtime input `name`, added and threaded through once."""
         root = self.module.root.graph
-        outer = next((n for n in placeholders(root) if self.module.inputs.get(n.name) == name), None)
+        outer = next(
+            (n for n in placeholders(root) if self.module.inputs.get(n.name) == name), None
+        )
         if outer is None:
             value = new_fake(self.module.mode, shape, dtype)
             outer = self._placeholder(root, name, value)
@@ -174,9 +176,7 @@ class PassContext:
         node.meta["val"] = value
         return node
 
-    def _bind(
-        self, graph: fx.Graph, name: str, value: Tensor, outer: Sequence[fx.Node]
-    ) -> fx.Node:
+    def _bind(self, graph: fx.Graph, name: str, value: Tensor, outer: Sequence[fx.Node]) -> fx.Node:
         node = self._placeholder(graph, name, value)
         for call, argument in zip(self.module.calls(self.region), outer):
             call.args = (*call.args, argument)

@@ -37,7 +37,7 @@ def graph_pass(
 
     def declare(function: PassFunction) -> PassFunction:
         info = PassInfo(
-            getattr(function, "__name__"), numerics, required, target, function.__doc__ or ""
+            function.__name__, numerics, required, target, function.__doc__ or ""
         )
         cast(Any, function).info = info
         return function

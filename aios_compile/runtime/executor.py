@@ -1,172 +1,28 @@
-"""Run a compiled program on the CPU: numpy and ctypes only, no torch.
-
-Owns the arena, the KV pool, the thread pool and the pointer tables. One thread calls `step`.
-"""
+"""The Executor of the C++ target: a program runner behind the engine's step interface."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-from aios_compile.codegen.operand import BYTES, dim_value
-from aios_compile.codegen.program import Program, Ref, TensorEntry
-from aios_compile.errors import EngineClosedError, EngineError
+from aios_compile.errors import EngineError
 from aios_compile.runtime.batch import Batch, Limits, StepResult
-from aios_compile.runtime.memory import Region
-
-SPINS = 20_000  # about a millisecond of pause instructions; 50 us parked at every barrier
-NUMPY_DTYPES = {"f32": np.float32, "i64": np.int64, "f64": np.float64, "i32": np.int32}
-Pointers = NDArray[np.uint64]
-
-
-class _Sizes(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("T", "S", "R", "P")]
-
-
-class _Run(ctypes.Structure):
-    _fields_ = [
-        ("n", _Sizes),
-        ("arena", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p),
-        ("states", ctypes.c_void_p),
-        ("inputs", ctypes.c_void_p),
-        ("rows", ctypes.c_void_p),
-        ("num_counters", ctypes.c_int64),
-    ]
-
-
-def state_page_bytes(program: Program) -> list[int]:
-    """Return the bytes of one page of each state (KV cache of a layer)."""
-    return [int(np.prod(s.page_shape)) * BYTES[s.dtype] for s in program.states]
+from aios_compile.runtime.program_runner import ProgramRunner
 
 
 class CpuExecutor:
-    """The Executor of the C++ target.
-
-    weights: WeightEntry.name -> array whose memory outlives the executor. guarded: tests only; the
-    arena is exactly the plan's bytes between pages that may not be touched, poisoned before each
-    step. Raises EngineError when a step is asked for sizes beyond the plan.
-    """
+    """Runs batches on a ProgramRunner, which it owns. See runtime.batch.Executor."""
 
     usable = True
 
-    def __init__(
-        self,
-        program: Program,
-        library: ctypes.CDLL,
-        weights: Mapping[str, NDArray[Any]],
-        limits: Limits,
-        num_threads: int,
-        *,
-        guarded: bool = False,
-    ) -> None:
+    def __init__(self, runner: ProgramRunner, limits: Limits) -> None:
+        self.runner = runner
         self.limits = limits
-        self.program = program
-        self._library = library
-        self._guarded = guarded
-        self._pid = os.getpid()
-        self._closed = False
-        self._keep: dict[str, Any] = {"weights": weights}
-        self._page_bytes = state_page_bytes(program)
-        self._arena = Region(program.plan.arena_bytes, guarded=guarded)
-        pool_bytes = [-(-b * limits.num_pages // 64) * 64 for b in self._page_bytes]
-        self._kv = Region(sum(pool_bytes), guarded=guarded)
-        begins = np.cumsum([0, *pool_bytes[:-1]]) if pool_bytes else np.zeros(0, np.int64)
-        self._states: Pointers = np.array([self._kv.address + int(b) for b in begins], np.uint64)
-        self._weights: Pointers = np.array(
-            [weights[w.name].ctypes.data for w in program.weights], np.uint64
-        )
-        self._inputs: Pointers = np.zeros(max(1, len(program.inputs)), np.uint64)
-        self._bound: list[Any] = [None] * len(program.inputs)
-        self._rows = self._resolve_rows()
-        self._run = self._new_run()
-        self._outputs = {o.name: self._output_view(o) for o in program.outputs}
-        self._bind_library()
-        self._pool = 0
-        self.num_threads = 0
-        self.set_num_threads(num_threads)
-
-    def _bind_library(self) -> None:
-        lib = self._library
-        lib.pool_new.restype = ctypes.c_void_p
-        lib.pool_new.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_int64]
-        lib.pool_size.argtypes = [ctypes.c_void_p]
-        lib.pool_step.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-        lib.pool_step.restype = None
-        lib.pool_free.argtypes = [ctypes.c_void_p]
-        lib.pool_free.restype = None
-        lib.step_num_counters.restype = ctypes.c_int64
-
-    def set_num_threads(self, num_threads: int) -> None:
-        """Replace the thread pool. Not while a step runs."""
-        if self._pool:
-            self._library.pool_free(self._pool)
-        counters = self._library.step_num_counters()
-        self._pool = self._library.pool_new(num_threads, SPINS, counters)
-        if not self._pool:
-            raise EngineError(f"cannot start a pool of {num_threads} threads")
-        self.num_threads = self._library.pool_size(self._pool)
-
-    def _resolve_rows(self) -> Pointers:
-        refs = [ref for f in self.program.functions for row in f.rows for ref in row]
-        return np.array([self._address(ref) for ref in refs] or [0], np.uint64)
-
-    def _address(self, ref: Ref) -> int:
-        assert isinstance(ref.shift, int), "argument rows have constant offsets"
-        if ref.space == "arena":
-            return self._arena.address + ref.index + ref.shift
-        if ref.space == "input":
-            raise EngineError("a region reads a runtime input directly: copy it first")
-        table = {"weight": self._weights, "state": self._states}[ref.space]
-        return int(table[ref.index]) + ref.shift
-
-    def _new_run(self) -> _Run:
-        run = _Run()
-        run.n.P = self.limits.max_pages_per_sequence
-        run.arena = self._arena.address
-        run.weights = self._weights.ctypes.data
-        run.states = self._states.ctypes.data
-        run.inputs = self._inputs.ctypes.data
-        run.rows = self._rows.ctypes.data
-        return run
-
-    def _output_view(self, entry: TensorEntry) -> NDArray[Any]:
-        """Return the whole planned buffer of an output, for its largest shape."""
-        shape = [dim_value(d, self.program.sizes) for d in entry.shape]
-        dtype = np.dtype(NUMPY_DTYPES[entry.dtype])
-        begin = entry.offset
-        raw = self._arena.array()[begin : begin + int(np.prod(shape)) * dtype.itemsize]
-        return raw.view(dtype).reshape(shape)
 
     def step(self, batch: Batch) -> StepResult:
-        """Write the cache, compute the rows' logits and sample; results are valid until the next."""
-        self._check(batch)
-        if self._guarded:
-            self._arena.poison()
-        sizes = self._run.n
-        sizes.T, sizes.S, sizes.R = batch.num_tokens, batch.num_sequences, batch.num_rows
-        for i, entry in enumerate(self.program.inputs):
-            array = getattr(batch, entry.name)
-            if array is not self._bound[i]:
-                assert array.flags.c_contiguous, f"{entry.name} is not contiguous"
-                self._bound[i] = array
-                self._inputs[i] = array.ctypes.data
-        self._library.pool_step(self._pool, ctypes.byref(self._run))
-        rows = batch.num_rows
-        return StepResult(**{name: view[:rows] for name, view in self._outputs.items()})
+        """Write the cache, compute the rows' logits and sample; results are valid until the next.
 
-    def _check(self, batch: Batch) -> None:
-        if self._pid != os.getpid():
-            raise EngineClosedError(
-                "the model belongs to the parent process", advice="load it again after the fork"
-            )
-        if self._closed:
-            raise EngineClosedError("the model is closed")
+        Raises EngineError for a batch beyond the planned sizes.
+        """
         limits = self.limits
         for what, got, most in (
             ("tokens", batch.num_tokens, limits.max_num_batched_tokens),
@@ -175,28 +31,14 @@ class CpuExecutor:
         ):
             if got > most:
                 raise EngineError(f"a step of {got} {what}, planned for at most {most}")
+        rows = batch.num_rows
+        self.runner.run(vars(batch), batch.num_tokens, batch.num_sequences, rows)
+        return StepResult(**{name: view[:rows] for name, view in self.runner.outputs.items()})
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages (source, target) in all layers, in the order given."""
-        for base, size in zip(self._states, self._page_bytes):
-            for source, target in pairs:
-                ctypes.memmove(int(base) + target * size, int(base) + source * size, size)
-
-    def poison_pages(self, pages: Sequence[int]) -> None:
-        """Fill pages with NaN bytes in all layers (tests: freed pages must never be read)."""
-        for base, size in zip(self._states, self._page_bytes):
-            for page in pages:
-                ctypes.memset(int(base) + page * size, 0xFF, size)
+        self.runner.copy_pages(pairs)
 
     def close(self) -> None:
-        """Stop the threads and unmap all memory. Idempotent; in a forked child nothing is joined."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._pid == os.getpid():
-            self._library.pool_free(self._pool)
-        self._outputs.clear()
-        self._bound.clear()
-        self._keep.clear()
-        self._arena.close()
-        self._kv.close()
+        """Stop the threads and unmap all memory. Idempotent."""
+        self.runner.close()

@@ -62,9 +62,7 @@ def _function(program: Program, function: Function, sources: tuple[KernelSource,
     if function.name == "step":
         lines = ["static void run_step(aios::Worker *w, const Run *r) {"]
     else:
-        lines = [
-            f"static void {function.name}(aios::Worker *w, const Run *r, char *const *a) {{"
-        ]
+        lines = [f"static void {function.name}(aios::Worker *w, const Run *r, char *const *a) {{"]
     for number, phase in enumerate(_phases(function)):
         lines.append(f"    /* phase {number} */")
         for item in phase:

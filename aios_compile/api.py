@@ -1,0 +1,114 @@
+"""The main path: a model in, a running engine out. Read this first.
+
+open the source -> look in the cache -> (capture -> passes -> code -> build -> pack) -> start
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from aios_compile.codegen.artefact import ArtefactWriter
+from aios_compile.codegen.cache import ArtefactCache, default_root
+from aios_compile.codegen.cache_key import CacheKey, compute_key, hash_files
+from aios_compile.codegen.manifest import write_manifest
+from aios_compile.compiled_model import CompiledModel
+from aios_compile.config import CompileOptions
+from aios_compile.errors import CacheError
+from aios_compile.model_source import ModelSource, open_source
+from aios_compile.progress import Progress
+
+__all__ = ["CompiledModel", "load_and_compile"]
+
+
+def load_and_compile(model: Any, **keywords: Any) -> CompiledModel:
+    """Return a running model from a folder, a hub id or an nn.Module.
+
+    keywords: the fields of config.CompileOptions (device, dtype, max_model_len, max_num_seqs,
+    max_num_batched_tokens, kv_cache_memory_bytes, disable_passes, ...). An artefact that was
+    compiled before is mapped without importing torch. Raises AiosError: what, where, what to do.
+    """
+    options = CompileOptions.parse(keywords)
+    progress = Progress(show=options.progress)
+    with progress.stage("load"):
+        source = open_source(model, options)
+        root = default_root(options.cache_dir)
+        cache = ArtefactCache(root)
+
+    def build(staging: Path) -> None:
+        compile_into(staging, source, options, progress, root)
+
+    if not source.files:  # a module in memory has no files to be keyed by: used once, then removed
+        path, release = _private_artefact(cache, build)
+    else:
+        path, release = _cached_artefact(cache, source, options, progress, build)
+    loaded = _start(path, options, progress, release)
+    with progress.stage("warm up"):
+        loaded.warm_up()
+    progress.finish()
+    return loaded
+
+
+def compile_into(
+    staging: Path, source: ModelSource, options: CompileOptions, progress: Progress, root: Path
+) -> None:
+    """Fill an artefact folder; torch is imported here and not before."""
+    with progress.stage("import torch"):
+        from aios_compile.compiler import compile_model
+
+    writer = ArtefactWriter(staging)
+    try:
+        compile_model(source, options, writer, progress, root)
+    finally:
+        writer.close()
+
+
+def _cached_artefact(
+    cache: ArtefactCache,
+    source: ModelSource,
+    options: CompileOptions,
+    progress: Progress,
+    build: Callable[[Path], None],
+) -> tuple[Path, Callable[[], None]]:
+    with progress.stage("cache"):
+        memo = cache.memo()
+        key: CacheKey = compute_key(source.name, hash_files(source.files, memo), options, memo)
+    path, miss = cache.obtain(key, build, lambda: progress.note("another process compiles it"))
+    progress.note("cache hit" if miss is None else f"cache miss: {miss.reason}")
+    return path, cache.close
+
+
+def _private_artefact(
+    cache: ArtefactCache, build: Callable[[Path], None]
+) -> tuple[Path, Callable[[], None]]:
+    folder = Path(tempfile.mkdtemp(prefix="module-", dir=cache.root))
+    try:
+        build(folder)
+        write_manifest(folder, "module", {"source": "nn.Module"})
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+    def release() -> None:
+        cache.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    return folder, release
+
+
+def _start(
+    path: Path, options: CompileOptions, progress: Progress, release: Callable[[], None]
+) -> CompiledModel:
+    try:
+        model = CompiledModel(path, options, progress)
+    except CacheError as error:
+        release()
+        raise CacheError(error.message, advice="aios cache rm, then load again") from error
+    except BaseException:
+        release()
+        raise
+    model.on_close(release)
+    return model

@@ -1,0 +1,106 @@
+"""Execute the weight recipes and pack the results, one tensor at a time, straight to the disk.
+
+The peak is one merged weight and its packed copy; NaN and Inf are found on the way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aios_compile.codegen.packing import check_finite, pack_rows16
+from aios_compile.codegen.program import Program, WeightEntry
+from aios_compile.errors import CheckpointError
+from aios_compile.ir.module import IRModule, Recipe
+
+Array = NDArray[Any]
+Read = Callable[[str], Tensor]
+
+
+class TensorWriter(Protocol):
+    """Where packed tensors go (codegen.artefact.ArtefactWriter)."""
+
+    def add_tensor(self, name: str, array: Array, dtype: str | None = None) -> Any: ...
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """Checkpoint tensors by name, read when they are asked for; aliases are followed."""
+
+    def __init__(self, module: IRModule, read: Read) -> None:
+        self.module = module
+        self.read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.module.tensors:
+            return self.module.tensors[name].detach()
+        names = self.module.aliases.get(name, (name,))
+        for alias in names:
+            try:
+                return self.read(alias)
+            except KeyError:
+                continue
+        raise CheckpointError(f"tensor {' or '.join(names)} is in none of the checkpoint's files")
+
+    def __iter__(self) -> Any:
+        return iter(self.module.aliases)
+
+    def __len__(self) -> int:
+        return len(self.module.aliases)
+
+
+def pack_weights(
+    program: Program,
+    module: IRModule,
+    read: Read,
+    writer: TensorWriter,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write every weight of the program. `read(name)` gives a checkpoint tensor or KeyError.
+
+    Raises CheckpointError naming the tensor for NaN or Inf values.
+    """
+    tensors = _Tensors(module, read)
+    for i, entry in enumerate(program.weights):
+        recipe = module.weights[entry.name.removesuffix(f".{entry.packed}")]
+        array, dtype = _packed(entry, recipe, tensors)
+        writer.add_tensor(entry.name, array, dtype)
+        if on_progress is not None:
+            on_progress(i + 1, len(program.weights))
+
+
+def _packed(entry: WeightEntry, recipe: Recipe, tensors: Mapping[str, Tensor]) -> tuple[Array, str]:
+    dtype = getattr(torch, entry.dtype)
+    with torch.no_grad():
+        value = recipe.run(tensors).to(dtype)
+    label = " + ".join(recipe.names[:3])
+    if tuple(value.shape) != entry.shape:
+        raise CheckpointError(
+            f"{label}: shape {tuple(value.shape)}, expected {entry.shape} for {entry.name}"
+        )
+    array = to_numpy(value.contiguous())
+    if entry.packed == "rows16":
+        return pack_rows16(array, label), entry.dtype
+    check_finite(array, label)
+    return array, entry.dtype
+
+
+def to_numpy(value: Tensor) -> Array:
+    """Return a CPU tensor's memory as an array; bfloat16 as its bits in uint16."""
+    if value.dtype == torch.bfloat16:
+        return value.view(torch.uint16).numpy()
+    return value.numpy()
+
+
+def from_numpy(array: Array, dtype: str) -> Tensor:
+    """Return a checkpoint array (safetensors dtype name, e.g. "BF16") as a tensor, uncopied."""
+    with warnings.catch_warnings():  # read-only maps: nothing writes through these tensors
+        warnings.simplefilter("ignore", UserWarning)
+        if dtype == "BF16":
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)

@@ -1,0 +1,207 @@
+"""A model that is ready: generate, stream, logits, report, dump. Torch-free but for tensors in.
+
+Owns the engine, the executor behind it, the mapped artefact and the cache's use lock.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aios_compile.checkpoint.tokenizer import Tokenizer
+from aios_compile.codegen.artefact import Artefact
+from aios_compile.codegen.cpp import build
+from aios_compile.codegen.program import MemoryPlan, Program
+from aios_compile.config import CompileOptions
+from aios_compile.errors import ConfigError
+from aios_compile.progress import Progress
+from aios_compile.runtime.batch import Limits
+from aios_compile.runtime.engine import Engine
+from aios_compile.runtime.executor import CpuExecutor
+from aios_compile.runtime.outputs import RequestOutput, StreamChunk
+from aios_compile.runtime.program_runner import ProgramRunner, state_page_bytes
+from aios_compile.sampling_params import SamplingDefaults, SamplingParams
+from aios_compile.study.report import Report
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_KV_SHARE = 0.4  # of the memory that is free at the start, when no size was given
+
+
+class CompiledModel:
+    """See interfaces: generate, stream, __call__, report, dump, memory_plan, close."""
+
+    def __init__(self, path: Path, options: CompileOptions, progress: Progress) -> None:
+        self.artefact_path = path
+        self.options = options
+        self.progress = progress
+        self._closing = ExitStack()
+        with progress.stage("load"):
+            self._artefact = Artefact.open(path)
+            self.program = Program.from_json(self._artefact.program)
+            self._artefact.verify_weights(options.threads())
+            library = build.load(self._artefact.library)
+            weights = {w.name: self._artefact.tensor(w.name) for w in self.program.weights}
+            self.limits = make_limits(self.program, options)
+            self.runner = ProgramRunner(
+                self.program,
+                library,
+                weights,
+                options.threads(),
+                num_pages=self.limits.num_pages,
+                page_table_width=self.limits.max_pages_per_sequence,
+            )
+            executor = CpuExecutor(self.runner, self.limits)
+            self.tokenizer = _load_tokenizer(self._artefact)
+            settings = self.program.settings
+            self.engine = Engine(
+                executor,
+                self.tokenizer,
+                eos_token_ids=settings["eos_token_ids"],
+                defaults=SamplingParams.defaults_from(settings["generation_config"]),
+                seed=options.seed,
+            )
+
+    @property
+    def memory_plan(self) -> MemoryPlan:
+        """Return the arena: .arena_bytes .naive_bytes .lower_bound_bytes .buffers."""
+        return self.program.plan
+
+    @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        """Return the sampling defaults and where each comes from."""
+        return self.engine.defaults
+
+    def generate(
+        self,
+        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **fields: Any,
+    ) -> Any:
+        """Generate for one prompt (text or token ids) or a list; return one result or a list.
+
+        fields: those of SamplingParams. Raises RequestError before anything runs.
+        """
+        single = is_one_prompt(prompts)
+        batch: list[Any] = [prompts] if single else list(prompts)
+        results: list[RequestOutput] = self.engine.generate(batch, sampling_params, **fields)
+        return results[0] if single else results
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        sampling_params: SamplingParams | None = None,
+        **fields: Any,
+    ) -> Iterator[StreamChunk]:
+        """Yield chunks whose .text is what came since the last, never half a character."""
+        return self.engine.stream(prompt, sampling_params, **fields)
+
+    def __call__(self, input_ids: Any, positions: Any = None) -> torch.Tensor:
+        """Return float32 logits [T, vocab] of one sequence of token ids [T] from position 0."""
+        import torch
+
+        ids = torch.as_tensor(input_ids)
+        if ids.dim() == 2 and ids.shape[0] == 1:
+            ids = ids[0]
+        if ids.dim() != 1 or ids.is_floating_point():
+            raise ConfigError(f"input_ids has shape {tuple(ids.shape)}, expected integers [T]")
+        if positions is not None:
+            expected = torch.arange(len(ids))
+            if not torch.equal(torch.as_tensor(positions).reshape(-1).cpu(), expected):
+                raise ConfigError("positions must be 0, 1, ... T-1: one sequence from its begin")
+        return torch.from_numpy(self.engine.logits(ids.tolist()))
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return the prompt text of a conversation."""
+        if self.tokenizer is None:
+            raise ConfigError("the model has no tokenizer", advice="pass tokenizer=folder")
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt
+        )
+
+    def report(self) -> Report:
+        """Return the pass table with certificates, and the notes of this compile."""
+        return Report.from_json(self._artefact.report)
+
+    def dump(self, folder: str | os.PathLike[str]) -> Path:
+        """Write every level, kernel, the plan and certificates to a folder; return its index."""
+        from aios_compile.study.dump import dump_artefact
+
+        return dump_artefact(self.artefact_path, Path(folder))
+
+    def warm_up(self) -> None:
+        """Run one prefill and one decode, so that the first request finds everything in place."""
+        self.engine.generate([[0]], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+
+    def close(self) -> None:
+        """Free threads, memory and locks; idempotent. Requests that run get EngineClosedError."""
+        self.engine.close()
+        self._closing.close()
+
+    def on_close(self, function: Any, *args: Any) -> None:
+        """Run `function` when the model is closed (release the cache entry, remove a folder)."""
+        self._closing.callback(function, *args)
+
+    def __enter__(self) -> CompiledModel:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def is_one_prompt(prompts: Any) -> bool:
+    """Return whether prompts is one text or one list of token ids."""
+    if isinstance(prompts, str):
+        return True
+    return bool(len(prompts)) and not isinstance(prompts[0], (str, list, tuple))
+
+
+def make_limits(program: Program, options: CompileOptions) -> Limits:
+    """Return the sizes of the runtime: the plan's, and as many KV pages as memory allows."""
+    settings, sizes = program.settings, program.sizes
+    width = settings["max_pages_per_sequence"]
+    page_bytes = max(1, sum(state_page_bytes(program)))
+    wanted = sizes["S"] * width + 1
+    budget = options.kv_cache_memory_bytes
+    if budget is None:
+        budget = max(int(free_memory_bytes() * DEFAULT_KV_SHARE), page_bytes * (width + 1))
+    pages = min(wanted, budget // page_bytes)
+    if pages < 2:
+        raise ConfigError(
+            f"kv_cache_memory_bytes={budget} holds {pages} pages of {page_bytes} bytes, "
+            "expected at least 2",
+            advice=f"give at least {2 * page_bytes} bytes",
+        )
+    return Limits(
+        max_num_batched_tokens=sizes["T"],
+        max_num_seqs=sizes["S"],
+        max_num_logit_rows=sizes["R"],
+        max_pages_per_sequence=width,
+        num_pages=pages,
+        page_size=settings["page_size"],
+        max_model_len=settings["max_model_len"],
+        vocab_size=settings["vocab_size"],
+    )
+
+
+def free_memory_bytes() -> int:
+    """Return the memory that can be used without swapping (MemAvailable), or half of a GiB."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return 512 << 20
+
+
+def _load_tokenizer(artefact: Artefact) -> Tokenizer | None:
+    if not (artefact.tokenizer / "tokenizer.json").exists():
+        return None
+    return Tokenizer.load(artefact.tokenizer)

@@ -1,0 +1,163 @@
+"""The compiler as one function: a model source in, a filled artefact folder out.
+
+capture -> passes (raise, rewrite, fuse) -> emit -> plan -> step -> build and pack, side by side.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aios_compile import env
+from aios_compile.capture.capture import capture
+from aios_compile.capture.compare import compare_with_eager
+from aios_compile.codegen import artefact
+from aios_compile.codegen.artefact import ArtefactWriter
+from aios_compile.codegen.cpp import EMITTERS, build
+from aios_compile.codegen.cpp.step import emit_step
+from aios_compile.codegen.emit_kernels import emit_kernels
+from aios_compile.codegen.lower import lower
+from aios_compile.codegen.pack_weights import pack_weights
+from aios_compile.codegen.program import Program
+from aios_compile.codegen.source import KernelSource
+from aios_compile.config import CompileOptions, ResolvedSizes
+from aios_compile.ir.module import IRModule
+from aios_compile.model_source import ModelSource
+from aios_compile.passes.certificate import CertificateCache
+from aios_compile.passes.context import PassOptions
+from aios_compile.passes.pipeline import STAGES
+from aios_compile.passes.plan_memory import plan_memory
+from aios_compile.passes.runner import run_pipeline
+from aios_compile.progress import Progress
+from aios_compile.study.dump import Dumper
+
+PAGE_SIZE = 16  # tokens; one AVX-512 vector of keys
+MAX_LOGIT_ROWS = 32  # rows of [R, vocabulary] logits that are planned for at least
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What stays in memory after compiling: level 3 (for AIOS_EAGER and checks) and the program."""
+
+    module: IRModule
+    program: Program
+
+
+def compile_model(
+    source: ModelSource,
+    options: CompileOptions,
+    writer: ArtefactWriter,
+    progress: Progress,
+    cache_root: Path,
+) -> Compiled:
+    """Compile `source` into the writer's folder. Raises AiosError; the folder is then of no use."""
+    sizes = options.resolve_sizes(source.max_model_len)
+    dumper = Dumper(writer.folder / "levels")
+    with progress.stage("capture"):
+        model = source.build()
+        module = capture(model, flat=source.flat, max_tokens=sizes.max_num_batched_tokens)
+        dumper.level("captured", module)
+        if env.VERIFY.get_int(0, 2):
+            compare_with_eager(model, module, seed=options.seed)
+    with progress.stage("passes"):
+        results = run_pipeline(
+            module,
+            STAGES,
+            _pass_options(options, source, sizes, model),
+            disabled=options.disable_passes,
+            verify=env.VERIFY.get_int(0, 2),
+            seed=options.seed,
+            dump=dumper,
+            progress=progress,
+            certificates=CertificateCache(cache_root / "certificates"),
+        )
+    with progress.stage("generate"):
+        emitted = emit_kernels(module, EMITTERS, progress.update)
+        limits = _limits(module, sizes)
+        program = lower(module, emitted, limits, _settings(source, module, sizes), plan_memory)
+        step = emit_step(program, tuple(emitted.sources))
+    with ThreadPoolExecutor(1) as pool:  # the compiler runs in processes: packing overlaps it
+        with progress.stage("build"):
+            library = pool.submit(
+                _build, emitted.sources, step, writer.folder, cache_root, progress
+            )
+            if not program.weights:
+                library.result()
+        with progress.stage("pack"):
+            pack_weights(program, module, source.read, writer)
+        with progress.stage("build"):
+            library.result()
+    _write_texts(writer, program, emitted.sources, step, results, options, source)
+    if source.tokenizer is not None:
+        source.tokenizer.save(writer.folder / artefact.TOKENIZER)
+    writer.finish()
+    return Compiled(module, program)
+
+
+def _pass_options(
+    options: CompileOptions, source: ModelSource, sizes: ResolvedSizes, model: torch.nn.Module
+) -> PassOptions:
+    stored = next((p.dtype for p in model.parameters()), torch.float32)
+    name = options.kv_cache_dtype
+    kv_dtype = stored if name == "auto" else getattr(torch, name)
+    pages = -(-sizes.max_model_len // PAGE_SIZE)
+    return PassOptions("cpp", PAGE_SIZE, kv_dtype, num_pages=64, max_pages_per_sequence=pages)
+
+
+def _limits(module: IRModule, sizes: ResolvedSizes) -> dict[str, int]:
+    tokens = sizes.max_num_batched_tokens
+    rows = min(max(MAX_LOGIT_ROWS, sizes.max_num_seqs), max(tokens, sizes.max_num_seqs))
+    return {"T": tokens, "S": sizes.max_num_seqs, "R": rows, "P": 0, "NP": 0, "NB": 0, "NA": 0}
+
+
+def _settings(source: ModelSource, module: IRModule, sizes: ResolvedSizes) -> dict[str, Any]:
+    from aios_compile.ir.module import outputs
+
+    logits = outputs(module.root.graph)[0].meta["val"]
+    return {
+        "name": source.name,
+        "page_size": PAGE_SIZE,
+        "max_model_len": sizes.max_model_len,
+        "max_pages_per_sequence": -(-sizes.max_model_len // PAGE_SIZE),
+        "vocab_size": int(logits.shape[-1]),
+        "eos_token_ids": list(source.eos_token_ids),
+        "generation_config": source.generation_config,
+        "notes": list(source.notes),
+        "target": build.Target.host().name,
+    }
+
+
+def _build(
+    sources: list[KernelSource], step: str, folder: Path, cache_root: Path, progress: Progress
+) -> None:
+    target = build.Target.host()
+    texts: list[build.Source] = [*sources, ("step", step)]
+    objects = build.build_objects(
+        texts, cache_root / "objects", target, on_progress=lambda i, n, _: progress.update(i, n)
+    )
+    build.link(objects, folder / artefact.LIBRARY)
+
+
+def _write_texts(
+    writer: ArtefactWriter,
+    program: Program,
+    sources: list[KernelSource],
+    step: str,
+    results: list[Any],
+    options: CompileOptions,
+    source: ModelSource,
+) -> None:
+    for kernel in sources:
+        writer.write_text(f"{artefact.KERNELS}/{kernel.name}.cpp", kernel.text)
+    data = program.to_json()
+    writer.write_text(artefact.STEP, step)
+    writer.write_json(artefact.PROGRAM, data)
+    writer.write_json(artefact.PLAN, data["plan"])
+    rows = [r.to_json() for r in results]
+    writer.write_json(artefact.CERTIFICATES, rows)
+    notes = [*options.remarks(), *source.notes]
+    writer.write_json(artefact.REPORT, {"passes": rows, "notes": notes})
