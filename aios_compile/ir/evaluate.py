@@ -1,8 +1,9 @@
-"""Run a program in eager PyTorch: as it is, or in float64 as the oracle; some layers passed through."""
+"""Run a program in eager PyTorch: as it is or in float64, all layers or some passed through."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,41 +20,56 @@ HALVES = (torch.bfloat16, torch.float16)
 Skips = Mapping[str, tuple[int, ...]]
 
 
-class Evaluator(fx.Interpreter):
-    """Run a graph, its regions and kernel bodies node by node.
+def call(
+    graph_module: torch.nn.Module,
+    arguments: Sequence[Any],
+    *,
+    in_float64: bool = False,
+    skips: Skips | None = None,
+) -> Any:
+    """Run a graph, its regions and kernel bodies node by node; return what it returns.
 
     in_float64: every floating-point dtype written in the graph is replaced by float64 (the caller
     gives float64 tensors). skips: region calls that return arguments instead of computing. Half
     precision matmuls are computed in float32 and rounded once: PyTorch's own are up to 100 times
-    slower on a CPU without bf16 instructions, and their sums are float32 as well.
+    slower on a CPU without bf16 instructions, and their sums are float32 as well. A loop of its
+    own, because fx.Interpreter takes longer a node than small tensors do.
     """
+    assert isinstance(graph_module, fx.GraphModule)
+    given = iter(arguments)
+    env: dict[fx.Node, Any] = {}
 
-    def __init__(
-        self, module: torch.nn.Module, *, in_float64: bool = False, skips: Skips | None = None
-    ) -> None:
-        assert isinstance(module, fx.GraphModule)
-        super().__init__(module)
-        self.in_float64 = in_float64
-        self.skips = skips or {}
+    def read(value: Any) -> Any:
+        return fx.node.map_arg(value, env.__getitem__)
 
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_module" and n.name in self.skips:
-            args, _ = self.fetch_args_kwargs_from_env(n)
-            return tuple(args[p] for p in self.skips[n.name])
-        return super().run_node(n)
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = next(given)
+        elif node.op == "output":
+            return read(node.args[0])
+        elif node.op == "get_attr":
+            env[node] = operator.attrgetter(str(node.target))(graph_module)
+        elif skips and node.name in skips:
+            env[node] = tuple(env[node.args[p]] for p in skips[node.name])
+        elif node.op == "call_module":
+            inner = graph_module.get_submodule(str(node.target))
+            env[node] = call(inner, [read(a) for a in node.args], in_float64=in_float64)
+        else:
+            env[node] = _apply(node, read(node.args), read(node.kwargs), in_float64)
+    raise AssertionError("the graph has no output")
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if self.in_float64:
-            args = tuple(_widened(a) for a in args)
-            kwargs = {k: _widened(v) for k, v in kwargs.items()}
-        elif target in MATMULS and args[0].dtype in HALVES:
-            wide = (a.float() if isinstance(a, Tensor) else a for a in args)
-            return target(*wide, **kwargs).to(args[0].dtype)
-        return super().call_function(target, args, kwargs)
 
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        inner = self.module.get_submodule(str(target))
-        return Evaluator(inner, in_float64=self.in_float64).run(*args, **kwargs)
+def _apply(node: fx.Node, args: Any, kwargs: Any, in_float64: bool) -> Any:
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target), f"{node.op} {node.target}"
+    if in_float64:
+        args = tuple(_widened(a) for a in args)
+        kwargs = {k: _widened(v) for k, v in kwargs.items()}
+    elif node.target in MATMULS and args[0].dtype in HALVES:
+        wide = (a.float() if isinstance(a, Tensor) else a for a in args)
+        return node.target(*wide, **kwargs).to(args[0].dtype)
+    return node.target(*args, **kwargs)
 
 
 def _widened(value: Any) -> Any:
@@ -67,10 +83,10 @@ def run(
     in_float64: bool = False,
     skips: Skips | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Run the program on values by placeholder name; return (outputs by name, next states by name)."""
+    """Run the program on values by placeholder name; return (outputs, next states) by name."""
     arguments = [values[n.name] for n in placeholders(module.root.graph)]
     with torch.no_grad():
-        result = Evaluator(module.root, in_float64=in_float64, skips=skips).run(*arguments)
+        result = call(module.root, arguments, in_float64=in_float64, skips=skips)
     results = list(result) if isinstance(result, (tuple, list)) else [result]
     states = {name: results[i] for name, i in module.states.items() if i >= 0}
     kept = [r for i, r in enumerate(results) if i not in set(module.states.values())]
@@ -81,8 +97,8 @@ def run(
 def carried(module: IRModule) -> dict[str, tuple[int, ...]] | None:
     """Say how each region call can be passed through, or None when some output has no source.
 
-    A layer's output goes to the next layer at a position; that position is what the output replaces.
-    A state's next value is the state itself.
+    A layer's output goes to the next layer at a position; that position is what the output
+    replaces. A state's next value is the state itself.
     """
     root = module.root
     calls = [n for n in root.graph.nodes if n.op == "call_module" and is_region_call(root, n)]
@@ -95,11 +111,7 @@ def carried(module: IRModule) -> dict[str, tuple[int, ...]] | None:
     holders = {values[i]: name for name, i in module.states.items() if i >= 0}
     skips = {}
     for call in calls:
-        states = {
-            int(u.args[1]): holders[u]  # type: ignore[call-overload]
-            for u in call.users
-            if u in holders
-        }
+        states = {int(u.args[1]): holders[u] for u in call.users if u in holders}
         free = sorted(by_region[str(call.target)])
         found = _sources(call, states, free)
         if found is None:

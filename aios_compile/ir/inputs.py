@@ -1,7 +1,7 @@
 """Random values that a program can run on: weights, runtime inputs and states, from one seed.
 
-A graph of level 2 or 3 does not run on any integers: slots, page tables and sequence starts must tell
-one story. `Step` is that story (which positions of which sequences); the values follow from it.
+A graph of level 2 or 3 does not run on any integers: slots, page tables and sequence starts must
+tell one story. `Step` is that story (which positions of which sequences); the values follow.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Step:
 
 
 def whole(num_tokens: int) -> Step:
-    """Return a step that is one whole sequence; logits of its last token and of one in the middle."""
+    """Return a step that is one whole sequence; logits of its last and of its middle token."""
     rows = tuple(sorted({num_tokens // 2, num_tokens - 1}))
     return Step((0,), (num_tokens,), rows, num_tokens)
 
@@ -73,7 +73,7 @@ def chunks(num_tokens: int) -> list[Step]:
 
 
 def mixed(num_tokens: int) -> Step:
-    """Return decodes, a prefill chunk in the middle of a sequence and a fresh prefill in one batch."""
+    """Return one batch of a decode, a prefill chunk amid a sequence, and a fresh prefill."""
     if num_tokens == 1:
         return Step((17,), (1,), (0,))
     if num_tokens < 8:

@@ -1,8 +1,9 @@
 """Random checkpoint tensors by name, cheap enough to prove every pass on a real model's shapes.
 
-All tensors of a dtype are windows of one random buffer, at an offset that depends on the name: a layer
-of 15 million weights costs nothing to make. Values known before loading (buffers, folded constants) are
-used as they are; parameters never are, because fresh ones are ones and zeros that hide mistakes.
+All tensors of a dtype are windows of one random buffer, at an offset that depends on the name: a
+layer of 15 million weights costs nothing to make. Values known before loading (buffers, folded
+constants) are used as they are; parameters never are, because fresh ones are ones and zeros that
+hide mistakes.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ _LIMIT = 1 << 26  # larger tensors repeat the buffer
 
 @dataclass
 class RandomWeights:
-    """Seeded values for checkpoint names; tensors with `vocabulary` rows keep VOCABULARY_ROWS of them.
+    """Seeded values for checkpoint names.
 
-    vocabulary: 0 keeps every tensor whole.
+    vocabulary: tensors of that many rows keep VOCABULARY_ROWS of them; 0 keeps every tensor whole.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -59,7 +60,7 @@ class RandomWeights:
         self.known = {**self.known, **known}
 
     def weight(self, recipe: Recipe, in_float64: bool = False) -> Tensor:
-        """Return the weight that a recipe makes of the random checkpoint; the oracle's is upcast."""
+        """Return what a recipe makes of the random checkpoint; the oracle's is upcast."""
         if recipe.is_identity():
             return self.tensor(recipe.names[0], in_float64)
         key = (recipe.text(), in_float64)
@@ -146,9 +147,9 @@ def _vocabulary(module: IRModule) -> int:
             if _mentions(node.args, rows) or _mentions(tuple(node.kwargs.values()), rows):
                 return 0
             value = node.meta.get("val")
-            if name and node.op == "placeholder" and isinstance(value, Tensor):
-                if value.dim() and value.shape[0] == rows:
-                    return 0
+            inside = name and node.op == "placeholder" and isinstance(value, Tensor)
+            if inside and value.dim() and value.shape[0] == rows:
+                return 0
     return rows
 
 

@@ -1,24 +1,25 @@
 """The numerical proof of one pass: the program before and after it against an fp64 oracle.
 
 What runs: the whole program at a few small T, with one call of each region executed and the others
-passed through (their hidden state goes on unchanged); which call is executed changes with T, so that
-weights bound to the wrong layer show. Tables of vocabulary rows shrink to 64 rows. The oracle is the
-program *before* the pass in float64, on the same inputs and on weights that its own recipes make of the
-same random checkpoint. The budget of the program after is c times the error of the program before plus a
-floor of a few roundings; c belongs to the numerics tier, never to a pass.
+passed through (their hidden state goes on unchanged); which call is executed changes with T, so
+that weights bound to the wrong layer show. Tables of vocabulary rows shrink to 64 rows. The oracle
+is the program *before* the pass in float64, on the same inputs and on weights that its own recipes
+make of the same random checkpoint. The budget of the program after is c times the error of the
+program before plus a floor of a few roundings; c belongs to the numerics tier, never to a pass.
 
 A pass that pages the KV cache is proven by running the program after it in two chunks over permuted
-pages against one whole sequence; from then on the samples are mixed batches over pre-filled caches.
+pages against one whole sequence; from then on the samples are mixed batches over filled caches.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +36,7 @@ from aios_compile.passes.context import PassOptions
 from aios_compile.passes.graph_pass import PassFunction, info_of
 
 TOKENS = (1, 5, 19)
-# Two correct programs in the same precision differ in the maximum of their errors by less than this.
+# The largest errors of two correct programs in the same precision differ by less than this.
 FACTORS = {"exact": 4.0, "reassociates": 8.0, "lossy": 16.0}
 FLOOR_ROUNDINGS = 8.0
 
@@ -58,7 +59,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class CertificateCache:
-    """Certificates on disk, one JSON file a content hash. A file that cannot be read is measured anew."""
+    """Certificates on disk, one JSON file a content hash; what cannot be read is measured anew."""
 
     folder: Path
 
@@ -78,17 +79,16 @@ class CertificateCache:
 
 
 class Certifier:
-    """Measures passes over one program; keeps the random checkpoint and the last text between them."""
+    """Measures passes over one program; keeps the random checkpoint between them."""
 
     def __init__(
         self, module: IRModule, options: PassOptions, seed: int, cache: CertificateCache | None
     ) -> None:
         self.options, self.seed, self.cache = options, seed, cache
         self._weights = {0: RandomWeights.of(module, seed)}
-        self._text = ("", "")
 
     def measure(self, before: IRModule, after: IRModule, function: PassFunction) -> Certificate:
-        """Compare a program before and after a pass, or find the certificate of the same contents."""
+        """Compare a program before and after a pass, or find the certificate of the same."""
         key = self._key(before, after, function) if self.cache is not None else ""
         if self.cache is not None and (found := self.cache.get(key)) is not None:
             return found
@@ -101,7 +101,10 @@ class Certifier:
         weights = self._weights[vocabulary]
         weights.learn(after)
         tier = info_of(function).numerics
-        rows = [_compare(before, after, weights, tier, i, self.seed) for i in range(len(TOKENS))]
+        with _one_thread():
+            rows = [
+                _compare(before, after, weights, tier, i, self.seed) for i in range(len(TOKENS))
+            ]
         weights.forget()
         worst = max((r for row in rows for r in row), key=lambda r: r.ratio, default=_Row("", 0, 0))
         certificate = Certificate(
@@ -121,6 +124,17 @@ class Certifier:
         return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Measure on one thread: repeatable sums, and no barriers for tensors of a few rows."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class _Row:
     """One output at one T: relative error of the program after, and its budget."""
@@ -138,7 +152,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Run:
-    """Outputs and next states of one program, rows of several steps joined. rows: token of each row."""
+    """Outputs and next states of a program, rows of several steps joined; the token of each row."""
 
     outputs: dict[str, Tensor]
     states: dict[str, Tensor]
@@ -317,7 +331,7 @@ def _row(where: str, o: Tensor, b: Tensor, a: Tensor, tier: str, storage: float)
 
 
 def _distance(value: Tensor, oracle: Tensor) -> float:
-    """Return the largest difference; equal infinities are none, a lone NaN or infinity is infinite."""
+    """Return the largest difference: 0 for equal infinities, infinite for a lone NaN or inf."""
     value = value.to(torch.float64)
     same = (value == oracle) | (value.isnan() & oracle.isnan())
     gap = (value - oracle).abs().masked_fill(same, 0.0)

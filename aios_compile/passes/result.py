@@ -13,8 +13,8 @@ class PassResult:
 
     hits: rewrites in all regions and the outer graph. nodes: graph nodes before and after.
     op_deltas: op name -> change in count. max_error, error_budget: largest error against the fp64
-    oracle and what eager's own error allows, both relative to the largest value of that output; None
-    when nothing was measured. kept: False for a disabled, crashed or reverted pass, `reason` says.
+    oracle and what eager's own error allows, both relative to the largest value of that output;
+    None when nothing was measured. kept: False for a disabled, crashed or reverted pass (`reason`).
     """
 
     name: str

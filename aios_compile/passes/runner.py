@@ -1,7 +1,7 @@
 """Run the passes in order and prove each one: count, clean, verify, revert, report.
 
-A pass only rewrites. Everything around it happens here, the same for all: a snapshot, the rewrite of
-every region and of the outer graph, dead code, structural checks, the numerical certificate, the dump.
+A pass only rewrites. Everything around it happens here, the same for all: a snapshot, the rewrite
+of every region and of the outer graph, dead code, structural checks, the certificate, the dump.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def run_pipeline(
 ) -> list[PassResult]:
     """Rewrite `module` in place, stage by stage; return one result a pass, in order.
 
-    disabled: names of optional passes to leave out, next to those of AIOS_DISABLE. verify: 0 skips the
-    numerical certificates (the structural checks always run). AIOS_BISECT=n keeps the first n optional
-    rewrites; all rewrites of one pass count together, so the pass that would go past n is left out.
+    disabled: names of optional passes to leave out, next to those of AIOS_DISABLE. verify: 0 skips
+    the numerical certificates (the structural checks always run). AIOS_BISECT=n keeps the first n
+    optional rewrites; the rewrites of one pass count together: one that would pass n is left out.
     Raises ConfigError for an unknown name, PassError when a required pass fails.
     """
     stages = [Stage(s.level_after, _for_target(s.passes, options.target)) for s in stages]
@@ -192,7 +192,7 @@ def _failed(
         raise PassError(
             f"the required pass {result.name} failed: {reason}",
             source_line=line,
-            advice="AIOS_DUMP=folder writes the program before it; the pass's file is named after it",
+            advice=f"AIOS_DUMP=folder writes the program; the pass is passes/{result.name}.py",
         ) from cause
     nodes = (result.nodes[0], result.nodes[0])
     return replace(result, kept=False, reason=reason, nodes=nodes, op_deltas=None)
