@@ -110,8 +110,8 @@ def test_flips_and_truncations_of_a_header(tmp_path: Path) -> None:
     header_bytes = 8 + int.from_bytes(good[:8], "little")
     assert header_bytes > 4096
     chooser = random.Random(0)
-    cases = [good[:n] for n in chooser.sample(range(len(good)), 800)]
-    for at in [*range(8), *chooser.sample(range(8, header_bytes), 1600)]:
+    cases = [good[:n] for n in chooser.sample(range(len(good)), 300)]
+    for at in [*range(8), *chooser.sample(range(8, header_bytes), 700)]:
         flipped = bytearray(good)
         flipped[at] ^= 1 << chooser.randrange(8)
         cases.append(bytes(flipped))
@@ -128,7 +128,7 @@ def test_flips_and_truncations_of_a_header(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 64 << 20
-    assert refused > 1600  # what passes is a flip inside a name
+    assert refused > 650  # what passes is a flip inside a name
 
 
 def shard(folder: Path, weight_map: Any, **tensors: dict[str, np.ndarray[Any, Any]]) -> Path:

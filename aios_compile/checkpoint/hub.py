@@ -18,7 +18,7 @@ def resolve(model: str | Path, local_files_only: bool = False) -> Path:
     asks the hub whether there is a newer one.
     """
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if str(model) and folder.is_dir():
         return folder
     repository, _, revision = str(model).partition("@")
     if not HUB_ID.fullmatch(repository) or ".." in repository or "--" in repository:
