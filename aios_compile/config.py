@@ -29,6 +29,7 @@ NOT_IN_KEY = {
     "seed": "goes to the sampler with each request",
     "num_threads": "kernels give the same bits for every number of threads",
     "enable_prefix_caching": "a policy of the runtime",
+    "kv_cache_memory_bytes": "sizes the runtime's pool of pages, which no kernel depends on",
 }
 
 

@@ -18,7 +18,6 @@ OTHER_VALUES = {
     "max_model_len": 512,
     "max_num_seqs": 3,
     "max_num_batched_tokens": 64,
-    "kv_cache_memory_bytes": 1 << 20,
     "gpu_memory_utilization": 0.5,
     "tokenizer": "elsewhere",
     "disable_passes": ("merge_qkv",),

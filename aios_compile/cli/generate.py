@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from aios_compile.cli.options import JsonOption, ModelArgument
 from aios_compile.cli.output import plain, print_json
-from aios_compile.cli.session import Model, load, show_text, stream_timed
+from aios_compile.cli.session import encode, load, show_text, stream_timed
 from aios_compile.errors import RequestError
+
+if TYPE_CHECKING:
+    from aios_compile.compiled_model import CompiledModel
 
 _HELP = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -35,7 +38,7 @@ def generate(
         if sampling.get("n", 1) > 1:
             _print_all(loaded, text, sampling)
             return
-        ids = loaded.tokenizer.encode(text)
+        ids = encode(loaded, text)
         show_text(text)
         _, _, timing = stream_timed(loaded, ids, sampling, show_text)
         show_text("\n")
@@ -48,7 +51,7 @@ def _fields(result: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _print_all(model: Model, text: str, sampling: dict[str, Any]) -> None:
+def _print_all(model: CompiledModel, text: str, sampling: dict[str, Any]) -> None:
     result = model.generate(text, **sampling)
     for output in result.outputs:
         print(f"--- {output.index + 1} of {len(result.outputs)} ({output.finish_reason})")
@@ -89,7 +92,7 @@ def _read_turn(interactive: bool) -> str | None:
 
 
 def _answer(
-    model: Model,
+    model: CompiledModel,
     messages: list[dict[str, str]],
     sampling: dict[str, Any],
     as_json: bool,
@@ -105,7 +108,7 @@ def _answer(
 
     try:
         # The template writes the special tokens itself.
-        ids = model.tokenizer.encode(model.apply_chat_template(messages), add_special_tokens=False)
+        ids = encode(model, model.apply_chat_template(messages), special_tokens=False)
         _, reason, timing = stream_timed(model, ids, sampling, show)
     except KeyboardInterrupt:
         if not interactive:

@@ -1,55 +1,32 @@
-"""What the commands need of a compiled model, and the timing of one streamed answer."""
+"""A model for a command, and one streamed answer with its timing."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from aios_compile.progress import Progress
+from aios_compile.errors import ConfigError
 
-
-class Chunk(Protocol):
-    """A piece of streamed text (runtime.outputs.StreamChunk)."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
+if TYPE_CHECKING:
+    from aios_compile.compiled_model import CompiledModel
 
 
-class Tokenizer(Protocol):
-    """The part of the tokenizer that the commands use."""
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
-
-
-class Model(Protocol):
-    """The part of api.CompiledModel that the commands use."""
-
-    progress: Progress
-    tokenizer: Tokenizer
-    artefact_path: Path
-
-    def generate(self, prompt: Any, **sampling: Any) -> Any: ...
-    def stream(self, prompt: Any, **sampling: Any) -> Iterator[Any]: ...
-    def apply_chat_template(self, messages: list[dict[str, str]]) -> str: ...
-    def report(self) -> Any: ...
-    def dump(self, folder: str) -> Any: ...
-    def close(self) -> None: ...
-    def __enter__(self) -> Model: ...
-    def __exit__(self, *error: object) -> None: ...
-
-
-def load(model: str, options: dict[str, Any]) -> Model:
+def load(model: str, options: dict[str, Any]) -> CompiledModel:
     """Load and compile `model`; the import is here so that `aios --help` needs none of it."""
     import aios_compile
 
-    loaded: Model = aios_compile.load_and_compile(model, **options)
-    return loaded
+    return aios_compile.load_and_compile(model, **options)
+
+
+def encode(model: CompiledModel, text: str, *, special_tokens: bool = True) -> list[int]:
+    """Return the token ids of `text`; ConfigError for a model without a tokenizer."""
+    if model.tokenizer is None:
+        raise ConfigError("the model has no tokenizer", advice="name one with --tokenizer FOLDER")
+    return model.tokenizer.encode(text, add_special_tokens=special_tokens)
 
 
 @dataclass
@@ -75,7 +52,7 @@ class Timing:
 
 
 def stream_timed(
-    model: Model, ids: list[int], sampling: dict[str, Any], show: Callable[[str], None]
+    model: CompiledModel, ids: list[int], sampling: dict[str, Any], show: Callable[[str], None]
 ) -> tuple[str, str | None, Timing]:
     """Stream an answer through `show`; return its text, its finish reason and its timing."""
     timing = Timing(len(ids))

@@ -113,14 +113,20 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def hash_files(files: Iterable[Path], memo: HashMemo) -> dict[str, str]:
-    """Return {file name: sha256}, hashed side by side; CheckpointError if one cannot be read."""
+    """Return {file name: sha256}, hashed side by side; CheckpointError if one cannot be read.
+
+    Of two files with one name (another tokenizer's) the later is named by its whole path.
+    """
     paths = list(files)
     try:
         with ThreadPoolExecutor(2) as pool:
             digests = list(pool.map(memo.sha256, (path.resolve() for path in paths)))
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
-    return {path.name: digest for path, digest in zip(paths, digests)}
+    hashes: dict[str, str] = {}
+    for path, digest in zip(paths, digests):
+        hashes[path.name if path.name not in hashes else str(path)] = digest
+    return hashes
 
 
 def compute_key(
