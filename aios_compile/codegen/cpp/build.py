@@ -1,8 +1,8 @@
 """Compile generated C++ with the system compiler, one process a kernel, into one shared library.
 
-Torch-free. Objects are content-addressed: text, headers, compiler version and flags are the key, so a
-kernel that did not change is never compiled twice, and two processes that build the same object write
-the same bytes and rename them into place.
+Torch-free. Objects are content-addressed: text, headers, compiler version and flags are the key, so
+a kernel that did not change is never compiled twice, and two processes that build the same object
+write the same bytes and rename them into place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
 
 from aios_compile import env
 from aios_compile.codegen.source import KernelSource
@@ -28,13 +27,16 @@ from aios_compile.errors import BuildError
 
 HEADER_FOLDER = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
-# The floating-point policy: a product and a sum are fused where the text says fma, and nowhere else;
-# no fast-math; sqrt does not set errno, so that it is one instruction.
-FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-Wno-psabi")
+# The floating-point policy: a product and a sum are fused where the text says fma, nowhere else; no
+# fast-math; sqrt does not set errno, so that it is one instruction. Whole numbers wrap, as in torch.
+FLAGS = (
+    *("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fwrapv"),
+    *("-fPIC", "-pthread", "-Wno-psabi"),
+)
 LINK_FLAGS = ("-shared", "-pthread", "-lm")
 MESSAGE_LINES = 12
 
-Source = Union[KernelSource, tuple[str, str]]
+Source = KernelSource | tuple[str, str]
 Progress = Callable[[int, int, str], None]
 
 
@@ -146,11 +148,11 @@ def build_objects(
     on_progress: Progress | None = None,
     extra_flags: Sequence[str] = (),
 ) -> list[Path]:
-    """Compile each source to an object in `folder`, in parallel; return the objects in source order.
+    """Compile each source to an object in `folder`, in parallel; return them in source order.
 
-    `sources` are KernelSources or (name, text) pairs. `jobs` defaults to the number of processors.
-    `on_progress(done, total, name)` is called in the caller's thread. `extra_flags` are for sanitizer
-    builds. Raises BuildError that names the kernel and quotes the compiler.
+    `sources` are KernelSources or (name, text) pairs. `jobs` defaults to the number of
+    processors. `on_progress(done, total, name)` is called in the caller's thread. `extra_flags` are
+    for sanitizer builds. Raises BuildError that names the kernel and quotes the compiler.
     """
     pairs = [(s.name, s.text) if isinstance(s, KernelSource) else s for s in sources]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -227,14 +229,17 @@ def link(
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """Load a linked library. Raises BuildError when the folder cannot execute or the file is bad."""
+    """Load a linked library.
+
+    Raises BuildError when the folder cannot execute or the file is bad.
+    """
     try:
         return ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
     except OSError as error:
         if "failed to map segment" in str(error) or "Operation not permitted" in str(error):
             raise BuildError(
                 f"{path}: the folder is on a file system that does not execute code (noexec)",
-                advice="set AIOS_CACHE_DIR to a folder on another file system, or mount it with exec",
+                advice="set AIOS_CACHE_DIR to a folder on a file system mounted with exec",
             ) from error
         raise BuildError(
             f"{path}: the library cannot be loaded: {error}",

@@ -48,11 +48,17 @@ AIOS_INLINE vi bits_of(vf x) { return (vi)x; }
 AIOS_INLINE vf float_of_bits(vi x) { return (vf)x; }
 AIOS_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
+AIOS_INLINE vi to_int(vf x) { return __builtin_convertvector(x, vi); }  // toward zero
+
 AIOS_INLINE vi lanes() {  // 0, 1, 2, ...
   vi r;
   for (int i = 0; i < VL; ++i) r[i] = i;
   return r;
 }
+
+AIOS_INLINE float lane_of(float x) { return x; }
+AIOS_INLINE int32_t lane_of(int32_t x) { return x; }
+AIOS_INLINE int32_t lane_of(bool x) { return -(int32_t)x; }
 
 // ---- choices -------------------------------------------------------------------------------------
 AIOS_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
@@ -186,6 +192,20 @@ AIOS_INLINE void store(float* p, vf v, int64_t count) { store_as(p, v, count); }
 AIOS_INLINE void store(int32_t* p, vi v, int64_t count) { store_as(p, v, count); }
 #endif
 
+// `count` in a loop body is All for a full vector and a number for the last, partial one.
+struct All {};
+template <class X> AIOS_INLINE auto load(const X* p, All) { return load(p); }
+template <class X, class V> AIOS_INLINE void store(X* p, V v, All) { store(p, v); }
+template <class Body> AIOS_INLINE void for_lanes(int64_t low, int64_t high, Body body) {
+  int64_t i = low;
+  for (; i + VL <= high; i += VL) body(i, All());
+  if (i < high) body(i, high - i);
+}
+AIOS_INLINE vf keep(vf x, All, float) { return x; }  // lanes past the end give `other`
+AIOS_INLINE vf keep(vf x, int64_t count, float other) {
+  return lanes() < (int32_t)count ? x : splat(other);
+}
+
 // One element, in the type of arithmetic.
 AIOS_INLINE float load1(const float* p) { return *p; }
 AIOS_INLINE double load1(const double* p) { return *p; }
@@ -212,6 +232,22 @@ AIOS_INLINE void store1(uint8_t* p, int32_t v) { *p = (uint8_t)v; }
 AIOS_INLINE void store1(bool8* p, bool v) { p->value = v; }
 AIOS_INLINE void store1(bf16* p, float v) { p->bits = narrow_bf16(splat(v))[0]; }
 AIOS_INLINE void store1(f16* p, float v) { p->bits = narrow_f16(splat(v))[0]; }
+
+// Elements that lie `stride` apart.
+AIOS_INLINE int64_t number_of(All) { return VL; }
+AIOS_INLINE int64_t number_of(int64_t count) { return count; }
+template <class X, class Count>
+AIOS_INLINE auto load_strided(const X* p, int64_t stride, Count count) {
+  decltype(load(p)) r = {};
+  const int64_t end = number_of(count);
+  for (int64_t i = 0; i < end; ++i) r[i] = lane_of(load1(p + i * stride));
+  return r;
+}
+template <class X, class V, class Count>
+AIOS_INLINE void store_strided(X* p, int64_t stride, V v, Count count) {
+  const int64_t end = number_of(count);
+  for (int64_t i = 0; i < end; ++i) store1(p + i * stride, v[i]);
+}
 
 // Rounding of an intermediate whose eager dtype is half precision.
 AIOS_INLINE vf round_bf16(vf x) { return widen_bf16(narrow_bf16(x)); }

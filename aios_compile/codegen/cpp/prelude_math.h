@@ -243,21 +243,77 @@ AIOS_SCALAR(relu)
 AIOS_SCALAR(gelu)
 AIOS_SCALAR(gelu_tanh)
 
-// ---- powers and the rest ----------------------------------------------------------------------------------
-AIOS_NOINLINE float pow(float x, float y) { return (float)__builtin_pow((double)x, (double)y); }
-AIOS_NOINLINE void pow_lanes(float* a, const float* b) {
-  for (int i = 0; i < VL; ++i) a[i] = pow(a[i], b[i]);
+// ---- powers, quotients and the rest -------------------------------------------------------------------
+// Two arguments, lane by lane.
+#define AIOS_RARE2(f, expression)                                        \
+  AIOS_NOINLINE float f(float p, float q) {                              \
+    double x = p, y = q;                                                 \
+    return (float)(expression);                                          \
+  }                                                                      \
+  AIOS_NOINLINE void f##_lanes(float* a, const float* b) {               \
+    for (int i = 0; i < VL; ++i) a[i] = f(a[i], b[i]);                   \
+  }                                                                      \
+  AIOS_INLINE vf f(vf x, vf y) {                                         \
+    float a[VL], b[VL];                                                  \
+    store(a, x);                                                         \
+    store(b, y);                                                         \
+    f##_lanes(a, b);                                                     \
+    return load(a);                                                      \
+  }
+AIOS_NOINLINE double python_remainder(double x, double y) {
+  double r = __builtin_fmod(x, y);
+  return r != 0.0 && (r < 0.0) != (y < 0.0) ? r + y : r;
 }
-AIOS_INLINE vf pow(vf x, vf y) {
-  float a[VL], b[VL];
-  store(a, x);
-  store(b, y);
-  pow_lanes(a, b);
-  return load(a);
-}
+AIOS_RARE2(pow, __builtin_pow(x, y))
+AIOS_RARE2(atan2, __builtin_atan2(x, y))
+AIOS_RARE2(fmod, __builtin_fmod(x, y))
+AIOS_RARE2(remainder, python_remainder(x, y))
+AIOS_RARE2(floor_divide, y == 0.0 ? x / y : __builtin_floor((x - python_remainder(x, y)) / y + 0.5))
+AIOS_INLINE vf trunc_divide(vf x, vf y) { return trunc(x / y); }
+AIOS_NOINLINE float trunc_divide(float x, float y) { return trunc(x / y); }
 AIOS_RARE(tan, __builtin_tan(x))
 AIOS_RARE(asin, __builtin_asin(x))
 AIOS_RARE(acos, __builtin_acos(x))
 AIOS_RARE(atan, __builtin_atan(x))
 AIOS_RARE(sinh, __builtin_sinh(x))
 AIOS_RARE(cosh, __builtin_cosh(x))
+
+// Whole numbers: a zero divisor gives 0 instead of a trap, and -1 is no trap either.
+template <class X> AIOS_INLINE X whole_divide(X x, X y) {
+  return y == 0 ? 0 : y == -1 ? -x : x / y;
+}
+template <class X> AIOS_INLINE X whole_remainder(X x, X y) {
+  return y == 0 || y == -1 ? 0 : x % y;
+}
+template <class X> AIOS_INLINE X whole_floor_divide(X x, X y) {
+  X r = whole_remainder(x, y);
+  return whole_divide(x, y) - (X)(r != 0 && (r < 0) != (y < 0));
+}
+template <class X> AIOS_INLINE X whole_python_remainder(X x, X y) {
+  X r = whole_remainder(x, y);
+  return r != 0 && (r < 0) != (y < 0) ? r + y : r;
+}
+template <class X> AIOS_INLINE X whole_pow(X x, X y) {
+  if (y < 0) return x == 1 ? 1 : x == -1 ? (y % 2 ? -1 : 1) : 0;
+  X r = 1;
+  for (; y > 0; y >>= 1, x *= x)
+    if (y & 1) r *= x;
+  return r;
+}
+#define AIOS_WHOLE(f, general)                                                                \
+  AIOS_INLINE int64_t f(int64_t x, int64_t y) { return general(x, y); }                       \
+  AIOS_INLINE int32_t f(int32_t x, int32_t y) { return general(x, y); }                       \
+  AIOS_INLINE vi f(vi x, vi y) {                                                              \
+    vi r;                                                                                     \
+    for (int i = 0; i < VL; ++i) r[i] = general((int32_t)x[i], (int32_t)y[i]);                \
+    return r;                                                                                 \
+  }
+AIOS_WHOLE(trunc_divide, whole_divide)
+AIOS_WHOLE(fmod, whole_remainder)
+AIOS_WHOLE(floor_divide, whole_floor_divide)
+AIOS_WHOLE(remainder, whole_python_remainder)
+AIOS_WHOLE(pow, whole_pow)
+AIOS_INLINE vi relu(vi x) { return x > 0 ? x : vi{}; }
+AIOS_INLINE int32_t relu(int32_t x) { return x > 0 ? x : 0; }
+AIOS_INLINE int64_t relu(int64_t x) { return x > 0 ? x : 0; }
+
