@@ -1,0 +1,72 @@
+"""The thread pool under ThreadSanitizer, on a busy machine, and with more workers than cores."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from aios_compile.codegen.cpp import build
+
+PROGRAM = """
+#include "prelude.h"
+#include "runtime.h"
+#include <cstdio>
+static int64_t a[4096], b[4096];
+static int64_t items(const Sizes *n) { return n->T; }
+static void first(const Sizes *, void *const *, int64_t i, int64_t end) {
+    for (; i < end; i++) a[i] += i;
+}
+static void second(const Sizes *n, void *const *, int64_t i, int64_t end) {
+    for (; i < end; i++) b[i] = a[n->T - 1 - i];  /* reads what other workers wrote */
+}
+static void run_step(aios::Worker *w, const Run *r) {
+    aios::launch(w, r, items, first, nullptr);
+    aios::barrier(w);
+    aios::launch(w, r, items, second, nullptr);
+    aios::barrier(w);
+}
+int main(int, char **argv) {
+    const int workers = atoi(argv[1]);
+    const long spins = atol(argv[2]);
+    Run run{};
+    int64_t steps = 0;
+    for (int round = 0; round < 3; round++) {
+        aios::Pool *pool = pool_new(workers, spins, 2);
+        if (pool_size(pool) != workers) return 3;
+        for (int i = 0; i < 60; i++) {
+            run.n.T = 1 + (i * 37) % 4096;
+            for (int64_t j = 0; j < 4096; j++) a[j] = 0;
+            pool_step(pool, &run);
+            for (int64_t j = 0; j < run.n.T; j++)
+                if (b[j] != run.n.T - 1 - j) return 1;
+            steps++;
+        }
+        pool_free(pool);
+    }
+    printf("%ld steps\\n", (long)steps);
+    return 0;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("threads")
+    (folder / "pool.cpp").write_text(PROGRAM)
+    command = [build.find_compiler().path, "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-Wno-psabi"]
+    command += ["-pthread", "-I", str(build.HEADER_FOLDER), str(folder / "pool.cpp")]
+    subprocess.run([*command, "-o", str(folder / "pool")], check=True)
+    return folder / "pool"
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("spins", [0, 200])
+def test_no_data_race_and_no_lost_wake_up(program: Path, workers: int, spins: int) -> None:
+    run = subprocess.run(
+        ["setarch", "-R", str(program), str(workers), str(spins)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout == "180 steps\n"
