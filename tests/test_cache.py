@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Iterator[ArtefactCache]:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ArtefactCache]:
+    """A cache of its own; the compiler's code stands still, whoever edits it meanwhile."""
+    monkeypatch.setattr(cache_key, "compiler_digest", lambda: "one")
     cache = ArtefactCache(tmp_path / "cache")
     yield cache
     cache.close()
@@ -341,3 +343,17 @@ def test_a_large_artefact_is_looked_up_in_no_time(cache: ArtefactCache, model: P
         assert isinstance(cache.lookup(key), Path)
         seconds.append(time.perf_counter() - begin)
     assert min(seconds) < 0.1
+
+
+def test_the_compiler_digest_covers_every_source_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "codegen").mkdir()
+    (tmp_path / "codegen" / "a.py").write_text("1")
+    (tmp_path / "b.h").write_text("2")
+    monkeypatch.setattr(cache_key, "_PACKAGE", tmp_path)
+    digests = {cache_key.compiler_digest()}
+    for name, text in (("b.h", "3"), ("codegen/a.py", "4"), ("c.py", ""), ("b.md", "no source")):
+        (tmp_path / name).write_text(text)
+        digests.add(cache_key.compiler_digest())
+    assert len(digests) == 4

@@ -221,21 +221,33 @@ def explain_miss(key: CacheKey, entries: Iterable[Mapping[str, Any]]) -> str:
     same = same or [e for e in candidates if e.get("source") == key.source]
     if not same:
         return "never compiled"
-    changes = min((_changes(entry["parts"], key.parts) for entry in same), key=len)
-    return "; ".join(changes) if changes else "never compiled"
+    nearest = min(
+        same, key=lambda entry: sum(map(len, _changed(entry["parts"], key.parts).values()))
+    )
+    return _phrase(nearest["parts"], key.parts) or "never compiled"
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return one phrase a changed part, the model's files first."""
-    phrases = []
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return {part: names of its fields that differ}, in the order of `new`."""
+    changed = {}
     for part, fields in new.items():
         before = old.get(part, {})
         names = sorted(n for n in {*fields, *before} if fields.get(n) != before.get(n))
-        if part == "compiler" and names:
+        if names:
+            changed[part] = names
+    return changed
+
+
+def _phrase(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return what changed, for people: "options changed: dtype (auto -> float32)"."""
+    phrases = []
+    for part, names in _changed(old, new).items():
+        if part == "compiler":
             phrases.append("compiler code changed")
-        elif part == "model" and names:
+        elif part == "model":
             phrases.append(f"model files changed: {', '.join(names)}")
-        elif names:
-            moves = [f"{n} ({before.get(n)} -> {fields.get(n)})" for n in names]
+        else:
+            before = old.get(part, {})
+            moves = [f"{n} ({before.get(n)} -> {new[part].get(n)})" for n in names]
             phrases.append(f"{part} changed: {', '.join(moves)}")
-    return phrases
+    return "; ".join(phrases)
