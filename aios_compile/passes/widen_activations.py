@@ -25,8 +25,8 @@ LOOKUP = aten.embedding.default
 def widen_activations(graph: fx.Graph, context: PassContext) -> int:
     """Make half-precision activations float32 and upcast weights where they are used.
 
-    A table that is looked up stays as it is: its rows are upcast after the lookup. Returns the number
-    of values that became float32.
+    A table that is looked up stays as it is: its rows are upcast after the lookup. Returns
+    the number of values that became float32.
 
     Before::
 
@@ -103,10 +103,11 @@ def _widen(graph: fx.Graph, node: fx.Node, context: PassContext, weights: set[fx
     if node.op == "output" or not _changed(node, context):
         return 0
     source = node.args[0] if node.args else None
-    if is_call(node, aten._to_copy.default) and dtype_of(source) == node.kwargs.get("dtype"):
-        if set(node.kwargs) == {"dtype"} and isinstance(source, fx.Node):
-            node.replace_all_uses_with(source)
-            graph.erase_node(node)
+    only_casts = is_call(node, aten._to_copy.default) and set(node.kwargs) == {"dtype"}
+    if only_casts and dtype_of(source) == node.kwargs["dtype"]:
+        assert isinstance(source, fx.Node)
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
     return 1
 
 

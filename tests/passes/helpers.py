@@ -210,7 +210,8 @@ def check(
     reason: str = "",
     values: dict[str, Tensor] | None = None,
 ) -> IRModule:
-    """Apply a pass: it must fire `hits` times (None: at least once), keep the values, and find nothing the second time.
+    """Apply a pass: it must fire `hits` times (None: at least once), keep the
+    values, and find nothing the second time.
 
     With `reason`, a refusal must contain that text. Return the rewritten module.
     """

@@ -1,3 +1,4 @@
+# ruff: noqa: F722, F821
 """widen_activations: half-precision activations become float32, weights stay as they are stored."""
 
 import torch
