@@ -1,1 +1,1 @@
-"""."""
+"""Checkpoint folders: files, safetensors, tokenizer, chat template. Free of torch."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn, cast
@@ -21,9 +22,10 @@ from jinja2 import nodes
 from aios_compile.errors import CheckpointError, RequestError
 
 MAX_TEMPLATE_CHARS = 1 << 20
-MAX_STEPS = 1_000_000  # loop steps and calls of one rendering
+MAX_STEPS = 200_000  # loop steps and calls of one rendering
 MAX_CHARS = 16 << 20  # of any string in it
-MAX_NUMBER = 1 << 20  # of an argument to a call or filter, and of an exponent
+MAX_NUMBER = 1 << 20  # of an argument to a call or filter
+WIDE = re.compile(r"\d{5}")  # a width in a format that could fill the memory
 
 
 class ChatTemplate:
@@ -91,7 +93,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _tojson
         self.filters["aios_steps"] = self._steps
         self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.globals["strftime_now"] = _strftime_now
 
     def bounded(self, source: str) -> nodes.Template:
         """Parse, and count the steps of each loop and the characters of each `~`."""
@@ -109,6 +111,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call(self, *args: Any, **kwargs: Any) -> Any:
         self._spend(1)
         _check_numbers((*args, *kwargs.values()))
+        # args[1] is the function; the sandbox wraps str.format and str.format_map
+        method = getattr(args[1], "__wrapped__", args[1])
+        text = getattr(method, "__self__", None)
+        if isinstance(text, str) and method.__name__.startswith("format"):
+            _check_widths((text, *args[2:], *kwargs.values()))
         return self._short(super().call(*args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -144,6 +151,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         def limited(*args: Any, **kwargs: Any) -> Any:
             self._spend(1)
             _check_numbers((*args, *kwargs.values()))
+            if function.__name__ == "do_format":
+                _check_widths(args)
             return self._short(function(*args, **kwargs))
 
         return limited
@@ -157,6 +166,16 @@ def _check_numbers(values: Iterable[Any]) -> None:
     """Refuse the widths and counts with which one call could fill the memory."""
     if any(isinstance(x, (int, float)) and abs(x) > MAX_NUMBER for x in values):
         raise jinja2.TemplateError(f"an argument over {MAX_NUMBER}")
+
+
+def _check_widths(texts: Iterable[Any]) -> None:
+    if any(isinstance(text, str) and WIDE.search(text) for text in texts):
+        raise jinja2.TemplateError("a format with a width of five digits")
+
+
+def _strftime_now(form: str) -> str:
+    _check_widths((form,))
+    return datetime.now().strftime(form)
 
 
 def _raise_exception(message: object) -> NoReturn:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 
 from aios_compile.checkpoint import paths
 from aios_compile.checkpoint.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate
@@ -33,8 +33,8 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class Tokenizer:
     """Encode and decode as transformers does with the same folder.
 
-    `settings` holds what tokenizer.json lacks: special tokens by name, the chat template, and
-    whether to add a first and a last token (None: as tokenizer.json says).
+    `settings` holds what tokenizer.json lacks: special tokens by name, the chat template, the ids
+    that end a text. tokenizer.json alone says which tokens are added at the ends of a text.
     """
 
     def __init__(self, data: bytes, settings: Mapping[str, Any], where: str) -> None:
@@ -46,7 +46,6 @@ class Tokenizer:
         self._backend.add_special_tokens(
             [AddedToken(token, special=True, normalized=False) for token in present]
         )
-        _set_ends(self._backend, self._settings, self.special_tokens)
         template = settings.get("chat_template")
         self.chat_template = ChatTemplate(template, self.special_tokens) if template else None
 
@@ -109,8 +108,8 @@ class Tokenizer:
             raise RequestError(f"the prompt is a {type(text).__name__}, expected text")
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as error:
-            raise RequestError(f"the prompt is not valid Unicode at {error.start}") from None
+        except (TypeError, UnicodeError):  # a lone surrogate; the library calls it "not a str"
+            raise RequestError("the prompt is not valid Unicode text") from None
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -198,8 +197,6 @@ def _settings_of(folder: Path) -> dict[str, Any]:
     return {
         "special_tokens": _named_tokens(config),
         "chat_template": _template_source(folder, config),
-        "add_bos_token": config.get("add_bos_token"),
-        "add_eos_token": config.get("add_eos_token"),
         "eos_token_ids": _eos_token_ids(folder),
     }
 
@@ -244,21 +241,3 @@ def _eos_token_ids(folder: Path) -> list[int]:
                 f"{folder / GENERATION_CONFIG}: eos_token_id {repr(index)[:40]} is not a token id"
             )
     return ids
-
-
-def _set_ends(
-    backend: tokenizers.Tokenizer, settings: Mapping[str, Any], special: Mapping[str, str]
-) -> None:
-    """Replace the post-processor where tokenizer_config.json says which ends to add."""
-    if settings.get("add_bos_token") is None and settings.get("add_eos_token") is None:
-        return
-    single, tokens = "$A", []
-    for key, name in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
-        token = special.get(name)
-        index = None if token is None else backend.token_to_id(token)
-        if settings.get(key) is True and token is not None and index is not None:
-            single = f"{token} {single}" if name == "bos_token" else f"{single} {token}"
-            tokens.append((token, index))
-    backend.post_processor = processors.TemplateProcessing(
-        single=single, pair=f"{single} $B", special_tokens=tokens
-    )
