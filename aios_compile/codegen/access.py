@@ -121,8 +121,9 @@ class Reader:
             self.leaves.append(leaf)
         return Load(self.leaves.index(leaf), dtype)
 
-    def depends(self, expr: Expr, dim: int) -> bool:
-        return varies(expr, self.leaves, dim)
+    def limits(self) -> dict[int, int]:
+        """Return the constant upper bounds of the coordinates."""
+        return {d: high for d, (_, high) in enumerate(self.ranges) if high is not None}
 
 
 def varies(expr: Expr, leaves: Sequence[Leaf], dim: int) -> bool:

@@ -6,7 +6,7 @@ loaded token id. Coefficients are Dims: numbers or polynomials in the runtime si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from aios_compile.codegen.expression import Call, Const, Expr, Index, Size, call, walk
@@ -111,25 +111,44 @@ def depends_on(expr: Expr, dim: int) -> bool:
     return any(e == Index(dim) for e in walk(expr))
 
 
-def divided(value: Linear, by: Dim) -> Linear:
-    """Return value // by for a value >= 0 (exact where every part divides)."""
+Limits = Mapping[int, int]
+
+
+def divided(value: Linear, by: Dim, limits: Limits | None = None) -> Linear:
+    """Return value // by for a value >= 0. `limits[d]` bounds Index(d) from above, exclusively."""
     if by == 1:
         return value
-    if isinstance(by, int) and _divides(value, by):
-        return Linear(
-            tuple((a, int(c) // by) for a, c in value.terms),  # type: ignore[arg-type]
-            int(value.constant) // by,  # type: ignore[arg-type]
-        )
+    parts = _parted(value, by, limits or {})
+    if parts is not None and isinstance(by, int):
+        whole, _ = parts
+        terms = tuple((a, int(c) // by) for a, c in whole.terms)  # type: ignore[arg-type]
+        return Linear(terms, int(whole.constant) // by)  # type: ignore[arg-type]
     return Linear.of(Call("trunc_divide", (value.expr(), _dim_expr(by)), "i64"))
 
 
-def remainder(value: Linear, by: Dim) -> Linear:
+def remainder(value: Linear, by: Dim, limits: Limits | None = None) -> Linear:
     """Return value % by for a value >= 0."""
-    if by == 1 or (isinstance(by, int) and _divides(value, by)):
+    if by == 1:
         return Linear()
+    parts = _parted(value, by, limits or {})
+    if parts is not None:
+        return parts[1]
     return Linear.of(Call("fmod", (value.expr(), _dim_expr(by)), "i64"))
 
 
-def _divides(value: Linear, by: int) -> bool:
+def _parted(value: Linear, by: Dim, limits: Limits) -> tuple[Linear, Linear] | None:
+    """Return (a multiple of `by`, a rest in [0, by)) whose sum is the value, or None."""
     numbers = [c for _, c in value.terms] + [value.constant]
-    return all(isinstance(c, int) and c % by == 0 for c in numbers)
+    if not isinstance(by, int) or not all(isinstance(c, int) for c in numbers):
+        return None
+    constant = int(value.constant)  # type: ignore[arg-type]
+    whole = [t for t in value.terms if t[1] % by == 0]  # type: ignore[operator]
+    rest = [t for t in value.terms if t[1] % by != 0]  # type: ignore[operator]
+    largest = constant % by
+    for atom, c in rest:
+        if not isinstance(atom, Index) or atom.dim not in limits or c < 0:  # type: ignore[operator]
+            return None
+        largest += c * (limits[atom.dim] - 1)  # type: ignore[operator]
+    if largest >= by:
+        return None
+    return Linear(tuple(whole), constant - constant % by), Linear(tuple(rest), constant % by)

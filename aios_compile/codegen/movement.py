@@ -7,7 +7,7 @@ An index out of range is clamped: a kernel never reads outside its operand.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx
@@ -76,10 +76,12 @@ def _transpose(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
 @rule("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "view_as", "unflatten")
 def _view(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
     source = node.args[0]
-    return reader.at(source, _reshaped(shape_of(node), at, shape_of(source)))  # type: ignore[arg-type]
+    return reader.at(source, reshaped(shape_of(node), at, shape_of(source), reader.limits()))  # type: ignore[arg-type]
 
 
-def _reshaped(shape: tuple[Dim, ...], at: Coordinates, source: tuple[Dim, ...]) -> Coordinates:
+def reshaped(
+    shape: tuple[Dim, ...], at: Coordinates, source: tuple[Dim, ...], limits: Mapping[int, int]
+) -> Coordinates:
     """Return coordinates in `source` of the element `at` in `shape`, group by equal group."""
     result: list[Linear] = []
     i = j = 0
@@ -99,7 +101,7 @@ def _reshaped(shape: tuple[Dim, ...], at: Coordinates, source: tuple[Dim, ...]) 
                 left, i = right, len(shape)
         if j == len(source):
             i = len(shape)
-        result += _group(shape[first_i:i], at[first_i:i], source[first_j:j])
+        result += _group(shape[first_i:i], at[first_i:i], source[first_j:j], limits)
     return tuple(result)
 
 
@@ -118,7 +120,9 @@ def _leading(dim: Dim) -> int:
     return dim if isinstance(dim, int) else dim.terms[0][1]
 
 
-def _group(shape: tuple[Dim, ...], at: Coordinates, source: tuple[Dim, ...]) -> list[Linear]:
+def _group(
+    shape: tuple[Dim, ...], at: Coordinates, source: tuple[Dim, ...], limits: Mapping[int, int]
+) -> list[Linear]:
     kept = [(s, c) for s, c in zip(shape, at) if s != 1]
     wanted = [s for s in source if s != 1]
     if [s for s, _ in kept] == wanted:
@@ -130,8 +134,8 @@ def _group(shape: tuple[Dim, ...], at: Coordinates, source: tuple[Dim, ...]) -> 
     result: list[Linear] = []
     for place, size in enumerate(source):
         inner = product(source[place + 1 :])
-        result.append(Linear() if size == 1 else divided(flat, inner))
-        flat = flat if size == 1 else remainder(flat, inner)
+        result.append(Linear() if size == 1 else divided(flat, inner, limits))
+        flat = flat if size == 1 else remainder(flat, inner, limits)
     return result
 
 

@@ -102,7 +102,8 @@ class Cpp:
             return f"({self._splat(call.args[0], texts[0])} / {texts[1]})"
         if call.op in INFIX:
             texts = [
-                self._splat(a, t) if a.dtype == "bool" else t for a, t in zip(call.args, texts)
+                self._splat(a, t) if a.dtype == "bool" else _plain(a, t)
+                for a, t in zip(call.args, texts)
             ]
             return self._narrow(call, f"({texts[0]} {INFIX[call.op]} {texts[1]})")
         args = [self._splat(a, t) for a, t in zip(call.args, texts)]
@@ -133,6 +134,13 @@ class Cpp:
             whole = f"({text} & 1)"
             return whole if dtype == "i32" else f"to_float{whole}"
         return f"to_float({bare})" if dtype == "f32" else f"to_int({bare})"
+
+
+def _plain(arg: Expr, text: str) -> str:
+    """Return a small int64 constant as a plain number: the other side is 64 bits wide already."""
+    if isinstance(arg, Const) and arg.dtype == "i64" and 0 <= arg.value < 2**31:
+        return str(arg.value)
+    return text
 
 
 VECTOR = Cpp(vector=True)
