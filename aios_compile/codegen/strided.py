@@ -37,7 +37,11 @@ def resolve(value: Any, operands: Sequence[Operand]) -> Strided | None:
     if not isinstance(value, fx.Node):
         return None
     if value.op == "placeholder":
-        index = [n for n in value.graph.nodes if n.op == "placeholder"].index(value)
+        holders = [n for n in value.graph.nodes if n.op == "placeholder"]
+        tensors = [n for n in holders if isinstance(n.meta["val"], torch.Tensor)]
+        if value not in tensors:
+            return None
+        index = tensors.index(value)
         return Strided(index, operands[index], 0)
     if value.op != "call_function":
         return None

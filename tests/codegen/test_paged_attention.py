@@ -88,14 +88,20 @@ class Batch:
 MIXED = ((1, 1), (1, 37), (16, 16), (21, 50), (1, 90))
 
 
-@pytest.mark.parametrize("target", ["avx512", "avx2", "portable"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(4, 2, 32, 32), (3, 1, 20, 13), (16, 8, 128, 128)])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "target"),
+    [
+        *(((3, 1, 20, 13), d, "avx512") for d in (torch.float32, torch.bfloat16, torch.float16)),
+        ((3, 1, 20, 13), torch.bfloat16, "avx2"),
+        ((3, 1, 20, 13), torch.bfloat16, "portable"),
+        ((4, 2, 32, 32), torch.float16, "avx2"),
+        ((16, 8, 128, 128), torch.bfloat16, "avx512"),
+        ((16, 8, 128, 128), torch.bfloat16, "avx2"),
+    ],
+)
 def test_mixed_batch_matches_the_reference(shape, dtype, target):
     if build.Target.named(target).vector_bytes > build.Target.host().vector_bytes:
         pytest.skip("the processor lacks the instructions")
-    if target == "portable" and (shape[0] == 16 or dtype == torch.float16):
-        pytest.skip("slow to build; the small shapes cover it")
     spec, built = kernel(*shape, dtype, target)
     batch = Batch(MIXED, *shape, dtype)
     expected = paged_attention.reference(spec, *batch.arguments())

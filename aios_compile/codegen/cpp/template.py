@@ -93,8 +93,8 @@ def kernel(
         '#include "prelude.h"\n\nnamespace {\n\n'
         + "\n".join(definitions)
         + f"\n\n{body}\n}}  // namespace\n\n"
-        f'extern "C" int64_t {symbol}_items(const Sizes* n) {{ return {name}_items(n); }}\n'
+        f'extern "C" int64_t {symbol}_items(const Sizes* n) {{ return {template or name}_items(n); }}\n'
         f'extern "C" void {symbol}(const Sizes* n, void* const* p, int64_t begin, int64_t end) {{\n'
-        f"  {name}(n, p, begin, end);\n}}\n"
+        f"  {template or name}(n, p, begin, end);\n}}\n"
     )
     return KernelSource(name, symbol, "cpp", text, num_operands, inplace, lines)

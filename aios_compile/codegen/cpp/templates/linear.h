@@ -3,7 +3,8 @@
 //
 // The text before this one defines Weight (float, bf16 or f16), K, COLUMNS (output columns),
 // STREAMS (1, or 2 when row n of the second half of the matrix belongs to row n of the first),
-// num_tokens(n), x_row(n, p, t) and epilogue(n, p, t, column, count, sums...).
+// num_tokens(n), x_row(n, p, t), weight(n, p) and epilogue(n, p, i0, begin, end, sum0, sum1), which writes
+// columns [begin, end) of token i0 from the sums of the two streams.
 
 constexpr int BLOCK = 16;                            // rows of a packed block
 constexpr int VECTORS = BLOCK / VL;                  // vectors of a packed block
@@ -82,18 +83,12 @@ AIOS_INLINE void panel(const Sizes* n, void* const* p, int64_t block, int64_t fi
                        const float* x) {
   alignas(64) float sums[STREAMS][WIDTH * BLOCKS * BLOCK];
   for (int s = 0; s < STREAMS; ++s)
-    tile<BLOCKS, WIDTH>(weight(p) + (s * NUM_BLOCKS + block) * K * BLOCK, x, sums[s]);
-  for (int64_t t = 0; t < count; ++t)
-    for (int64_t i = 0; i < BLOCKS * BLOCK; i += VL) {
-      const int64_t column = block * BLOCK + i, left = COLUMNS - column;
-      if (left <= 0) break;
-      const float* sum = sums[0] + t * BLOCKS * BLOCK + i;
-      const float* sum2 = sums[STREAMS - 1] + t * BLOCKS * BLOCK + i;
-      if (left >= VL)
-        epilogue<true>(n, p, first + t, column, VL, load(sum), load(sum2));
-      else
-        epilogue<false>(n, p, first + t, column, left, load(sum), load(sum2));
-    }
+    tile<BLOCKS, WIDTH>(weight(n, p) + (s * NUM_BLOCKS + block) * K * BLOCK, x, sums[s]);
+  const int64_t column = block * BLOCK, stop = min(column + BLOCKS * BLOCK, COLUMNS);
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t at = t * BLOCKS * BLOCK;
+    epilogue(n, p, first + t, column, stop, sums[0] + at, sums[STREAMS - 1] + at);
+  }
 }
 
 // Blocks [block, stop) for one tile of tokens: as many blocks at a time as the registers hold.

@@ -1,0 +1,215 @@
+"""y[t, n] = f(sum_k x[t, k] * w[n, k], ...): a linear layer with any pointwise tail.
+
+Layouts: x[T, K] float32 (any row stride), w packed as rows16 ([ceil(N / 16)][K][16], float32, bf16 or
+f16, see codegen/packing.py); the tail's operands (bias, residual, ...) and outputs [T, N] as they are.
+A gated tail reads the halves of w[2F, K] (gate rows, then up rows) and writes [T, F]: both halves'
+blocks are computed together. Sums are float32, one chain of fused multiply-adds over k ascending an
+element: the same bits for every T, tile and split.
+Bytes: w once for up to 12 tokens (6 on AVX2), and once for each chunk of tokens whose packed copy
+fits in L2 beyond that; x and the tail's operands once a chunk. Items: (chunk, 32 columns).
+Measured (benchmarks/kernels.py, 2 cores of Zen 4, bf16, Qwen3-0.6B shapes): see its docstring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from aios_compile.codegen.access import (
+    Access,
+    Coordinates,
+    NotExpressible,
+    Reader,
+    outputs,
+    shape_of,
+    store_address,
+)
+from aios_compile.codegen.cpp.dialect import Cpp
+from aios_compile.codegen.cpp.frame import indent, pointer
+from aios_compile.codegen.cpp.head_rows import without_leading_ones
+from aios_compile.codegen.cpp.nest import Nest
+from aios_compile.codegen.cpp.template import C_TYPES, constants, kernel, number
+from aios_compile.codegen.cpp.template import pointer as address_function
+from aios_compile.codegen.expression import Const, Expr, Index, Printer, call, formula
+from aios_compile.codegen.linear_index import Linear
+from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.source import KernelSource
+from aios_compile.codegen.strided import Strided, body_lines, resolve
+
+BLOCK = 16
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """Everything the text depends on.
+
+    operands: inputs, outputs, then one pseudo operand a stream: the sums of a row. leaves: what the
+    values read. values, stores: each output's expression and address over (token, column).
+    """
+
+    x: Strided
+    weight: int
+    streams: int
+    operands: tuple[Operand, ...]
+    num_outputs: int
+    leaves: tuple[Access, ...]
+    values: tuple[Expr, ...]
+    stores: tuple[Linear, ...]
+    lines: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> int:
+        rows = self.operands[self.weight].shape[0]
+        assert isinstance(rows, int)
+        return rows // self.streams
+
+    def outputs(self) -> range:
+        end = len(self.operands) - self.streams
+        return range(end - self.num_outputs, end)
+
+
+def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> LinearSpec | None:
+    """Return the spec of a body of one aios.linear and a pointwise tail, else None."""
+    targets = (torch.ops.aios.linear.default, torch.ops.aios.linear)
+    nodes = [n for n in body.graph.nodes if n.target in targets]
+    results = outputs(body)
+    if len(nodes) != 1 or not all(isinstance(r, fx.Node) for r in results):
+        return None
+    x = without_leading_ones(resolve(nodes[0].args[0], operands), 2)
+    weight = resolve(nodes[0].args[1], operands)
+    if x is None or weight is None or weight.operand.packed != "rows16":
+        return None
+    depth, rows = x.operand.shape[1], weight.operand.shape[0]
+    dense = x.operand.strides[1] == 1 and x.operand.dtype == "f32"
+    if not dense or not isinstance(depth, int) or not isinstance(rows, int):
+        return None
+    columns = {shape_of(r)[-1] for r in results}
+    streams = 1 if columns == {rows} else 2
+    if streams == 2 and (columns != {rows // 2} or rows % (2 * BLOCK)):
+        return None
+    return _with_tail(body, operands, nodes[0], x, weight.index, streams)
+
+
+def _with_tail(
+    body: fx.GraphModule,
+    operands: Sequence[Operand],
+    node: fx.Node,
+    x: Strided,
+    weight: int,
+    streams: int,
+) -> LinearSpec | None:
+    rows = operands[weight].shape[0]
+    assert isinstance(rows, int)
+    columns, results = rows // streams, outputs(body)
+    sums = [Operand(f"sum{s}", "f32", (1, columns), (0, 1)) for s in range(streams)]
+
+    def sum_of(reader: Reader, at: fx.Node, coordinates: Coordinates) -> Expr | None:
+        if at is not node:
+            return None
+        column = coordinates[-1]
+        start = column.constant
+        streams_of = {s * columns: s for s in range(streams)}
+        if column.without(1) != Linear((), start) or start not in streams_of:
+            raise NotExpressible(f"the tail reads column {column} of a linear")
+        if any(c not in (Linear(), Linear.of(Index(0))) for c in coordinates[:-1]):
+            raise NotExpressible("the tail mixes tokens of a linear")
+        place = Linear.of(Index(1))
+        value: Expr = reader.leaf(Access(len(operands) + streams_of[start], place), "f32")
+        bias: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+        return value if bias is None else call("add", (value, reader.at(bias, (column,))), "f32")
+
+    reader = Reader(body, operands, ((0, None), (0, columns)), sum_of)
+    values, stores = [], []
+    for result, out in zip(results, operands[len(operands) - len(results) :]):
+        shape = shape_of(result)
+        if len(shape) < 2 or any(s != 1 for s in shape[:-2]) or shape[-2] != x.operand.shape[0]:
+            return None
+        token = Linear() if shape[-2] == 1 else Linear.of(Index(0))
+        place = (*(Linear() for _ in shape[:-2]), token, Linear.of(Index(1)))
+        try:
+            values.append(reader.at(result, place))
+        except NotExpressible:
+            return None
+        stores.append(store_address(out, place))
+    leaves = tuple(leaf for leaf in reader.leaves if isinstance(leaf, Access))
+    spec = LinearSpec(
+        x,
+        weight,
+        streams,
+        (*operands, *sums),
+        len(results),
+        leaves,
+        tuple(values),
+        tuple(stores),
+        body_lines(body),
+    )
+    nest = Nest(spec.operands, spec.leaves, 2)
+    stored = list(zip(spec.outputs(), spec.stores))
+    return spec if not reader.cuts and nest.can_vectorize(spec.values, stored) else None
+
+
+def reference(spec: LinearSpec, body: fx.GraphModule, *tensors: Tensor) -> Any:
+    """Compute the outputs in eager PyTorch from unpacked weights: the body is the definition."""
+    return body(*tensors)
+
+
+def inplace(spec: LinearSpec) -> tuple[tuple[int, int], ...]:
+    """Return (output, input) pairs that the tail touches at one address; never x or the weight."""
+    pairs = []
+    for number_, index in enumerate(spec.outputs()):
+        for operand in range(spec.outputs().start):
+            same = spec.operands[operand].dtype == spec.operands[index].dtype
+            reads = [leaf.address for leaf in spec.leaves if leaf.operand == operand]
+            fixed = operand in (spec.x.index, spec.weight)
+            if same and reads and not fixed and all(r == spec.stores[number_] for r in reads):
+                pairs.append((number_, operand))
+    return tuple(pairs)
+
+
+def emit(spec: LinearSpec) -> KernelSource:
+    """Return the kernel's text."""
+    weight = spec.operands[spec.weight]
+    depth = spec.x.operand.shape[1]
+    assert isinstance(depth, int)
+    base = Operand(weight.name, weight.dtype, (), ())
+    names = [spec.operands[leaf.operand].name for leaf in spec.leaves]
+    definitions = [
+        *(f"// out{i} = {formula(v, names)}" for i, v in enumerate(spec.values)),
+        f"using Weight = {C_TYPES[weight.dtype]};",
+        constants(K=depth, COLUMNS=spec.columns, STREAMS=spec.streams),
+        number("num_tokens", spec.x.operand.shape[0]),
+        address_function("x_row", spec.x.index, spec.x.operand, ("t",), spec.x.offset),
+        address_function("weight", spec.weight, base, ()),
+        _epilogue(spec),
+    ]
+    count = spec.outputs().stop
+    return kernel("linear", spec, definitions, count, inplace=inplace(spec), lines=spec.lines)
+
+
+def _epilogue(spec: LinearSpec) -> str:
+    """Return the C function that turns the sums of token i0, columns [begin, end), into outputs."""
+    nest = Nest(spec.operands, spec.leaves, 2)
+    used = {leaf.operand for leaf in spec.leaves} | set(spec.outputs())
+    first_sum = spec.outputs().stop
+    lines = [
+        pointer(spec.operands[i], i, i in spec.outputs()) for i in sorted(used) if i < first_sum
+    ]
+    for s in range(spec.streams):
+        lines.append(f"const float* sum{s}_{first_sum + s} = stream{s} - begin;")
+    before, loads, values = nest.vector_parts(spec.values)
+    body, results = Printer(Cpp(True, ("i0", "i1"))).statements(values, loads)
+    for k, value in enumerate(values):
+        text = f"splat({results[k]})" if isinstance(value, Const) else results[k]
+        body.append(nest.declare(value.dtype, f"r{k}", text, True))
+    for k, (index, store) in enumerate(zip(spec.outputs(), spec.stores)):
+        body.append(nest.store(index, store, f"r{k}", True))
+    loop = ["for_lanes(begin, end, [&](int64_t i1, auto count) {", *indent(body), "});"]
+    signature = (
+        "AIOS_INLINE void epilogue(const Sizes* n, void* const* p, int64_t i0, int64_t begin,\n"
+        "                          int64_t end, const float* stream0, const float* stream1) {"
+    )
+    return "\n".join([signature, *indent([*lines, *before, *loop]), "}"])

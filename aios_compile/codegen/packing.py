@@ -1,0 +1,80 @@
+"""Packed weight layouts. Torch-free: the loader and the cached start need numpy only.
+
+rows16: [ceil(N / 16)][K][16], the rows of w[N, K] in blocks of 16, element k of the 16 rows side by
+side, so that one vector load feeds 16 rows and a block is one sequential stream. Rows beyond N are
+zeros. bfloat16 travels as its bits in uint16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aios_compile.errors import CheckpointError
+
+Array = NDArray[Any]
+ROWS = 16
+CHUNK_ELEMENTS = 1 << 18  # a chunk, its mask and its packed copy stay in the L2 cache
+
+
+def pack_rows16(w: Array, label: str = "weight") -> Array:
+    """Return w[N, K] (float32, float16, or bfloat16 bits in uint16) as rows16 [ceil(N / 16), K, 16].
+
+    `label` names the tensor in errors. Raises CheckpointError when a value is NaN or infinite. Memory:
+    the result and less than 2 MiB.
+    """
+    assert w.ndim == 2, f"{label}: rows16 packs matrices, got shape {w.shape}"
+    rows, depth = w.shape
+    blocks = -(-rows // ROWS)
+    packed = np.empty((blocks, depth, ROWS), w.dtype)
+    full = rows // ROWS
+    wide = w[: full * ROWS].reshape(full, ROWS, depth)
+    step = max(1, CHUNK_ELEMENTS // max(1, ROWS * depth))
+    for first in range(0, full, step):
+        chunk = wide[first : first + step]
+        _check_chunk(chunk, label, first * ROWS)
+        packed[first : first + len(chunk)] = chunk.transpose(0, 2, 1)
+    if full < blocks:
+        rest = w[full * ROWS :]
+        _check_chunk(rest, label, full * ROWS)
+        packed[full] = 0
+        packed[full, :, : rows - full * ROWS] = rest.T
+    return packed
+
+
+def unpack_rows16(packed: Array, rows: int) -> Array:
+    """Return the matrix [rows, K] of a rows16 array."""
+    blocks, depth, width = packed.shape
+    assert width == ROWS and 0 <= blocks * ROWS - rows < ROWS, f"{packed.shape} is not {rows} rows"
+    return np.ascontiguousarray(packed.transpose(0, 2, 1).reshape(blocks * ROWS, depth)[:rows])
+
+
+def check_finite(array: Array, label: str) -> None:
+    """Raise CheckpointError when a float32, float16 or bfloat16-bits array holds NaN or infinity.
+
+    Integer arrays other than uint16 pass.
+    """
+    if array.dtype.kind == "f" or array.dtype == np.uint16:
+        flat = array.reshape(-1)
+        for first in range(0, flat.size, CHUNK_ELEMENTS):
+            _check_chunk(flat[first : first + CHUNK_ELEMENTS], label, None)
+
+
+def _check_chunk(chunk: Array, label: str, first_row: int | None) -> None:
+    if chunk.dtype == np.uint16:
+        bad = (chunk & np.uint16(0x7F80)) == np.uint16(0x7F80)
+    else:
+        bad = ~np.isfinite(chunk)
+    if not bad.any():
+        return
+    where = ""
+    if first_row is not None:
+        matrix = bad.reshape(-1, chunk.shape[-1])
+        row, column = (int(i) for i in np.argwhere(matrix)[0])
+        where = f", first at [{first_row + row}, {column}]"
+    raise CheckpointError(
+        f"{label}: {int(bad.sum())} or more values are NaN or infinite{where}",
+        advice="download the checkpoint again; training that diverged leaves such weights too",
+    )

@@ -1,0 +1,169 @@
+"""The linear kernel: every tail, dtype, tile border and target, bitwise invariance, odd sizes."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from aios_compile.codegen.cpp import build, linear
+from aios_compile.codegen.packing import pack_rows16
+from aios_compile.ir import ops  # noqa: F401  (registers the ops)
+from tests.codegen.harness import Kernel, make_body
+
+aios, aten = torch.ops.aios, torch.ops.aten
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TARGETS = ("avx512", "avx2", "portable")
+TOKENS = (1, 2, 3, 5, 8, 12, 13, 25, 40)
+
+
+def skip_unless(target):
+    if build.Target.named(target).vector_bytes > build.Target.host().vector_bytes:
+        pytest.skip("the processor lacks the instructions")
+
+
+def packed(w):
+    bits = w.view(torch.uint16) if w.dtype == torch.bfloat16 else w
+    return pack_rows16(bits.numpy())
+
+
+def plain(x, w):
+    return aios.linear.default(x, w)
+
+
+def with_bias_and_residual(x, w, bias, residual):
+    return aten.add.Tensor(residual, aios.linear.default(x, w, bias))
+
+
+def activated_twice(x, w, bias):
+    y = aios.linear.default(x, w, bias)
+    return aten.silu.default(y), aten.mul.Tensor(y, 0.5)
+
+
+def gated(x, w):
+    y = aios.linear.default(x, w)
+    gate, up = aten.split.Tensor(y, w.shape[0] // 2, 1)
+    return aios.gated_activation.default(gate, up, "silu")
+
+
+def gated_by_slices(x, w, scale):
+    y = aios.linear.default(x, w)
+    half = w.shape[0] // 2
+    gate = aten.slice.Tensor(y, 1, 0, half)
+    up = aten.slice.Tensor(y, 1, half, 2 * half)
+    return aten.mul.Tensor(aten.mul.Tensor(aten.relu.default(gate), up), scale)
+
+
+@functools.lru_cache(maxsize=None)
+def made(function, rows, depth, dtype, target="avx512", out=None, row=None, extra=()):
+    inputs = {"x": (("T", depth), torch.float32), "w": ((rows, depth), dtype)}
+    inputs |= {name: (shape, torch.float32) for name, shape in extra}
+    strided = {"x": (row, 1)} if row else None
+    body, operands = make_body(function, inputs, strided, packed=("w",))
+    spec = linear.spec_of(body, operands)
+    assert spec is not None
+    source = linear.emit(spec)
+    return spec, body, source, Kernel(source, build.Target.named(target))
+
+
+def close(actual, expected, depth):
+    torch.testing.assert_close(actual, expected, atol=2e-6 * depth**0.5 * 8, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "dtype", "target"),
+    [
+        *((37, 51, dtype, target) for dtype in DTYPES for target in TARGETS),
+        (80, 64, torch.bfloat16, "avx512"),
+        (16, 1, torch.bfloat16, "avx2"),
+    ],
+)
+def test_plain_at_all_tile_borders(rows, depth, dtype, target):
+    skip_unless(target)
+    spec, body, _, built = made(plain, rows, depth, dtype, target, row=depth + 3)
+    w = torch.randn(rows, depth).to(dtype)
+    merged = torch.randn(max(TOKENS), depth + 3)
+    alone = None
+    for tokens in TOKENS:
+        x = merged[:tokens, :depth]
+        for splits in (1, 3):
+            out = torch.full((tokens, rows), float("nan"))
+            built({"T": tokens}, x, packed(w), out, splits=splits)
+            close(out, linear.reference(spec, body, x, w), depth)
+            alone = out[0].clone() if alone is None else alone
+            assert torch.equal(out[0], alone), "a row depends on its batch or on the split"
+
+
+def test_row_bits_do_not_depend_on_the_batch():
+    """Every row of 100 tokens, which take all tile widths and two chunks, equals the row alone."""
+    rows, depth = 48, 4000
+    _, _, _, built = made(plain, rows, depth, torch.bfloat16)
+    w, x = torch.randn(rows, depth).bfloat16(), torch.randn(100, depth)
+    whole, one = torch.empty(100, rows), torch.empty(1, rows)
+    built({"T": 100}, x, packed(w), whole, splits=5)
+    for t in range(100):
+        built({"T": 1}, x[t], packed(w), one)
+        assert torch.equal(one[0], whole[t])
+    chain = np.float32(0)
+    for a, b in zip(x[7].tolist(), w[3].tolist()):  # the order that is promised: k ascending, fma
+        chain = np.float32(np.float64(a) * np.float64(b) + np.float64(chain))
+    assert abs(float(chain) - float(whole[7, 3])) <= 2e-6 * abs(float(chain)) + 1e-6
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("tokens", [1, 7, 30])
+def test_tails(tokens, target):
+    skip_unless(target)
+    rows, depth = 50, 40
+    extra = (("bias", (rows,)), ("residual", ("T", rows)))
+    spec, body, source, built = made(
+        with_bias_and_residual, rows, depth, torch.bfloat16, target, extra=extra
+    )
+    assert source.inplace == ((0, 3),)
+    x, w = torch.randn(tokens, depth), torch.randn(rows, depth).bfloat16()
+    bias, residual = torch.randn(rows), torch.randn(tokens, rows)
+    expected = linear.reference(spec, body, x, w, bias, residual)
+    built({"T": tokens}, x, packed(w), bias, residual, residual, splits=2)  # in place
+    close(residual, expected, depth)
+    spec, body, source, built = made(
+        activated_twice, rows, depth, torch.bfloat16, target, extra=extra[:1]
+    )
+    first, second = torch.empty(tokens, rows), torch.empty(tokens, rows)
+    built({"T": tokens}, x, packed(w), bias, first, second)
+    for actual, wanted in zip((first, second), linear.reference(spec, body, x, w, bias)):
+        close(actual, wanted, depth)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("tokens", [1, 4, 29])
+def test_gated_halves(tokens, target):
+    skip_unless(target)
+    rows, depth = 2 * 48, 33
+    x, w = torch.randn(tokens, depth), torch.randn(rows, depth).bfloat16()
+    for function, extra in ((gated, ()), (gated_by_slices, (("scale", (rows // 2,)),))):
+        spec, body, _, built = made(function, rows, depth, torch.bfloat16, target, extra=extra)
+        assert spec.streams == 2
+        tail = [torch.randn(rows // 2)] if extra else []
+        out = torch.full((tokens, rows // 2), float("nan"))
+        built({"T": tokens}, x, packed(w), *tail, out, splits=2)
+        close(out, linear.reference(spec, body, x, w, *tail), depth)
+
+
+def test_refusals():
+    """A gate that is not a multiple of 16 rows, a tail over tokens, a weight that is not packed."""
+    inputs = {"x": (("T", 8), torch.float32), "w": ((24, 8), torch.float32)}
+    for function, names in (
+        (gated, ("w",)),
+        (lambda x, w: aten.cumsum.default(aios.linear.default(x, w), 0), ("w",)),
+        (plain, ()),
+        (lambda x, w: aten.neg.default(x), ("w",)),
+    ):
+        body, operands = make_body(function, inputs, packed=names)
+        assert linear.spec_of(body, operands) is None
+
+
+def test_the_text_names_the_formula_and_is_pure():
+    spec, _, source, _ = made(gated, 96, 33, torch.bfloat16)
+    assert "silu" in source.text and source == linear.emit(spec)
