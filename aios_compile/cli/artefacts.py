@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,11 +35,12 @@ def compile_model(
 def report(model: ModelArgument, options: dict[str, Any], as_json: JsonOption = False) -> None:
     """Print what each pass did: hits, refusals, time, nodes, error and budget."""
     with load(model, options) as loaded:
-        result = loaded.report()
+        result, summary = loaded.report(), loaded.progress.summary()
     if as_json:
         print_json(result)
     else:
         print(result)
+        print(f"\nstart\n{summary}", file=sys.stderr)
 
 
 def dump(

@@ -1,0 +1,51 @@
+# make demo    install into .venv, compile the bundled model, print its passes, stream text
+# make test    install the test tools too, then ruff, mypy --strict and all CPU tests
+# make docs    write docs/passes.md and docs/env.md anew
+# make format  put the tree into ruff's format
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 1
+MODEL ?= examples/shakespeare
+PROMPT ?= ROMEO:
+# On a machine without an NVIDIA GPU, torch's CPU wheels save a download of gigabytes.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+PIP_FLAGS ?= $(shell command -v nvidia-smi >/dev/null || \
+	{ curl -sfIm 3 $(CPU_INDEX)/ >/dev/null && echo --extra-index-url $(CPU_INDEX); })
+
+.PHONY: demo test lint format docs clean
+
+demo: $(VENV)/.installed
+	$(BIN)/aios report $(MODEL)
+	$(BIN)/aios generate $(MODEL) "$(PROMPT)" --max-tokens 200
+
+test: $(VENV)/.installed-test lint
+	$(BIN)/python tests/run_groups.py --workers $(WORKERS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV)/.installed $(VENV)/.installed-test .mypy_cache .ruff_cache .pytest_cache
+
+# A .venv that is there is used as it is; pip adds what is missing.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e .
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[test]'
+	touch $(VENV)/.installed $@
