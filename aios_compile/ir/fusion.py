@@ -49,7 +49,9 @@ def fuse_nodes(graph: fx.Graph, nodes: Sequence[fx.Node], name: str, kind: str) 
         provenance.inherit(call, members)
         replacements = [call]
         if len(results) > 1:
-            replacements = [graph.call_function(operator.getitem, (call, i)) for i in range(len(results))]
+            replacements = [
+                graph.call_function(operator.getitem, (call, i)) for i in range(len(results))
+            ]
     values = [r.meta["val"] for r in results]
     call.meta["val"] = values[0] if len(results) == 1 else tuple(values)
     for result, new in zip(results, replacements):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aios_compile.capture.capture import capture
+from aios_compile.ir import sample_op, snapshot
 from aios_compile.ir.module import IRModule, Level, placeholders
 from tests.passes import helpers
 
@@ -79,6 +81,11 @@ def program(
     num_layers: int = 2, qk_norm: bool = True, bias: bool = False, window: int | None = None
 ) -> IRModule:
     """Return level 2 of a small decoder with seeded weights."""
+    return snapshot.take(_captured(num_layers, qk_norm, bias, window))
+
+
+@functools.cache
+def _captured(num_layers: int, qk_norm: bool, bias: bool, window: int | None) -> IRModule:
     torch.manual_seed(3)
     model = Model(num_layers, qk_norm=qk_norm, bias=bias, window=window)
     for p in model.parameters():
@@ -126,8 +133,6 @@ def step(
 
 def sampling(rows: int) -> dict[str, Tensor]:
     """Return greedy sampling parameters for `rows` rows."""
-    from aios_compile.ir import sample_op
-
     neutral = {"top_p": 1.0, "repetition_penalty": 1.0}
     values = {}
     for name, (dtype, size) in sample_op.INPUTS.items():
