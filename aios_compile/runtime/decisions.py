@@ -64,3 +64,16 @@ class DecisionLog:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def read_log(path: Path) -> tuple[list[dict[str, Any]], list[Decision]]:
+    """Return the events and the decisions of a sink file."""
+    events, decisions = [], []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if "event" in record:
+            events.append(record["event"])
+        else:
+            values = record["decision"]
+            decisions.append(Decision(**{**values, "sequences": tuple(values["sequences"])}))
+    return events, decisions
