@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from aios_compile.ir import ops
 from aios_compile.ir.module import IRModule, is_region_call, outputs, placeholders
 
+assert ops.TABLE, "the op table must be registered"
 aten = torch.ops.aten
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MATMULS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.matmul.default)
+LINEAR = torch.ops.aios.linear.default
 HALVES = (torch.bfloat16, torch.float16)
 
 # Name of a region call -> for each output, the position of the argument that is passed through.
 Skips = Mapping[str, tuple[int, ...]]
+Widened = Callable[[Tensor], Tensor]
 
 
 def call(
@@ -26,6 +30,7 @@ def call(
     *,
     in_float64: bool = False,
     skips: Skips | None = None,
+    widened: Widened | None = None,
 ) -> Any:
     """Run a graph, its regions and kernel bodies node by node; return what it returns.
 
@@ -33,7 +38,8 @@ def call(
     gives float64 tensors). skips: region calls that return arguments instead of computing. Half
     precision matmuls are computed in float32 and rounded once: PyTorch's own are up to 100 times
     slower on a CPU without bf16 instructions, and their sums are float32 as well. A loop of its
-    own, because fx.Interpreter takes longer a node than small tensors do.
+    own, because fx.Interpreter takes longer a node than small tensors do. widened: gives the
+    float32 copy of a half precision weight, to save the cast in each linear.
     """
     assert isinstance(graph_module, fx.GraphModule)
     given = iter(arguments)
@@ -53,9 +59,13 @@ def call(
             env[node] = tuple(env[node.args[p]] for p in skips[node.name])
         elif node.op == "call_module":
             inner = graph_module.get_submodule(str(node.target))
-            env[node] = call(inner, [read(a) for a in node.args], in_float64=in_float64)
+            values = [read(a) for a in node.args]
+            env[node] = call(inner, values, in_float64=in_float64, widened=widened)
         else:
-            env[node] = _apply(node, read(node.args), read(node.kwargs), in_float64)
+            args = read(node.args)
+            if widened and node.target is LINEAR and _casts_weight(args):
+                args = (args[0], widened(args[1]), *args[2:])
+            env[node] = _apply(node, args, read(node.kwargs), in_float64)
     raise AssertionError("the graph has no output")
 
 
@@ -63,6 +73,8 @@ def _apply(node: fx.Node, args: Any, kwargs: Any, in_float64: bool) -> Any:
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target), f"{node.op} {node.target}"
+    if kwargs.get("device") is not None:  # capture from the meta device bakes it in
+        kwargs = {**kwargs, "device": torch.device("cpu")}
     if in_float64:
         args = tuple(_widened(a) for a in args)
         kwargs = {k: _widened(v) for k, v in kwargs.items()}
@@ -70,6 +82,10 @@ def _apply(node: fx.Node, args: Any, kwargs: Any, in_float64: bool) -> Any:
         wide = (a.float() if isinstance(a, Tensor) else a for a in args)
         return node.target(*wide, **kwargs).to(args[0].dtype)
     return node.target(*args, **kwargs)
+
+
+def _casts_weight(args: Any) -> bool:
+    return args[1].dtype in HALVES and args[0].dtype is torch.float32
 
 
 def _widened(value: Any) -> Any:
@@ -82,11 +98,12 @@ def run(
     *,
     in_float64: bool = False,
     skips: Skips | None = None,
+    widened: Widened | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Run the program on values by placeholder name; return (outputs, next states) by name."""
     arguments = [values[n.name] for n in placeholders(module.root.graph)]
     with torch.no_grad():
-        result = call(module.root, arguments, in_float64=in_float64, skips=skips)
+        result = call(module.root, arguments, in_float64=in_float64, skips=skips, widened=widened)
     results = list(result) if isinstance(result, (tuple, list)) else [result]
     states = {name: results[i] for name, i in module.states.items() if i >= 0}
     kept = [r for i, r in enumerate(results) if i not in set(module.states.values())]

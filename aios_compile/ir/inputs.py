@@ -26,8 +26,8 @@ PAGE_SIZE = 16
 class Value:
     """A placeholder of the outer graph. kind: "weight", "input", "state" or "free" (tests).
 
-    source: the runtime input's name, or the weight's recipe as text. shape: ints, or texts over the
-    size names ("T", "S + 1").
+    source: the runtime input's name, else the placeholder's. shape: ints, or texts over the size
+    names ("T", "S + 1").
     """
 
     name: str
@@ -86,25 +86,25 @@ def mixed(num_tokens: int) -> Step:
 def describe(module: IRModule) -> list[Value]:
     """List the placeholders of the outer graph with dtypes and symbolic shapes."""
     found = []
+    names = size_names(module.mode)
     for node in placeholders(module.root.graph):
         kind, source = "free", node.name
         if node.name in module.weights:
-            kind, source = "weight", module.weights[node.name].text()
+            kind = "weight"
         elif node.name in module.inputs:
             kind, source = "input", module.inputs[node.name]
         elif node.name in module.states:
             kind, source = "state", node.name
         value = node.meta["val"]
-        shape = shape_of(module, value)
+        shape = shape_of(value, names)
         if kind == "state" and isinstance(shape[0], int):
             shape = (min(shape[0], MAX_PAGES), *shape[1:])
         found.append(Value(node.name, kind, source, value.dtype, shape))
     return found
 
 
-def shape_of(module: IRModule, value: Tensor) -> tuple[int | str, ...]:
-    """Return a fake tensor's shape with symbols by their size names."""
-    names = size_names(module.mode)
+def shape_of(value: Tensor, names: Mapping[str, str]) -> tuple[int | str, ...]:
+    """Return a fake tensor's shape with symbols by their size names (see symbols.size_names)."""
     return tuple(s if isinstance(s, int) else _rename(str(s), names) for s in value.shape)
 
 

@@ -37,6 +37,7 @@ class RandomWeights:
     vocabulary: int = 0
     _buffers: dict[tuple[torch.dtype, torch.dtype], Tensor] = field(default_factory=dict)
     _built: dict[tuple[str, bool], Tensor] = field(default_factory=dict)
+    _wide: dict[tuple[int, torch.Size], Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of(module: IRModule, seed: int, vocabulary: int = 0) -> RandomWeights:
@@ -70,9 +71,24 @@ class RandomWeights:
             self._built[key] = _upcast(value) if in_float64 else value
         return self._built[key]
 
+    def widened(self, weight: Tensor) -> Tensor:
+        """Return the float32 copy of a half precision weight that this object gave out."""
+        if not weight.is_contiguous():
+            return weight.float()
+        for (stored, dtype), buffer in list(self._buffers.items()):
+            offset = (weight.data_ptr() - buffer.data_ptr()) // weight.element_size()
+            end = offset + weight.numel()
+            if stored == dtype == weight.dtype and offset >= 0 and end <= len(buffer):
+                return self._buffer(stored, torch.float32)[offset:end].view(weight.shape)
+        key = (weight.data_ptr(), weight.shape)
+        if key not in self._wide:
+            self._wide[key] = weight.float()
+        return self._wide[key]
+
     def forget(self) -> None:
         """Free the results of recipes."""
         self._built.clear()
+        self._wide.clear()
 
     def tensor(self, name: str, in_float64: bool = False) -> Tensor:
         """Return a checkpoint tensor in its own dtype, or the same values in float64."""

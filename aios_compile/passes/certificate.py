@@ -5,7 +5,8 @@ passed through (their hidden state goes on unchanged); which call is executed ch
 that weights bound to the wrong layer show. Tables of vocabulary rows shrink to 64 rows. The oracle
 is the program *before* the pass in float64, on the same inputs and on weights that its own recipes
 make of the same random checkpoint. The budget of the program after is c times the error of the
-program before plus a floor of a few roundings; c belongs to the numerics tier, never to a pass.
+program before in its own precision, plus a floor of a few roundings; c belongs to the numerics
+tier, never to a pass. Passes in a row share one program before (see _Chain).
 
 A pass that pages the KV cache is proven by running the program after it in two chunks over permuted
 pages against one whole sequence; from then on the samples are mixed batches over filled caches.
@@ -13,14 +14,11 @@ pages against one whole sequence; from then on the samples are mixed batches ove
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,16 +27,26 @@ import torch
 from torch import Tensor
 
 from aios_compile.ir import evaluate, inputs, random_weights, snapshot
-from aios_compile.ir.inputs import Step
 from aios_compile.ir.module import IRModule
 from aios_compile.ir.random_weights import RandomWeights
+from aios_compile.passes import measure
 from aios_compile.passes.context import PassOptions
 from aios_compile.passes.graph_pass import PassFunction, info_of
+from aios_compile.passes.measure import (
+    TOKENS,
+    Row,
+    Run,
+    choose_skips,
+    choose_steps,
+    one_thread,
+    rows_between,
+    run_steps,
+    state_shapes,
+    storage_roundoff,
+)
 
-TOKENS = (1, 5, 19)
 # The largest errors of two correct programs in the same precision differ by less than this.
 FACTORS = {"exact": 4.0, "reassociates": 8.0, "lossy": 16.0}
-FLOOR_ROUNDINGS = 8.0
 
 
 @dataclass(frozen=True)
@@ -78,270 +86,110 @@ class CertificateCache:
         os.replace(aside, self.folder / f"{key}.json")
 
 
+@dataclass
+class _Chain:
+    """Passes in a row that are held against the same program, the one before the first of them.
+
+    One oracle and one error of eager serve them all, so that many small errors cannot add up: a
+    later pass does not inherit a larger budget from the errors of earlier ones. A chain ends when a
+    pass changes the meaning (lossy) or what can be compared (batches, outputs, states).
+    """
+
+    start: IRModule
+    text: str
+    factor: float = 0.0
+    eager: dict[int, tuple[Run, Run]] = field(default_factory=dict)
+
+    def fits(self, before: IRModule) -> bool:
+        """Return whether a program can be compared with the start of the chain."""
+        same_outputs = set(self.start.outputs) == set(before.outputs)
+        return same_outputs and state_shapes(self.start) == state_shapes(before)
+
+
 class Certifier:
-    """Measures passes over one program; keeps the random checkpoint between them."""
+    """Measures the passes over one program, in order, each after the last one that was kept."""
 
     def __init__(
         self, module: IRModule, options: PassOptions, seed: int, cache: CertificateCache | None
     ) -> None:
         self.options, self.seed, self.cache = options, seed, cache
         self._weights = {0: RandomWeights.of(module, seed)}
+        self._chain: _Chain | None = None
 
     def measure(self, before: IRModule, after: IRModule, function: PassFunction) -> Certificate:
         """Compare a program before and after a pass, or find the certificate of the same."""
-        key = self._key(before, after, function) if self.cache is not None else ""
-        if self.cache is not None and (found := self.cache.get(key)) is not None:
-            return found
-        vocabulary = random_weights.shrinkable_vocabulary(before, after)
-        if vocabulary not in self._weights:
-            whole = self._weights[0]
-            self._weights[vocabulary] = replace(
-                whole, vocabulary=vocabulary, _buffers={}, _built={}
-            )
-        weights = self._weights[vocabulary]
-        weights.learn(after)
         tier = info_of(function).numerics
-        with _one_thread():
-            rows = [
-                _compare(before, after, weights, tier, i, self.seed) for i in range(len(TOKENS))
-            ]
-        weights.forget()
-        worst = max((r for row in rows for r in row), key=lambda r: r.ratio, default=_Row("", 0, 0))
-        certificate = Certificate(
-            worst.error, worst.budget, worst.ratio <= 1, worst.where, self.seed
-        )
-        if self.cache is not None and certificate.holds:
-            self.cache.put(key, certificate)
+        if self._chain is None or not self._chain.fits(before):
+            text = snapshot.module_text(before) if self.cache is not None else ""
+            self._chain = _Chain(snapshot.take(before), text)
+        chain = self._chain
+        factor = max(chain.factor, FACTORS[tier])
+        key = self._key(chain, factor, before, after, function) if self.cache is not None else ""
+        certificate = self.cache.get(key) if self.cache is not None else None
+        if certificate is None:
+            certificate = self._measured(chain, after, factor, tier == "lossy")
+            if self.cache is not None and certificate.holds:
+                self.cache.put(key, certificate)
+        if certificate.holds:
+            chain.factor = factor
+            self._chain = None if tier == "lossy" else chain
         return certificate
 
-    def _key(self, before: IRModule, after: IRModule, function: PassFunction) -> str:
-        """Hash all that a certificate depends on: both programs, pass, measuring code, versions."""
-        texts = [snapshot.module_text(before), snapshot.module_text(after)]
+    def _measured(self, chain: _Chain, after: IRModule, factor: float, lossy: bool) -> Certificate:
+        vocabulary = random_weights.shrinkable_vocabulary(chain.start, after)
+        weights = self._weights.get(vocabulary)
+        if weights is None:
+            whole = self._weights[0]
+            weights = replace(whole, vocabulary=vocabulary, _buffers={}, _built={}, _wide={})
+            self._weights[vocabulary] = weights
+            chain.eager.clear()
+        weights.learn(after)
+        storage = storage_roundoff(after) if lossy else 0.0
+        rows: list[Row] = []
+        with one_thread():
+            for index in range(len(TOKENS)):
+                rows += _compare(chain, after, weights, index, self.seed, factor, storage)
+                weights.forget()
+        worst = max(rows, key=lambda r: r.ratio, default=Row("nothing to compare", 0.0, 0.0))
+        holds = worst.ratio <= 1
+        return Certificate(worst.error, worst.budget, holds, worst.where, self.seed)
+
+    def _key(
+        self,
+        chain: _Chain,
+        factor: float,
+        before: IRModule,
+        after: IRModule,
+        function: PassFunction,
+    ) -> str:
+        """Hash all that a certificate depends on: programs, pass, measuring code, versions."""
+        texts = [chain.text, snapshot.module_text(before), snapshot.module_text(after)]
         known = {n: t for n, t in after.tensors.items() if not isinstance(t, torch.nn.Parameter)}
         texts += [f"{n} {_digest(t)}" for n, t in sorted(known.items())]
-        texts += [info_of(function).name, info_of(function).numerics, _source(function)]
-        texts += [_measuring_code(), torch.__version__, str(self.seed), str(self.options)]
+        texts += [info_of(function).name, str(factor), _source(function), _measuring_code()]
+        texts += [torch.__version__, str(self.seed), str(self.options)]
         return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Measure on one thread: repeatable sums, and no barriers for tensors of a few rows."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One output at one T: relative error of the program after, and its budget."""
-
-    where: str
-    error: float
-    budget: float
-
-    @property
-    def ratio(self) -> float:
-        if self.error == 0:
-            return 0.0
-        return self.error / self.budget if self.budget > 0 else math.inf
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Outputs and next states of a program, rows of several steps joined; the token of each row."""
-
-    outputs: dict[str, Tensor]
-    states: dict[str, Tensor]
-    rows: list[int] | None
-
-
 def _compare(
-    before: IRModule, after: IRModule, weights: RandomWeights, tier: str, index: int, seed: int
-) -> list[_Row]:
-    """Run oracle, before and after at T = TOKENS[index]; return a row for each shared output."""
-    steps, after_steps = _steps(before, after, TOKENS[index])
-    skips = _skips(before, after, index)
-    oracle = _run(before, steps, weights, skips[0], seed, in_float64=True)
-    native = _run(before, steps, weights, skips[0], seed)
-    result = _run(after, after_steps, weights, skips[1], seed)
-    storage = _storage_roundoff(after) if tier == "lossy" else 0.0
-    rows = []
-    for name in oracle.outputs:
-        if name in result.outputs:
-            o, b, a = _same_rows(name, oracle, native, result)
-            rows.append(_row(f"{name} at T={TOKENS[index]}", o, b, a, tier, storage))
-    for name in oracle.states:
-        if name in result.states and result.states[name].shape == oracle.states[name].shape:
-            o, b, a = (run.states[name][1:] for run in (oracle, native, result))  # page 0 is trash
-            rows.append(_row(f"{name} at T={TOKENS[index]}", o, b, a, tier, storage))
-    return rows
-
-
-def _steps(before: IRModule, after: IRModule, num_tokens: int) -> tuple[list[Step], list[Step]]:
-    """Choose the batches: whole sequences until the program is paged, mixed batches afterwards."""
-    paged = ["slots" in m.inputs.values() for m in (before, after)]
-    if all(paged) and _state_shapes(before) == _state_shapes(after):
-        return [inputs.mixed(num_tokens)], [inputs.mixed(num_tokens)]
-    steps = [inputs.chunks(num_tokens) if p else [inputs.whole(num_tokens)] for p in paged]
-    return steps[0], steps[1]
-
-
-def _state_shapes(module: IRModule) -> dict[str, str]:
-    return {
-        n.name: str(n.meta["val"].shape)
-        for n in module.root.graph.nodes
-        if n.op == "placeholder" and n.name in module.states
-    }
-
-
-def _skips(before: IRModule, after: IRModule, index: int) -> tuple[evaluate.Skips, evaluate.Skips]:
-    """Choose the region calls that both programs pass through: all but one of each region."""
-    tables = [evaluate.carried(m) for m in (before, after)]
-    calls = [{r: len(m.calls(r)) for r in m.regions()} for m in (before, after)]
-    if tables[0] is None or tables[1] is None or calls[0] != calls[1]:
-        return {}, {}
-    return _skips_of(before, tables[0], index), _skips_of(after, tables[1], index)
-
-
-def _skips_of(module: IRModule, table: evaluate.Skips, index: int) -> evaluate.Skips:
-    kept = set()
-    for region in module.regions():
-        calls = module.calls(region)
-        kept.add(calls[(0, len(calls) - 1, len(calls) // 2)[index % 3]].name)
-    return {name: positions for name, positions in table.items() if name not in kept}
-
-
-def _run(
-    module: IRModule,
-    steps: Sequence[Step],
+    chain: _Chain,
+    after: IRModule,
     weights: RandomWeights,
-    skips: evaluate.Skips,
+    index: int,
     seed: int,
-    *,
-    in_float64: bool = False,
-) -> _Run:
-    """Run a program over its steps, states going from one to the next."""
-    values = inputs.describe(module)
-    used = _weights_in_use(module, skips)
-    fixed = {
-        v.name: weights.weight(module.weights[v.name], in_float64) if v.name in used else _UNUSED
-        for v in values
-        if v.kind == "weight"
-    }
-    vocabulary = random_weights.VOCABULARY_ROWS if weights.vocabulary else _table_rows(values)
-    states = {}
-    for v in values:
-        if v.kind == "state":
-            states[v.name] = _first_state(v, steps, seed, in_float64)
-    found: list[dict[str, Tensor]] = []
-    rows: list[int] | None = []
-    offset = 0
-    for step in steps:
-        runtime = inputs.runtime_inputs(values, step, seed, vocabulary=vocabulary)
-        given = {**fixed, **states, **_free_values(values, runtime, step, seed)}
-        if in_float64:
-            given = {n: _upcast(t) for n, t in given.items()}
-        results, states = evaluate.run(module, given, in_float64=in_float64, skips=skips)
-        found.append({n: r for n, r in results.items() if isinstance(r, Tensor)})
-        picked = step.rows if "logit_rows" in module.inputs.values() else range(step.num_tokens)
-        rows = [*rows, *(offset + r for r in picked)] if rows is not None else None
-        offset += step.num_tokens
-    joined = {
-        n: torch.cat([f[n] for f in found]) if len(found) > 1 else t for n, t in found[0].items()
-    }
-    return _Run(joined, states, rows)
-
-
-_UNUSED = torch.empty(0)
-
-
-def _weights_in_use(module: IRModule, skips: evaluate.Skips) -> set[str]:
-    """Return the weights that something other than a passed-through layer reads."""
-    return {
-        n.name
-        for n in module.root.graph.nodes
-        if n.op == "placeholder" and any(u.name not in skips for u in n.users)
-    }
-
-
-def _table_rows(values: Sequence[inputs.Value]) -> int:
-    rows = [v.shape[0] for v in values if v.kind == "weight" and len(v.shape) == 2]
-    return min((r for r in rows if isinstance(r, int)), default=2)
-
-
-def _first_state(value: inputs.Value, steps: Sequence[Step], seed: int, in_float64: bool) -> Tensor:
-    """Return a cache: random where batches have a past, zeros where the sequence starts here."""
-    shape = [inputs.size(s, {}) for s in value.shape]
-    past = any(step.total == 0 for step in steps)
-    tensor = inputs.random_tensor(value.name, shape, torch.float32, seed) * (20 if past else 0)
-    tensor = tensor.to(value.dtype)
-    return _upcast(tensor) if in_float64 else tensor
-
-
-def _free_values(
-    values: Sequence[inputs.Value], runtime: Mapping[str, Tensor], step: Step, seed: int
-) -> dict[str, Tensor]:
-    """Return the runtime inputs by placeholder name, and random values for unknown ones."""
-    found, sizes = {}, inputs.sizes_of(step)
-    for v in values:
-        if v.kind == "input" and v.source in runtime:
-            found[v.name] = runtime[v.source]
-        elif v.kind in ("input", "free"):
-            shape = [inputs.size(s, sizes) for s in v.shape]
-            scale = 20 if v.dtype.is_floating_point and len(shape) > 1 else 1
-            found[v.name] = inputs.random_tensor(v.name, shape, v.dtype, seed) * scale
-    return found
-
-
-def _upcast(value: Tensor) -> Tensor:
-    return value.to(torch.float64) if value.is_floating_point() else value
-
-
-def _same_rows(
-    name: str, oracle: _Run, native: _Run, result: _Run
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the values of an output in the three runs, at the tokens that all of them have."""
-    o, b, a = oracle.outputs[name], native.outputs[name], result.outputs[name]
-    if oracle.rows == result.rows or o.dim() == 0 or oracle.rows is None or result.rows is None:
-        return o, b, a
-    if len(o) != len(oracle.rows) or len(a) != len(result.rows):
-        return o, b, a
-    common = [r for r in result.rows if r in oracle.rows]
-    index = [oracle.rows.index(r) for r in common]
-    return o[index], b[index], a[[result.rows.index(r) for r in common]]
-
-
-def _row(where: str, o: Tensor, b: Tensor, a: Tensor, tier: str, storage: float) -> _Row:
-    """Measure one output: `a` and `b` against the oracle `o`."""
-    if a.shape != o.shape:
-        return _Row(f"{where} (shape {tuple(a.shape)} for {tuple(o.shape)})", math.inf, 0.0)
-    if not o.is_floating_point():
-        wrong = ((a != o) & (b == o)).any()  # an integer that rounding decides may differ
-        return _Row(where, math.inf if wrong else 0.0, 0.0)
-    finite = o[o.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
-    scale = scale or 1.0
-    roundoff = torch.finfo(b.dtype).eps
-    budget = FACTORS[tier] * _distance(b, o) / scale + FLOOR_ROUNDINGS * roundoff + storage
-    return _Row(where, _distance(a, o) / scale, budget)
-
-
-def _distance(value: Tensor, oracle: Tensor) -> float:
-    """Return the largest difference: 0 for equal infinities, infinite for a lone NaN or inf."""
-    value = value.to(torch.float64)
-    same = (value == oracle) | (value.isnan() & oracle.isnan())
-    gap = (value - oracle).abs().masked_fill(same, 0.0)
-    return float(torch.nan_to_num(gap, nan=math.inf, posinf=math.inf).max()) if gap.numel() else 0.0
-
-
-def _storage_roundoff(module: IRModule) -> float:
-    """Return the coarsest rounding among what a program stores: its states and weights."""
-    held = [v.dtype for v in inputs.describe(module) if v.kind in ("state", "weight")]
-    return max((torch.finfo(d).eps for d in held if d.is_floating_point), default=0.0)
+    factor: float,
+    storage: float,
+) -> list[Row]:
+    """Run oracle, eager and `after` at T = TOKENS[index]; return a row for each shared output."""
+    start = chain.start
+    steps, after_steps = choose_steps(start, after, TOKENS[index])
+    skips, after_skips = choose_skips(start, after, index)
+    if index not in chain.eager:
+        oracle = run_steps(start, steps, weights, skips, seed, in_float64=True)
+        chain.eager[index] = oracle, run_steps(start, steps, weights, skips, seed)
+    oracle, eager = chain.eager[index]
+    result = run_steps(after, after_steps, weights, after_skips, seed)
+    return rows_between(oracle, eager, result, f"at T={TOKENS[index]}", factor, storage)
 
 
 def _source(function: PassFunction) -> str:
@@ -353,7 +201,7 @@ def _source(function: PassFunction) -> str:
 
 @lru_cache(maxsize=1)
 def _measuring_code() -> str:
-    modules: list[Any] = [evaluate, inputs, random_weights, snapshot]
+    modules: list[Any] = [measure, evaluate, inputs, random_weights, snapshot]
     here = inspect.getsource(inspect.getmodule(_measuring_code) or Certifier)
     return here + "".join(inspect.getsource(m) for m in modules)
 

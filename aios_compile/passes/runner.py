@@ -13,7 +13,7 @@ from typing import Protocol
 
 from aios_compile import env
 from aios_compile.errors import ConfigError, PassError
-from aios_compile.ir import snapshot
+from aios_compile.ir import snapshot, verifier
 from aios_compile.ir.module import IRModule, Level, drop_dead
 from aios_compile.passes.certificate import CertificateCache, Certifier
 from aios_compile.passes.context import PassContext, PassOptions, Refusal
@@ -90,6 +90,7 @@ def run_pipeline(
             if progress is not None:
                 progress.update(len(results), total)
         module.level = stage.level_after
+        _check(module)
     return results
 
 
@@ -144,7 +145,7 @@ def _run_pass(
             return replace(result, kept=False, reason="left out by AIOS_BISECT")
         _check(module)
     except Exception as error:  # noqa: BLE001 - any crash of a pass is reported under its name
-        return _failed(module, saved, result, f"{type(error).__name__}: {error}", error)
+        return _failed(module, saved, result, _error_text(error), error)
     after = snapshot.count_ops(module)
     changed = {k: after[k] - ops[k] for k in sorted({*ops, *after}) if after[k] != ops[k]}
     result = replace(result, nodes=(num_nodes, sum(after.values())), op_deltas=changed)
@@ -162,9 +163,7 @@ def _certify(
     try:
         certificate = certifier.measure(saved, module, function)
     except Exception as error:  # noqa: BLE001 - a graph that does not run is the pass's fault
-        return _failed(
-            module, saved, result, f"does not run: {type(error).__name__}: {error}", error
-        )
+        return _failed(module, saved, result, f"does not run: {_error_text(error)}", error)
     result = replace(
         result,
         max_error=certificate.max_error,
@@ -214,11 +213,11 @@ def _rewrite(module: IRModule, function: PassFunction, options: PassOptions) -> 
 def _check(module: IRModule) -> None:
     for graph_module in module.graphs().values():
         graph_module.graph.lint()
-    try:
-        from aios_compile.ir import verifier
-    except ImportError:
-        return
     verifier.verify(module)
+
+
+def _error_text(error: Exception) -> str:
+    return error.message if isinstance(error, PassError) else f"{type(error).__name__}: {error}"
 
 
 def _refusal_text(refusal: Refusal) -> str:

@@ -1,0 +1,237 @@
+"""Run programs on the same samples and measure one against another; the samples are chosen here."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aios_compile.ir import evaluate, inputs, random_weights
+from aios_compile.ir.inputs import Step
+from aios_compile.ir.module import IRModule
+from aios_compile.ir.random_weights import RandomWeights
+
+TOKENS = (1, 5, 19)
+FLOOR_ROUNDINGS = 8.0
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Measure on one thread: repeatable sums, and no barriers for tensors of a few rows."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One output at one T: relative error of the program after, and its budget."""
+
+    where: str
+    error: float
+    budget: float
+
+    @property
+    def ratio(self) -> float:
+        if self.error == 0:
+            return 0.0
+        return self.error / self.budget if self.budget > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Run:
+    """Outputs and next states of a program, rows of several steps joined; the token of each row."""
+
+    outputs: dict[str, Tensor]
+    states: dict[str, Tensor]
+    rows: list[int] | None
+
+
+def rows_between(
+    oracle: Run, eager: Run, result: Run, where: str, factor: float, storage: float
+) -> list[Row]:
+    """Return a row for each output and state that the runs share."""
+    rows = []
+    for name in oracle.outputs:
+        if name in result.outputs:
+            o, b, a = _same_rows(name, oracle, eager, result)
+            rows.append(_row(f"{name} {where}", o, b, a, factor, storage))
+    for name in oracle.states:
+        if name in result.states and result.states[name].shape == oracle.states[name].shape:
+            o, b, a = (run.states[name][1:] for run in (oracle, eager, result))  # 0 is trash
+            rows.append(_row(f"{name} {where}", o, b, a, factor, storage))
+    return rows
+
+
+def choose_steps(
+    before: IRModule, after: IRModule, num_tokens: int
+) -> tuple[list[Step], list[Step]]:
+    """Choose the batches: whole sequences until the program is paged, mixed batches afterwards."""
+    paged = ["slots" in m.inputs.values() for m in (before, after)]
+    if all(paged) and state_shapes(before) == state_shapes(after):
+        return [inputs.mixed(num_tokens)], [inputs.mixed(num_tokens)]
+    steps = [inputs.chunks(num_tokens) if p else [inputs.whole(num_tokens)] for p in paged]
+    return steps[0], steps[1]
+
+
+def state_shapes(module: IRModule) -> dict[str, str]:
+    return {
+        n.name: str(n.meta["val"].shape)
+        for n in module.root.graph.nodes
+        if n.op == "placeholder" and n.name in module.states
+    }
+
+
+def choose_skips(
+    before: IRModule, after: IRModule, index: int
+) -> tuple[evaluate.Skips, evaluate.Skips]:
+    """Choose the region calls that both programs pass through: all but one of each region."""
+    tables = [evaluate.carried(m) for m in (before, after)]
+    calls = [{r: len(m.calls(r)) for r in m.regions()} for m in (before, after)]
+    if tables[0] is None or tables[1] is None or calls[0] != calls[1]:
+        return {}, {}
+    return _skips_of(before, tables[0], index), _skips_of(after, tables[1], index)
+
+
+def _skips_of(module: IRModule, table: evaluate.Skips, index: int) -> evaluate.Skips:
+    kept = set()
+    for region in module.regions():
+        calls = module.calls(region)
+        kept.add(calls[(0, len(calls) - 1, len(calls) // 2)[index % 3]].name)
+    return {name: positions for name, positions in table.items() if name not in kept}
+
+
+def run_steps(
+    module: IRModule,
+    steps: Sequence[Step],
+    weights: RandomWeights,
+    skips: evaluate.Skips,
+    seed: int,
+    *,
+    in_float64: bool = False,
+) -> Run:
+    """Run a program over its steps, states going from one to the next."""
+    values = inputs.describe(module)
+    used = _weights_in_use(module, skips)
+    fixed = {
+        v.name: weights.weight(module.weights[v.name], in_float64) if v.name in used else _UNUSED
+        for v in values
+        if v.kind == "weight"
+    }
+    vocabulary = random_weights.VOCABULARY_ROWS if weights.vocabulary else _table_rows(values)
+    states = {}
+    for v in values:
+        if v.kind == "state":
+            states[v.name] = _first_state(v, steps, seed, in_float64)
+    found: list[dict[str, Tensor]] = []
+    rows: list[int] | None = []
+    offset = 0
+    for step in steps:
+        runtime = inputs.runtime_inputs(values, step, seed, vocabulary=vocabulary)
+        given = {**fixed, **states, **_free_values(values, runtime, step, seed)}
+        if in_float64:
+            given = {n: _upcast(t) for n, t in given.items()}
+        results, states = evaluate.run(
+            module, given, in_float64=in_float64, skips=skips, widened=weights.widened
+        )
+        found.append({n: r for n, r in results.items() if isinstance(r, Tensor)})
+        picked = step.rows if "logit_rows" in module.inputs.values() else range(step.num_tokens)
+        rows = [*rows, *(offset + r for r in picked)] if rows is not None else None
+        offset += step.num_tokens
+    joined = {
+        n: torch.cat([f[n] for f in found]) if len(found) > 1 else t for n, t in found[0].items()
+    }
+    return Run(joined, states, rows)
+
+
+_UNUSED = torch.empty(0)
+
+
+def _weights_in_use(module: IRModule, skips: evaluate.Skips) -> set[str]:
+    """Return the weights that something other than a passed-through layer reads."""
+    return {
+        n.name
+        for n in module.root.graph.nodes
+        if n.op == "placeholder" and any(u.name not in skips for u in n.users)
+    }
+
+
+def _table_rows(values: Sequence[inputs.Value]) -> int:
+    rows = [v.shape[0] for v in values if v.kind == "weight" and len(v.shape) == 2]
+    return min((r for r in rows if isinstance(r, int)), default=2)
+
+
+def _first_state(value: inputs.Value, steps: Sequence[Step], seed: int, in_float64: bool) -> Tensor:
+    """Return a cache: random where batches have a past, zeros where the sequence starts here."""
+    shape = [inputs.size(s, {}) for s in value.shape]
+    past = any(step.total == 0 for step in steps)
+    tensor = inputs.random_tensor(value.name, shape, torch.float32, seed) * (20 if past else 0)
+    tensor = tensor.to(value.dtype)
+    return _upcast(tensor) if in_float64 else tensor
+
+
+def _free_values(
+    values: Sequence[inputs.Value], runtime: Mapping[str, Tensor], step: Step, seed: int
+) -> dict[str, Tensor]:
+    """Return the runtime inputs by placeholder name, and random values for unknown ones."""
+    found, sizes = {}, inputs.sizes_of(step)
+    for v in values:
+        if v.kind == "input" and v.source in runtime:
+            found[v.name] = runtime[v.source]
+        elif v.kind in ("input", "free"):
+            shape = [inputs.size(s, sizes) for s in v.shape]
+            scale = 20 if v.dtype.is_floating_point and len(shape) > 1 else 1
+            found[v.name] = inputs.random_tensor(v.name, shape, v.dtype, seed) * scale
+    return found
+
+
+def _upcast(value: Tensor) -> Tensor:
+    return value.to(torch.float64) if value.is_floating_point() else value
+
+
+def _same_rows(name: str, oracle: Run, native: Run, result: Run) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the values of an output in the three runs, at the tokens that all of them have."""
+    o, b, a = oracle.outputs[name], native.outputs[name], result.outputs[name]
+    if oracle.rows == result.rows or o.dim() == 0 or oracle.rows is None or result.rows is None:
+        return o, b, a
+    if len(o) != len(oracle.rows) or len(a) != len(result.rows):
+        return o, b, a
+    common = [r for r in result.rows if r in oracle.rows]
+    index = [oracle.rows.index(r) for r in common]
+    return o[index], b[index], a[[result.rows.index(r) for r in common]]
+
+
+def _row(where: str, o: Tensor, b: Tensor, a: Tensor, factor: float, storage: float) -> Row:
+    """Measure one output: `a` and `b` against the oracle `o`."""
+    if a.shape != o.shape:
+        return Row(f"{where} (shape {tuple(a.shape)} for {tuple(o.shape)})", math.inf, 0.0)
+    if not o.is_floating_point():
+        wrong = ((a != o) & (b == o)).any()  # an integer that rounding decides may differ
+        return Row(where, math.inf if wrong else 0.0, 0.0)
+    finite = o[o.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    scale = scale or 1.0
+    roundoff = torch.finfo(b.dtype).eps
+    budget = factor * _distance(b, o) / scale + FLOOR_ROUNDINGS * roundoff + storage
+    return Row(where, _distance(a, o) / scale, budget)
+
+
+def _distance(value: Tensor, oracle: Tensor) -> float:
+    """Return the largest difference: 0 for equal infinities, infinite for a lone NaN or inf."""
+    value = value.to(torch.float64)
+    same = (value == oracle) | (value.isnan() & oracle.isnan())
+    gap = (value - oracle).abs().masked_fill(same, 0.0)
+    return float(torch.nan_to_num(gap, nan=math.inf, posinf=math.inf).max()) if gap.numel() else 0.0
+
+
+def storage_roundoff(module: IRModule) -> float:
+    """Return the coarsest rounding among what a program stores: its states and weights."""
+    held = [v.dtype for v in inputs.describe(module) if v.kind in ("state", "weight")]
+    return max((torch.finfo(d).eps for d in held if d.is_floating_point), default=0.0)
