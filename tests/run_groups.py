@@ -1,7 +1,7 @@
 """Run the tests group by group with a time budget each, and hold their number to the pinned one.
 
-A group is a folder of tests, or `unit` for the files beside this one. tests/expected_counts.txt has a
-line `group run skipped` for each; a test that vanished or began to be skipped fails the whole run.
+A group is a folder of tests, or `unit` for the files beside this one. tests/expected_counts.txt
+has a line `group run skipped` for each: a test that vanished, or is skipped now, fails the run.
 
     python tests/run_groups.py                    all groups
     python tests/run_groups.py codegen runtime    some of them
@@ -48,6 +48,11 @@ def groups() -> dict[str, list[Path]]:
         if folder.name not in LEFT_OUT and any(folder.rglob("test_*.py")):
             found[folder.name] = [folder]
     return found
+
+
+def budget_of(group: str) -> int:
+    """Return the seconds that a group may take on 2 cores."""
+    return BUDGET_SECONDS.get(group, DEFAULT_BUDGET_SECONDS)
 
 
 def run(paths: list[Path], workers: int) -> Result:
@@ -99,9 +104,7 @@ def main() -> int:
         parser.error(f"no group {', '.join(unknown)}; the groups are {', '.join(known)}")
     results: dict[str, Result] = {}
     for name in chosen.groups or known:
-        print(
-            f"== {name} (budget {BUDGET_SECONDS.get(name, DEFAULT_BUDGET_SECONDS)} s)", flush=True
-        )
+        print(f"== {name} (budget {budget_of(name)} s)", flush=True)
         results[name] = run(known[name], chosen.workers)
     if chosen.update_counts:
         kept = {name: count for name, count in pinned.items() if name in known}
@@ -115,7 +118,7 @@ def summarise(results: dict[str, Result], pinned: dict[str, tuple[int, int]]) ->
     print("\ngroup            passed failed skipped   seconds / budget")
     moved = []
     for name, result in results.items():
-        budget = BUDGET_SECONDS.get(name, DEFAULT_BUDGET_SECONDS)
+        budget = budget_of(name)
         late = "  over budget" if result.seconds > budget else ""
         row = f"{result.passed:6} {result.failed:6} {result.skipped:7}"
         print(f"{name:<16} {row} {result.seconds:9.1f} / {budget}{late}")
