@@ -134,7 +134,7 @@ def product(node: Any) -> tuple[Any, Any] | None:
 
 def total(node: Any) -> tuple[Any, Any] | None:
     """Return the operands of a + b without a factor."""
-    if is_call(node, aten.add.Tensor) and not node.kwargs:
+    if is_call(node, aten.add.Tensor, aten.add.Scalar) and not node.kwargs:
         return node.args[0], node.args[1]
     return None
 
@@ -182,3 +182,90 @@ def part(node: Any) -> Part | None:
         start = sum(widths[:index])
         return Part(source, start, start + widths[index])
     return None
+
+
+def mean_of_last(node: Any, context: PassContext) -> Any:
+    """Return x of mean(x, -1, keepdim=True), also spelled sum(x) / width or taken from var_mean."""
+    if is_call(node, aten.mean.dim) and _keeps_last(node):
+        return node.args[0]
+    if is_call(node, operator.getitem) and node.args[1] == 1:
+        pair: Any = node.args[0]
+        return pair.args[0] if is_call(pair, aten.var_mean.correction) else None
+    quotient = scaled(node, context)
+    if quotient is not None and is_call(quotient[0], aten.sum.dim_IntList):
+        inner: Any = quotient[0]
+        width = shape_of(inner.args[0])[-1]
+        if _keeps_last(inner) and isinstance(width, int) and quotient[1] == 1.0 / width:
+            return inner.args[0]
+    return None
+
+
+def _keeps_last(node: Any) -> bool:
+    keepdim = len(node.args) > 2 and bool(node.args[2])
+    return keepdim and is_last(node.args[1], rank_of(node.args[0]))
+
+
+def squared(node: Any) -> Any:
+    """Return x of x ** 2 or x * x."""
+    if is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == 2:
+        return node.args[0]
+    factors = product(node)
+    return factors[0] if factors is not None and factors[0] is factors[1] else None
+
+
+class Quotient(NamedTuple):
+    """x / sqrt(variance + eps): the root node and its parts."""
+
+    node: fx.Node
+    x: fx.Node
+    eps: float
+
+
+def quotients(variance: fx.Node, context: PassContext) -> list[Quotient]:
+    """Return every x / sqrt(variance + eps) that is computed, in whichever spelling."""
+    found = []
+    for node, eps in [(variance, 0.0), *_with_eps(variance, context)]:
+        for user in list(node.users):
+            if _is_reciprocal_root(user):
+                found += [Quotient(u, x, eps) for u, x in _multiplied(user)]
+            elif is_call(user, aten.sqrt.default) or _is_power(user, 0.5):
+                for last in list(user.users):
+                    if is_call(last, aten.reciprocal.default):
+                        found += [Quotient(u, x, eps) for u, x in _multiplied(last)]
+                    elif is_call(last, aten.div.Tensor) and last.args[1] is user:
+                        numerator: Any = last.args[0]
+                        if isinstance(numerator, fx.Node):
+                            found.append(Quotient(last, numerator, eps))
+                        elif numerator == 1:
+                            found += [Quotient(u, x, eps) for u, x in _multiplied(last)]
+    return found
+
+
+def _with_eps(variance: fx.Node, context: PassContext) -> list[tuple[fx.Node, float]]:
+    found = []
+    for user in variance.users:
+        operands = total(user)
+        if operands is not None:
+            other = operands[1] if operands[0] is variance else operands[0]
+            eps = scalar(other, context)
+            if eps is not None:
+                found.append((user, eps))
+    return found
+
+
+def _is_power(node: Any, exponent: float) -> bool:
+    return is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == exponent
+
+
+def _is_reciprocal_root(node: Any) -> bool:
+    return is_call(node, aten.rsqrt.default) or _is_power(node, -0.5)
+
+
+def _multiplied(factor: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """Return (product, other factor) of every product with `factor`."""
+    found = []
+    for user in factor.users:
+        factors = product(user)
+        if factors is not None:
+            found.append((user, factors[1] if factors[0] is factor else factors[0]))
+    return found

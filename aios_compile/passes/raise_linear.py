@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from aios_compile.ir import provenance
+from aios_compile.ir.module import placeholders
 from aios_compile.passes.context import PassContext, Refusal
 from aios_compile.passes.graph_pass import graph_pass
 from aios_compile.passes.match import (
@@ -149,7 +150,7 @@ def _keeps_rows(view: Any) -> bool:
 
 def _stored_transposed(graph: fx.Graph, weight: fx.Node, context: PassContext) -> fx.Node:
     name = f"{weight.name}_transposed"
-    known = [n for n in graph.find_nodes(op="placeholder") if n.name == name]
+    known: list[fx.Node] = [n for n in placeholders(graph) if n.name == name]
     if known:
         return known[0]
     return context.add_weight(graph, name, [weight], lambda w: aten.permute.default(w, [1, 0]))

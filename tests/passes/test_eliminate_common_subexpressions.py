@@ -1,4 +1,4 @@
-# ruff: noqa: F722, F821
+# ruff: noqa: F821
 """eliminate_common_subexpressions: each value once, each region input once."""
 
 import torch
