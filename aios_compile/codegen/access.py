@@ -16,9 +16,9 @@ import torch
 from torch import fx
 
 from aios_compile.codegen.expression import Expr, Load, walk
-from aios_compile.codegen.linear_index import Linear
-from aios_compile.codegen.operand import Dim, Operand, dim_of
-from aios_compile.codegen.pointwise_ops import op_name, pointwise
+from aios_compile.codegen.linear_index import Linear, divided, remainder
+from aios_compile.codegen.operand import Dim, Operand, dim_of, multiply
+from aios_compile.codegen.pointwise_ops import IDENTITY, op_name, pointwise
 from aios_compile.errors import CodegenError
 from aios_compile.ir.provenance import source_line, source_lines
 
@@ -106,14 +106,7 @@ class Reader:
     def _load(self, node: fx.Node, coordinates: Coordinates) -> Expr:
         index = placeholders(self.body).index(node)
         operand = self.operands[index]
-        if operand.packed:
-            raise NotExpressible(f"operand {operand.name} is packed as {operand.packed}")
-        address = Linear()
-        for coordinate, size, stride in zip(
-            coordinates, operand.shape, operand.strides, strict=True
-        ):
-            address = address.plus(Linear() if size == 1 else coordinate.times(stride))
-        return self.leaf(Access(index, address), operand.dtype)
+        return self.leaf(Access(index, address_of(operand, coordinates)), operand.dtype)
 
     def leaf(self, leaf: Leaf, dtype: str) -> Load:
         """Return the Load of a leaf; equal leaves are one."""
@@ -141,13 +134,30 @@ def varies(expr: Expr, leaves: Sequence[Leaf], dim: int) -> bool:
 
 
 def placeholders(body: fx.GraphModule) -> list[fx.Node]:
-    return [n for n in body.graph.nodes if n.op == "placeholder"]
+    """Return the inputs that are tensors: a size is no operand, a kernel gets it with `n`."""
+    holders = (n for n in body.graph.nodes if n.op == "placeholder")
+    return [n for n in holders if isinstance(n.meta.get("val"), torch.Tensor)]
 
 
 def outputs(body: fx.GraphModule) -> list[fx.Node]:
     """Return the output nodes of a body."""
-    result = body.graph.output_node().args[0]
-    return list(result) if isinstance(result, (tuple, list)) else [result]  # type: ignore[list-item]
+    result: Any = body.graph.output_node().args[0]
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def noun(body: fx.GraphModule, otherwise: str) -> str:
+    """Return a name for a kernel: the operations that it computes, e.g. `add_rms_norm`."""
+    names = [op_name(n).split("::")[-1].strip("_") for n in body.graph.nodes if is_operation(n)]
+    names = list(dict.fromkeys(names))
+    return "_".join(names[:4]) + ("_etc" if len(names) > 4 else "") if names else otherwise
+
+
+def is_operation(node: fx.Node) -> bool:
+    """Return whether a node computes something (is no view, no copy, no part of a tuple)."""
+    from aios_compile.codegen import movement
+
+    name = op_name(node)
+    return bool(name) and name not in movement.RULES and name.split("::")[-1] not in IDENTITY
 
 
 def shape_of(node: Any) -> tuple[Dim, ...]:
@@ -157,14 +167,24 @@ def shape_of(node: Any) -> tuple[Dim, ...]:
     return tuple(dim_of(s) for s in value.shape)
 
 
-def store_address(operand: Operand, coordinates: Coordinates) -> Linear:
-    """Return the address of an output element."""
+def address_of(operand: Operand, coordinates: Coordinates) -> Linear:
+    """Return the address of an element: by strides, or inside a packed layout.
+
+    rows16 is [ceil(N / 16)][K][16]. Raises NotExpressible for another packed layout.
+    """
+    if operand.packed == "rows16":
+        (row, column), width = coordinates, operand.shape[1]
+        block = divided(row, 16).times(multiply(width, 16))
+        return block.plus(column.times(16)).plus(remainder(row, 16))
+    if operand.packed:
+        raise NotExpressible(f"operand {operand.name} is packed as {operand.packed}")
     address = Linear()
-    for coordinate, size, stride in zip(
-        coordinates, operand.shape, operand.strides, strict=True
-    ):
+    for coordinate, size, stride in zip(coordinates, operand.shape, operand.strides, strict=True):
         address = address.plus(Linear() if size == 1 else coordinate.times(stride))
     return address
+
+
+store_address = address_of  # outputs are never packed
 
 
 def model_lines(body: fx.GraphModule) -> tuple[str, ...]:

@@ -4,8 +4,8 @@ A tree of Load, Const, Index, Size and Call. `pointwise_ops.py` builds it from p
 with torch's type promotion made explicit as casts; `evaluate` runs it in torch (the reference), and
 a Printer turns it into kernel text::
 
-    printer = Printer(VECTOR)                       # codegen/cpp/dialect.py, codegen/triton/dialect.py
-    printer.text(expr, ["x", "weight"])             # one expression; loads[i] is the text of Load(i)
+    printer = Printer(VECTOR)             # codegen/cpp/dialect.py, codegen/triton/dialect.py
+    printer.text(expr, ["x", "weight"])   # one expression; loads[i] is the text of Load(i)
     lines, results = printer.statements(exprs, loads)   # shared parts become variables
 
 A load's text has the arithmetic type of its dtype: float32 for f32, bf16, f16; a mask for bool.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Union
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ class Call:
     dtype: str = "f32"
 
 
-Expr = Union[Load, Const, Index, Size, Call]
+Expr = Load | Const | Index | Size | Call
 
 
 def wide(dtype: str) -> str:
@@ -143,6 +143,11 @@ def substitute(expr: Expr, change: Callable[[Expr], Expr | None]) -> Expr:
 
 # ---- reference -----------------------------------------------------------------------------------
 
+TORCH_NAMES = (
+    *("neg", "abs", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p"),
+    *("sin", "cos", "tan", "tanh", "sinh", "cosh", "asin", "acos", "atan", "erf"),
+    *("floor", "ceil", "round", "trunc", "eq", "ne", "lt", "le", "gt", "ge"),
+)
 EVALUATE: dict[str, Callable[..., Tensor]] = {
     "add": torch.add,
     "sub": torch.sub,
@@ -168,17 +173,13 @@ EVALUATE: dict[str, Callable[..., Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    **{
-        name: getattr(torch, name)
-        for name in (
-            "neg abs sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos tan tanh sinh cosh asin "
-            "acos atan erf floor ceil round trunc eq ne lt le gt ge"
-        ).split()
-    },
+    **{name: getattr(torch, name) for name in TORCH_NAMES},
 }
 
 
-def evaluate(expr: Expr, tensors: Sequence[Tensor], sizes: Mapping[str, int] | None = None) -> Tensor:
+def evaluate(
+    expr: Expr, tensors: Sequence[Tensor], sizes: Mapping[str, int] | None = None
+) -> Tensor:
     """Compute the expression in torch. `tensors[i]` is Load(i); shapes broadcast.
 
     Index has no meaning here: substitute it first.

@@ -25,7 +25,7 @@ RULES: dict[str, Rule] = {}
 def read(reader: Reader, node: fx.Node, at: Coordinates) -> Expr | None:
     """Return the value of a view-like node at `at`, or None when no rule knows the node."""
     if node.target is operator.getitem:
-        rule = PARTS.get(op_name(node.args[0]))  # type: ignore[arg-type]
+        rule = PARTS.get(op_name(_args(node)[0]))
     else:
         rule = RULES.get(op_name(node))
     return None if rule is None else rule(reader, node, at)
@@ -37,6 +37,10 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         return function
 
     return register
+
+
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
 
 
 def _arg(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
@@ -53,30 +57,30 @@ def _replaced(at: Coordinates, dim: int, value: Linear) -> Coordinates:
 
 @rule("expand", "broadcast_to", "expand_as")
 def _expand(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    return reader.broadcast(node.args[0], at)  # type: ignore[arg-type]
+    return reader.broadcast(_args(node)[0], at)
 
 
 @rule("permute")
 def _permute(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
     source: list[Linear] = [Linear()] * len(at)
-    for coordinate, dim in zip(at, node.args[1]):  # type: ignore[arg-type]
-        source[dim % len(at)] = coordinate  # type: ignore[operator]
-    return reader.at(node.args[0], tuple(source))  # type: ignore[arg-type]
+    for coordinate, dim in zip(at, _args(node)[1]):
+        source[dim % len(at)] = coordinate
+    return reader.at(_args(node)[0], tuple(source))
 
 
 @rule("transpose", "t", "swapaxes")
 def _transpose(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    a, b = (node.args[1], node.args[2]) if len(node.args) > 2 else (0, -1)
+    a, b = (_args(node)[1], _args(node)[2]) if len(node.args) > 2 else (0, -1)
     source = list(at)
     if len(at) > 1:
-        source[a], source[b] = at[b], at[a]  # type: ignore[index]
-    return reader.at(node.args[0], tuple(source))  # type: ignore[arg-type]
+        source[a], source[b] = at[b], at[a]
+    return reader.at(_args(node)[0], tuple(source))
 
 
 @rule("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "view_as", "unflatten")
 def _view(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    source = node.args[0]
-    return reader.at(source, reshaped(shape_of(node), at, shape_of(source), reader.limits()))  # type: ignore[arg-type]
+    source = _args(node)[0]
+    return reader.at(source, reshaped(shape_of(node), at, shape_of(source), reader.limits()))
 
 
 def reshaped(
@@ -141,44 +145,44 @@ def _group(
 
 @rule("select")
 def _select(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    source, dim, index = node.args
+    source, dim, index = _args(node)
     sizes = shape_of(source)
-    dim = dim % len(sizes)  # type: ignore[operator]
+    dim = dim % len(sizes)
     place = Linear.of(_dim(index))
     if isinstance(index, int) and index < 0:
         place = place.plus(sizes[dim])
-    return reader.at(source, (*at[:dim], place, *at[dim:]))  # type: ignore[arg-type]
+    return reader.at(source, (*at[:dim], place, *at[dim:]))
 
 
 @rule("slice")
 def _slice(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    source, dim = node.args[0], _arg(node, 1, "dim", 0) % len(at)
+    source, dim = _args(node)[0], _arg(node, 1, "dim", 0) % len(at)
     start, step = _arg(node, 2, "start"), _arg(node, 4, "step", 1)
     begin = Linear.of(0 if start is None else _dim(start))
     if isinstance(start, int) and start < 0:
         begin = begin.plus(shape_of(source)[dim])
-    return reader.at(source, _replaced(at, dim, at[dim].times(step).plus(begin)))  # type: ignore[arg-type]
+    return reader.at(source, _replaced(at, dim, at[dim].times(step).plus(begin)))
 
 
 @rule("flip")
 def _flip(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    source, sizes = node.args[0], shape_of(node)
-    for dim in node.args[1]:  # type: ignore[union-attr]
-        dim = dim % len(at)  # type: ignore[operator]
+    source, sizes = _args(node)[0], shape_of(node)
+    for dim in _args(node)[1]:
+        dim = dim % len(at)
         at = _replaced(at, dim, at[dim].times(-1).plus(sizes[dim]).plus(-1))
-    return reader.at(source, at)  # type: ignore[arg-type]
+    return reader.at(source, at)
 
 
 @rule("repeat")
 def _repeat(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    sizes = shape_of(node.args[0])
+    sizes = shape_of(_args(node)[0])
     inner = at[len(at) - len(sizes) :]
-    return reader.at(node.args[0], tuple(remainder(c, s) for c, s in zip(inner, sizes)))  # type: ignore[arg-type]
+    return reader.at(_args(node)[0], tuple(remainder(c, s) for c, s in zip(inner, sizes)))
 
 
 @rule("arange")
 def _arange(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    numbers = list(node.args)
+    numbers = list(_args(node))
     start, step = (0 if len(numbers) < 2 else numbers[0]), (1 if len(numbers) < 3 else numbers[2])
     return cast(_sequence(at[0], start, step), dtype_of(node.meta["val"]))
 
@@ -198,7 +202,7 @@ def _sequence(at: Linear, start: Any, step: Any) -> Expr:
 
 @rule("cat", "concatenate")
 def _cat(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    parts: Any = [p for p in node.args[0] if shape_of(p) != (0,)]  # type: ignore[union-attr]
+    parts: Any = [p for p in _args(node)[0] if shape_of(p) != (0,)]
     dim = _arg(node, 1, "dim", 0) % len(at)
     starts, start = [], Linear()
     for part in parts:
@@ -227,7 +231,7 @@ def _piece(reader: Reader, at: Linear, starts: list[Linear]) -> int | None:
         return 0
     if len(atoms) > 1 or not isinstance(at.constant, int) or not whole:
         return None
-    borders = [int(s.constant) for s in starts[1:-1]]  # type: ignore[arg-type]
+    borders = [s.constant for s in starts[1:-1] if isinstance(s.constant, int)]
     if not atoms:
         return sum(at.constant >= b for b in borders)
     atom, coefficient = atoms[0]
@@ -250,8 +254,8 @@ def _clamped(at: Linear, size: Dim) -> Linear:
 
 @rule("constant_pad_nd")
 def _pad(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    source: Any = node.args[0]
-    pads: Any = node.args[1]
+    source: Any = _args(node)[0]
+    pads: Any = _args(node)[1]
     dtype = dtype_of(node.meta["val"])
     fill = Const(_arg(node, 2, "value", 0), dtype)
     sizes, moved, inside = shape_of(source), list(at), None
@@ -262,8 +266,7 @@ def _pad(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
                  Linear.of(shape_of(node)[dim])]  # fmt: skip
         piece = _piece(reader, at[dim], edges)
         if piece in (0, 2):
-            if edges[piece] != edges[piece + 1]:
-                return fill
+            return fill
         if piece == 1:
             moved[dim] = shifted
             continue
@@ -278,7 +281,7 @@ def _pad(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
 
 @rule("tril", "triu")
 def _triangle(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    value = reader.at(node.args[0], at)  # type: ignore[arg-type]
+    value = reader.at(_args(node)[0], at)
     distance = at[-1].plus(at[-2].times(-1)).expr()
     op = "le" if op_name(node) == "aten::tril" else "ge"
     keep = call(op, (distance, Const(_arg(node, 1, "diagonal", 0), "i64")), "bool")
@@ -286,7 +289,7 @@ def _triangle(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
     return call("select", (keep, value, zero), value.dtype)
 
 
-# ---- gathers ---------------------------------------------------------------------------------------
+# ---- gathers ------------------------------------------------------------------------------------
 
 
 def gathered(reader: Reader, index: fx.Node, at: Coordinates, size: Dim) -> Linear:
@@ -300,32 +303,32 @@ def gathered(reader: Reader, index: fx.Node, at: Coordinates, size: Dim) -> Line
 
 @rule("index_select")
 def _index_select(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    source, dim, index = node.args
-    dim = dim % len(at)  # type: ignore[operator]
-    place = gathered(reader, index, (at[dim],), shape_of(source)[dim])  # type: ignore[arg-type]
-    return reader.at(source, _replaced(at, dim, place))  # type: ignore[arg-type]
+    source, dim, index = _args(node)
+    dim = dim % len(at)
+    place = gathered(reader, index, (at[dim],), shape_of(source)[dim])
+    return reader.at(source, _replaced(at, dim, place))
 
 
 @rule("gather")
 def _gather(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    source, dim, index = node.args[:3]
-    dim = dim % len(at)  # type: ignore[operator]
-    place = gathered(reader, index, at, shape_of(source)[dim])  # type: ignore[arg-type]
-    return reader.at(source, _replaced(at, dim, place))  # type: ignore[arg-type]
+    source, dim, index = _args(node)[:3]
+    dim = dim % len(at)
+    place = gathered(reader, index, at, shape_of(source)[dim])
+    return reader.at(source, _replaced(at, dim, place))
 
 
 @rule("embedding")
 def _embedding(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    table, ids = node.args[:2]
-    place = gathered(reader, ids, at[:-1], shape_of(table)[0])  # type: ignore[arg-type]
-    return reader.at(table, (place, at[-1]))  # type: ignore[arg-type]
+    table, ids = _args(node)[:2]
+    place = gathered(reader, ids, at[:-1], shape_of(table)[0])
+    return reader.at(table, (place, at[-1]))
 
 
 @rule("index")
 def _index(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
     """Advanced indexing by adjacent index tensors (broadcast together)."""
-    source: Any = node.args[0]
-    indices: Any = list(node.args[1])  # type: ignore[arg-type]
+    source: Any = _args(node)[0]
+    indices: Any = list(_args(node)[1])
     used = [d for d, i in enumerate(indices) if i is not None]
     rank = max(len(shape_of(indices[d])) for d in used)
     first = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
@@ -343,12 +346,12 @@ def _index(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
     return reader.at(source, tuple(result))
 
 
-# ---- operators that return several tensors, read through getitem ---------------------------------------
+# ---- operators that return several tensors, read through getitem --------------------------------
 
 
 def _split(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    owner: Any = node.args[0]
-    index: Any = node.args[1]
+    owner: Any = _args(node)[0]
+    index: Any = _args(node)[1]
     dim = _arg(owner, 2, "dim", 0) % len(at)
     start = Linear()
     for value in owner.meta["val"][:index]:
@@ -357,9 +360,9 @@ def _split(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
 
 
 def _unbind(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    owner: Any = node.args[0]
+    owner: Any = _args(node)[0]
     dim = _arg(owner, 1, "dim", 0) % (len(at) + 1)
-    place = Linear.of(node.args[1])  # type: ignore[arg-type]
+    place = Linear.of(_args(node)[1])
     return reader.at(owner.args[0], (*at[:dim], place, *at[dim:]))
 
 

@@ -1,7 +1,7 @@
 """The rules from pointwise ATen nodes to expressions, with torch's type promotion made explicit.
 
-The dtype of arithmetic is the dtype of the node's value (float32 for half precision, whose result is
-rounded, as eager does), and for comparisons the promoted dtype of the arguments.
+The dtype of arithmetic is the dtype of the node's value (float32 for half precision, whose result
+is rounded, as eager does), and for comparisons the promoted dtype of the arguments.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ Rule = Callable[..., Expr]
 RULES: dict[str, Rule] = {}
 
 UNARY = (
-    "neg abs sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos tan tanh sinh cosh asin acos atan "
-    "sigmoid erf silu relu floor ceil round trunc"
-).split()
+    *("neg", "abs", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p"),
+    *("sin", "cos", "tan", "tanh", "sinh", "cosh", "asin", "acos", "atan", "erf", "sigmoid"),
+    *("silu", "relu", "floor", "ceil", "round", "trunc"),
+)
 BINARY = {
     "minimum": "min",
     "maximum": "max",
@@ -45,7 +46,8 @@ BINARY = {
     "bitwise_left_shift": "shift_left",
     "bitwise_right_shift": "shift_right",
 }
-IDENTITY = "clone alias detach contiguous lift_fresh_copy _to_copy".split()
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+IDENTITY = ("clone", "alias", "detach", "contiguous", "lift_fresh_copy", "_to_copy")
 
 
 def dtype_of(value: Any) -> str:
@@ -78,7 +80,7 @@ def pointwise(node: fx.Node, operand: Callable[[fx.Node], Expr]) -> Expr | None:
 
 
 class Builder:
-    """What a rule needs: the result's dtype (`out`), that of arithmetic (`dtype`), the arguments."""
+    """What a rule needs: the result's dtype (`out`), that of arithmetic (`dtype`), arguments."""
 
     def __init__(self, node: fx.Node, operand: Callable[[fx.Node], Expr]) -> None:
         self.node = node
@@ -106,11 +108,12 @@ class Builder:
     def number(self, value: float) -> Const:
         return Const(_number(value, self.dtype), self.dtype)
 
-    def promoted(self, *args: Any) -> str:
+    def promoted(self, x: Any, y: Any) -> str:
         """Return the dtype in which torch compares the arguments."""
-        values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
+        values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in (x, y)]
         values = [v if isinstance(v, (torch.Tensor, bool, int, float)) else 1 for v in values]
-        return wide(DTYPE_NAMES[str(torch.result_type(*values))])
+        dtype = torch.result_type(values[0], values[1])  # type: ignore[no-untyped-call]
+        return wide(DTYPE_NAMES[str(dtype)])
 
 
 def _number(value: float, dtype: str) -> float:
@@ -132,7 +135,7 @@ def _register_tables() -> None:
         RULES[f"aten::{name}"] = lambda b, x, *, _op=name, **_: b.call(_op, b.x(x))
     for name, op in BINARY.items():
         RULES[f"aten::{name}"] = lambda b, x, y, *, _op=op: b.call(_op, b.x(x), b.x(y))
-    for name in "eq ne lt le gt ge".split():
+    for name in COMPARISONS:
         RULES[f"aten::{name}"] = lambda b, x, y, *, _op=name: _compare(b, _op, x, y)
     for name in IDENTITY:
         RULES[f"aten::{name}"] = lambda b, x, **_: b.value(x)

@@ -68,17 +68,17 @@ def dims_of(node: fx.Node) -> tuple[fx.Node, tuple[int, ...]] | None:
     name = op_name(node)
     if name not in RULES and name not in PARTS:
         return None
-    source: Any = node.args[0]
+    source: Any = _args(node)[0]
     rank = len(shape_of(source))
     if name in LAST_DIM:
         return source, (rank - 1,)
     if name == "aten::native_layer_norm":
-        return source, tuple(range(rank - len(node.args[1]), rank))  # type: ignore[arg-type]
-    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        return source, tuple(range(rank - len(_args(node)[1]), rank))
+    dims: Any = _args(node)[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if name in ("aten::_softmax", "aten::_log_softmax") or isinstance(dims, int):
         dims = [dims]
     if name == "aten::linalg_vector_norm":
-        dims = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+        dims = _args(node)[2] if len(node.args) > 2 else node.kwargs.get("dim")
     if dims is None or isinstance(dims, bool) or len(dims) == 0:
         dims = range(rank)
     return source, tuple(sorted({d % rank for d in dims}))
@@ -98,15 +98,20 @@ def space_of(body: fx.GraphModule) -> Space | None:
 def reduce(space: Space, reader: Reader, node: fx.Node, at: Coordinates) -> Expr | None:
     """Return the value of a reduction node at `at`, or None for another node."""
     if node.target is operator.getitem:
-        rule = PARTS.get(op_name(node.args[0]))  # type: ignore[arg-type]
+        rule = PARTS.get(op_name(_args(node)[0]))
     else:
         rule = RULES.get(op_name(node))
     return None if rule is None else rule(space, reader, node, at)
 
 
 def reduced(
-    space: Space, reader: Reader, node: fx.Node, at: Coordinates, kind: str,
-    value: Callable[[Expr], Expr] = lambda x: x, dtype: str | None = None,
+    space: Space,
+    reader: Reader,
+    node: fx.Node,
+    at: Coordinates,
+    kind: str,
+    value: Callable[[Expr], Expr] = lambda x: x,
+    dtype: str | None = None,
 ) -> Expr:
     """Return one reduction of value(x) over the inner coordinate in the row that `at` lies in.
 
@@ -119,15 +124,17 @@ def reduced(
     kept = [s for d, s in enumerate(sizes) if d not in dims]
     rows = at if len(at) == len(kept) else tuple(c for d, c in enumerate(at) if d not in dims)
     size = product([sizes[d] for d in dims])
-    if size != space.size or len(rows) != len(space.rows) or any(
-        c.coefficient(space.inner) != 0 for c in rows
+    if (
+        size != space.size
+        or len(rows) != len(space.rows)
+        or any(c.coefficient(space.inner) != 0 for c in rows)
     ):
         raise NotExpressible("reductions over different dimensions", source_line=source_line(node))
     local = Space(sizes, dims)
     x = reader.at(source, local.coordinates(rows, reader.limits()))
     x = value(cast(x, dtype or wide(x.dtype)))
     leaf = Reduction(kind, x)
-    return reader.leaf(leaf, "i64" if kind.startswith("arg") else x.dtype)  # type: ignore[arg-type]
+    return reader.leaf(leaf, "i64" if kind.startswith("arg") else x.dtype)
 
 
 def rule(table: dict[str, Rule], *names: str) -> Callable[[Rule], Rule]:
@@ -136,6 +143,10 @@ def rule(table: dict[str, Rule], *names: str) -> Callable[[Rule], Rule]:
         return function
 
     return register
+
+
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
 
 
 def _out(node: fx.Node) -> str:
@@ -169,8 +180,8 @@ def _mean(space: Space, reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
 
 @rule(RULES, "linalg_vector_norm")
 def _vector_norm(space: Space, reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    if len(node.args) > 1 and node.args[1] != 2:
-        raise NotExpressible(f"vector norm of order {node.args[1]}")
+    if len(node.args) > 1 and _args(node)[1] != 2:
+        raise NotExpressible(f"vector norm of order {_args(node)[1]}")
     total = reduced(space, reader, node, at, "sum", lambda x: _arith("mul", x, x), wide(_out(node)))
     return cast(_arith("sqrt", total), _out(node))
 
@@ -202,22 +213,22 @@ def _var(space: Space, reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
 
 @rule(PARTS, "var_mean")
 def _var_mean(space: Space, reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    owner: Any = node.args[0]
+    owner: Any = _args(node)[0]
     mean, variance = _moments(space, reader, owner, at, _correction(owner))
-    return cast(mean if node.args[1] == 1 else variance, _out(node))
+    return cast(mean if _args(node)[1] == 1 else variance, _out(node))
 
 
 @rule(PARTS, "max", "min")
 def _max_with_index(space: Space, reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    owner: Any = node.args[0]
+    owner: Any = _args(node)[0]
     kind = op_name(owner)[6:]
-    return reduced(space, reader, owner, at, f"arg{kind}" if node.args[1] == 1 else kind)
+    return reduced(space, reader, owner, at, f"arg{kind}" if _args(node)[1] == 1 else kind)
 
 
 @rule(RULES, "_softmax", "_log_softmax")
 def _softmax(space: Space, reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    source: Any = node.args[0]
-    dim = node.args[1] % len(at)  # type: ignore[operator]
+    source: Any = _args(node)[0]
+    dim = _args(node)[1] % len(at)
     rows = tuple(c for d, c in enumerate(at) if d != dim)
     largest = reduced(space, reader, node, rows, "max")
 
@@ -255,18 +266,18 @@ def _layer_norm(space: Space, reader: Reader, node: fx.Node, at: Coordinates) ->
     return _normalised(
         space, reader, node, at, at[:-1],
         (named.get("weight", args[1]), named.get("bias", args[2])),
-        float(named.get("eps", args[3])),  # type: ignore[arg-type]
+        float(named.get("eps", args[3])),
     )  # fmt: skip
 
 
 @rule(PARTS, "native_layer_norm")
 def _native_layer_norm(space: Space, reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
-    owner: Any = node.args[0]
+    owner: Any = _args(node)[0]
     rank = len(owner.args[1])
-    if node.args[1] != 0:
+    if _args(node)[1] != 0:
         mean, variance = _moments(space, reader, owner, at[: len(at) - rank])
         eps = Const(float(owner.args[4]), variance.dtype)
-        return mean if node.args[1] == 1 else _arith("rsqrt", _arith("add", variance, eps))
+        return mean if _args(node)[1] == 1 else _arith("rsqrt", _arith("add", variance, eps))
     return cast(
         _normalised(space, reader, owner, at, at[: len(at) - rank], owner.args[2:4],
                     float(owner.args[4])), _out(node))  # fmt: skip
@@ -279,7 +290,7 @@ def _normalised(
     mean, variance = _moments(space, reader, node, rows)
     dtype = mean.dtype
     scale = _arith("rsqrt", _arith("add", variance, Const(eps, dtype)))
-    x = cast(reader.at(node.args[0], at), dtype)  # type: ignore[arg-type]
+    x = cast(reader.at(_args(node)[0], at), dtype)
     h = _arith("mul", _arith("sub", x, mean), scale)
     weight, bias = affine
     if weight is not None:

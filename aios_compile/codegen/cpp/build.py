@@ -28,7 +28,7 @@ from aios_compile.errors import BuildError
 HEADER_FOLDER = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 # The floating-point policy: a product and a sum are fused where the text says fma, nowhere else; no
-# fast-math; sqrt does not set errno, so that it is one instruction. Whole numbers wrap, as in torch.
+# fast-math; sqrt sets no errno, so that it is one instruction. Whole numbers wrap, as in torch.
 FLAGS = (
     *("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fwrapv"),
     *("-fPIC", "-pthread", "-Wno-psabi"),

@@ -111,7 +111,9 @@ class Cpp:
         return f"{name}({', '.join(strip_parentheses(a) for a in args)})"
 
     def _splat(self, arg: Expr, text: str) -> str:
-        return f"splat({strip_parentheses(text)})" if self.vector and isinstance(arg, Const) else text
+        return (
+            f"splat({strip_parentheses(text)})" if self.vector and isinstance(arg, Const) else text
+        )
 
     def _narrow(self, call: Call, text: str) -> str:
         """Wrap 8- and 16-bit arithmetic, which C++ does in 32 bits."""

@@ -1,7 +1,8 @@
-"""What every C++ kernel file has around its loops: the comment that explains it, the C interface."""
+"""What every C++ kernel file has around its loops: a comment that explains it, the C interface."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 
@@ -39,9 +40,10 @@ def frame(
     )
 
 
-def symbol_of(name: str) -> str:
-    """Return a kernel's name as a C identifier."""
-    return "aios_" + re.sub(r"[^A-Za-z0-9_]", "_", name)
+def symbol_of(name: str, spec: object) -> str:
+    """Return the C symbol of a kernel: its name and ten hex digits of its spec."""
+    digest = hashlib.sha256(repr(spec).encode()).hexdigest()[:10]
+    return f"aios_{re.sub(r'[^A-Za-z0-9_]', '_', name)}_{digest}"
 
 
 def variable(operand: Operand, index: int) -> str:
@@ -56,7 +58,7 @@ def pointer(operand: Operand, index: int, output: bool) -> str:
 
 
 def layout(operand: Operand) -> str:
-    """Return an operand's dtype, sizes and strides for people, e.g. `f32[T, 64] strides [64, 1]`."""
+    """Return an operand's dtype, sizes and strides for people, e.g. `x f32[T, 64]`."""
     sizes = ", ".join(dim_name(d) for d in operand.shape)
     text = f"{operand.name} {operand.dtype}[{sizes}]"
     if operand.packed:
@@ -68,7 +70,9 @@ def layout(operand: Operand) -> str:
 
 def dim_name(dim: Dim) -> str:
     """Return a dimension for people, e.g. `2*T`."""
-    return str(dim) if isinstance(dim, int) else re.sub(r"INT64_C\((\d+)\)", r"\1", dim.text(""))[1:-1]
+    return (
+        str(dim) if isinstance(dim, int) else re.sub(r"INT64_C\((\d+)\)", r"\1", dim.text(""))[1:-1]
+    )
 
 
 def dim_c(dim: Dim) -> str:

@@ -80,7 +80,7 @@ class Nest:
         return any(self.varies(atom) for atom in address.without(self.inner).atoms())
 
     def hoisted(self, exprs: Sequence[Expr]) -> tuple[list[Expr], list[Expr]]:
-        """Return (parts that are the same for the whole inner loop, expressions over Loads of them).
+        """Return (what stays the same in the inner loop, expressions over Loads of them).
 
         The k-th part is Load(len(leaves) + k) in the rewritten expressions.
         """

@@ -1,8 +1,8 @@
 """out[i] = f(inputs at i): any group of pointwise operations and copies over one iteration space.
 
-Layout: every operand has its own strides (0 where it broadcasts); views, slices, cat, pad and gathers
-inside the group are index arithmetic. Bytes moved: each operand once. Items: the rows of the
-output (all dimensions but the last), in pieces of 4096 elements where a row is long. The innermost
+Layout: every operand has its own strides (0 where it broadcasts); views, slices, cat, pad and
+gathers inside the group are index arithmetic. Bytes moved: each operand once. Items: the rows of
+the output (all dimensions but the last), in pieces of 4096 elements where a row is long. The last
 dimension runs in vectors where all its types are 32 bits or less in registers; a part that does not
 change along it is computed once a row. A border inside the iteration space (between two parts of a
 cat) splits it into variants, so that each has straight loads.
@@ -20,10 +20,11 @@ from aios_compile.codegen.access import (
     Coordinates,
     NotExpressible,
     Reader,
+    address_of,
     model_lines,
+    noun,
     outputs,
     shape_of,
-    store_address,
 )
 from aios_compile.codegen.cpp.dialect import Cpp
 from aios_compile.codegen.cpp.frame import dim_c, frame, indent, layout, pointer, symbol_of
@@ -66,7 +67,7 @@ class PointwiseSpec:
 
 
 def spec_of(
-    body: fx.GraphModule, operands: Sequence[Operand], name: str = "pointwise"
+    body: fx.GraphModule, operands: Sequence[Operand], name: str | None = None
 ) -> PointwiseSpec | None:
     """Return the spec of a kernel body, or None when a node of it is not pointwise or a copy.
 
@@ -82,12 +83,17 @@ def spec_of(
         variants = _variants(body, operands, nodes, shape)
     except NotExpressible:
         return None
-    spec = PointwiseSpec(name, tuple(operands), len(nodes), shape, variants, model_lines(body))
+    spec = PointwiseSpec(
+        name or noun(body, "copy"), tuple(operands), len(nodes), shape, variants, model_lines(body)
+    )
     return collapse(spec)
 
 
 def _variants(
-    body: fx.GraphModule, operands: Sequence[Operand], nodes: Sequence[fx.Node], shape: Sequence[Dim]
+    body: fx.GraphModule,
+    operands: Sequence[Operand],
+    nodes: Sequence[fx.Node],
+    shape: Sequence[Dim],
 ) -> tuple[Variant, ...]:
     """Cut the iteration space until no rule asks for another cut."""
     done: list[Variant] = []
@@ -113,15 +119,13 @@ def _variant(
     ranges: tuple[Range, ...],
 ) -> tuple[Variant, set[tuple[int, int]]]:
     reader = Reader(body, operands, ranges)
-    at = tuple(
-        Linear() if r == (0, 1) else Linear.of(Index(d)) for d, r in enumerate(ranges)
-    )
+    at = tuple(Linear() if r == (0, 1) else Linear.of(Index(d)) for d, r in enumerate(ranges))
     outs = operands[len(operands) - len(nodes) :]
     values, stores = [], []
     for node, operand in zip(nodes, outs):
         place: Coordinates = at if shape_of(node) else ()
         values.append(reader.at(node, place))
-        stores.append(store_address(operand, place))
+        stores.append(address_of(operand, place))
     leaves = tuple(leaf for leaf in reader.leaves if isinstance(leaf, Access))
     return Variant(ranges, leaves, tuple(values), tuple(stores)), reader.cuts
 
@@ -148,7 +152,9 @@ def collapse(spec: PointwiseSpec) -> PointwiseSpec:
     place = {group[-1]: Linear.of(Index(new)) for new, group in enumerate(groups)}
 
     def moved(linear: Linear) -> Linear:
-        return linear.map(lambda atom: place.get(atom.dim, Linear()))  # type: ignore[union-attr]
+        return linear.map(
+            lambda a: place.get(a.dim, Linear()) if isinstance(a, Index) else Linear()
+        )
 
     shape = tuple(product([spec.shape[d] for d in group]) for group in groups)
     ranges = tuple((0, s if isinstance(s, int) else None) for s in shape)
@@ -172,7 +178,7 @@ def reference(spec: PointwiseSpec, *tensors: Tensor) -> list[Tensor]:
 
 def emit(spec: PointwiseSpec) -> KernelSource:
     """Return the kernel. Raises nothing: a spec can always be written."""
-    symbol, rank = symbol_of(spec.name), len(spec.shape)
+    symbol, rank = symbol_of(spec.name, spec), len(spec.shape)
     inner = spec.shape[-1]
     pieces = 1 if isinstance(inner, int) and inner <= 2 * PIECE else None
     count = "1" if pieces else f"(({dim_c(inner)} + {PIECE - 1}) / {PIECE})"
@@ -290,4 +296,3 @@ def inplace(spec: PointwiseSpec) -> tuple[tuple[int, int], ...]:
             if touched and all(touched):
                 pairs.append((number, operand))
     return tuple(pairs)
-

@@ -1,10 +1,10 @@
 """Reductions over one dimension with everything around them: norms, softmax, means, argmax.
 
-out[row, i] = f(inputs at (row, i), reductions of the row). Layout: any strides; the reduced dimension is
-innermost in the loop nest wherever it is in memory. Bytes moved: each operand once, again from the
-cache for every further pass (a softmax reads its row three times). Items: one row each. Order of a
-sum: lane k adds elements k, k + VL, ..., then the lanes are added as a tree; it depends on the width
-of a register and on nothing else. Passes: one loop for all reductions whose inputs are known.
+out[row, i] = f(inputs at (row, i), reductions of the row). Layout: any strides; the reduced
+dimension is innermost in the loop nest wherever it is in memory. Bytes moved: each operand once, again from
+the cache for every further pass (a softmax reads its row three times). Items: one row each. Order
+of a sum: lane k adds elements k, k + VL, ..., then the lanes are added as a tree; it depends on the
+width of a register and on nothing else. Passes: one loop for all reductions of known inputs.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from aios_compile.codegen.access import (
     NotExpressible,
     Reader,
     Reduction,
+    address_of,
     model_lines,
+    noun,
     outputs,
     shape_of,
-    store_address,
 )
 from aios_compile.codegen.cpp.dialect import Cpp, scalar_type
 from aios_compile.codegen.cpp.frame import dim_c, frame, indent, layout, pointer, symbol_of
@@ -69,7 +70,7 @@ class RowReductionSpec:
 
 
 def spec_of(
-    body: fx.GraphModule, operands: Sequence[Operand], name: str = "row_reduction"
+    body: fx.GraphModule, operands: Sequence[Operand], name: str | None = None
 ) -> RowReductionSpec | None:
     """Return the spec of a kernel body, or None when it reduces nothing or in several spaces."""
     space = reductions.space_of(body)
@@ -87,12 +88,17 @@ def spec_of(
                 return None
             sizes, place = (space.source, at) if full else (space.rows, rows)
             place = reshaped(sizes, place, shape, reader.limits())
-            store = store_address(operand, place)
+            store = address_of(operand, place)
             results.append(Output(reader.at(node, place), store, full))
     except NotExpressible:
         return None
     return RowReductionSpec(
-        name, tuple(operands), space.shape, tuple(reader.leaves), tuple(results), model_lines(body)
+        name or noun(body, "row_reduction"),
+        tuple(operands),
+        space.shape,
+        tuple(reader.leaves),
+        tuple(results),
+        model_lines(body),
     )
 
 
@@ -109,7 +115,7 @@ def reference(spec: RowReductionSpec, *tensors: Tensor) -> list[Tensor]:
 
 def emit(spec: RowReductionSpec) -> KernelSource:
     """Return the kernel."""
-    symbol, first = symbol_of(spec.name), spec.first_output()
+    symbol, first = symbol_of(spec.name, spec), spec.first_output()
     used = {leaf.operand for leaf in spec.leaves if isinstance(leaf, Access)}
     names = {
         i: f"{leaf.kind}{i}" for i, leaf in enumerate(spec.leaves) if isinstance(leaf, Reduction)
@@ -181,7 +187,9 @@ def _write_pass(spec: RowReductionSpec, nest: Nest, level: Sequence[int]) -> lis
         sign = ">" if r.kind == "argmax" else "<"
         body.append(f"const {scalar_type(r.value.dtype)} x{index} = {text};")
         better = f"x{index} {sign} {name} || (x{index} != x{index} && {name} == {name})"
-        body.append(f"if ({better} || {i} == 0) {{ {name} = x{index}; {nest.names[index]} = {i}; }}")
+        body.append(
+            f"if ({better} || {i} == 0) {{ {name} = x{index}; {nest.names[index]} = {i}; }}"
+        )
     loop = f"for (int64_t {i} = 0; {i} < {dim_c(spec.shape[-1])}; ++{i}) {{"
     return [*lines, loop, *indent(body), "}"]
 
@@ -194,9 +202,7 @@ def _start(r: Reduction) -> str:
     return f"({scalar_type(r.value.dtype)}){START[kind]}"
 
 
-def _vector_pass(
-    spec: RowReductionSpec, nest: Nest, found: dict[int, Reduction]
-) -> list[str]:
+def _vector_pass(spec: RowReductionSpec, nest: Nest, found: dict[int, Reduction]) -> list[str]:
     lines = [f"float {nest.names[index]};" for index in found]
     inside, loads, values = nest.vector_parts([r.value for r in found.values()])
     inside += [f"vf acc{index} = splat((float){START[r.kind]});" for index, r in found.items()]
