@@ -159,7 +159,7 @@ def _names(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _binding(holder: fx.Node, example: Any, names: dict[int, list[str]]) -> Any:
-    """Say what a captured input is: ("size",), ("input", name), ("weight", names), ("constant", x)."""
+    """Say what an input is: ("size",), ("input", name), ("weight", names, x), ("constant", x)."""
     if not isinstance(example, torch.Tensor):
         return ("size", "T")
     if id(example) in names:

@@ -18,9 +18,10 @@ def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     found: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside:
-            if len({type(child) for child in module}) == 1:
-                found[path] = module
+        if inside or not isinstance(module, nn.ModuleList):
+            continue
+        if len({type(child) for child in module}) == 1:
+            found[path] = module
     return found
 
 

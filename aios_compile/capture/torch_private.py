@@ -47,9 +47,9 @@ def capture_settings() -> Iterator[None]:
         "inline_single_use_invoke_subgraph": False,
     }
     known = {k: v for k, v in wanted.items() if hasattr(dynamo.config, k)}
-    with torch.no_grad(), dynamo.config.patch(known), get_metrics_context():
-        with dynamo_timed("aios_capture"):
-            yield
+    settings = dynamo.config.patch(known)
+    with torch.no_grad(), settings, get_metrics_context(), dynamo_timed("aios_capture"):
+        yield
 
 
 def full_graph(model: torch.nn.Module, kwargs: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -130,13 +131,22 @@ def _emit(call: fx.Node, operands: list[Operand], emitters: Sequence[ModuleType]
         if spec is not None:
             source = emitter.emit(spec)
             assert isinstance(source, KernelSource)
-            lines = provenance.source_lines(call)
-            return dataclasses.replace(source, model_lines=lines)
+            return _named(source, call)
     ops = ", ".join(str(n.target) for n in body.graph.nodes if n.op == "call_function")
     raise CodegenError(
         f"no emitter for kernel {call.target} ({ops})",
         source_line=provenance.source_line(call) or None,
         advice="dump the model and look at level 3; CONTRIBUTING.md says how to add an emitter",
+    )
+
+
+def _named(source: KernelSource, call: fx.Node) -> KernelSource:
+    """Name a kernel after what it computes, with eight digits of its text: add_rms_norm_1f0c..."""
+    title = re.sub(r"_\d+$", "", str(call.target))
+    symbol = f"{title}_{source.digest()[:8]}"
+    text = re.sub(rf"\b{re.escape(source.symbol)}(?=\b|_items\b)", symbol, source.text)
+    return dataclasses.replace(
+        source, name=symbol, symbol=symbol, text=text, model_lines=provenance.source_lines(call)
     )
 
 

@@ -1,4 +1,4 @@
-"""Where the values of a level-3 graph live: views are followed to the buffer that they look into."""
+"""Where the values of a level-3 graph live: views are followed to the buffer behind them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ VIEWS = {
     aten.as_strided.default,
 }  # fmt: skip
 
+PLAIN = VIEWS | {operator.getitem, aten.sym_size.int}
+
 
 @dataclass(frozen=True)
 class Base:
-    """A buffer: the node that makes it (placeholder, kernel call or region call) and which result."""
+    """A buffer: the placeholder, kernel call or region call that makes it, and which result."""
 
     node: fx.Node
     result: int = 0
@@ -90,14 +92,16 @@ def shift_bytes(node: fx.Node) -> Dim:
 
 
 def num_bytes(value: Any, sizes: Mapping[str, int]) -> int:
-    """Return the bytes of a dense tensor at the given sizes; raises CodegenError for a sparse one."""
+    """Return the bytes of a dense tensor at the given sizes."""
     shape = [dim_value(dim_of(s), sizes) for s in value.shape]
     return math.prod(shape) * BYTES[DTYPE_NAMES[str(value.dtype)]]
 
 
 def check_dense(node: fx.Node, value: Any) -> None:
     """Raise unless a kernel result fills its memory without holes or overlap."""
-    hints = sorted((int(st), int(s)) for st, s in zip(value.stride(), value.shape) if int(s) != 1)
+    hints = sorted(
+        (_hint(st), _hint(s)) for st, s in zip(value.stride(), value.shape) if _hint(s) != 1
+    )
     expected = 1
     for stride, size in hints:
         if stride != expected:
@@ -109,18 +113,22 @@ def check_dense(node: fx.Node, value: Any) -> None:
         expected *= size
 
 
+def _hint(size: Any) -> int:
+    """Return the traced value of a size; int(size) would specialise the graph to it."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
 def compute_nodes(graph: fx.Graph) -> list[fx.Node]:
     """Return kernel calls and region calls in order; anything else that computes is an error."""
     found = []
     for node in graph.nodes:
         if node.op == "call_module":
             found.append(node)
-        elif node.op == "call_function" and node.target not in VIEWS:
-            if node.target not in (operator.getitem, aten.sym_size.int):
-                raise CodegenError(
-                    f"{node.target} is not a kernel call at level 3",
-                    source_line=provenance.source_line(node),
-                )
+        elif node.op == "call_function" and node.target not in PLAIN:
+            raise CodegenError(
+                f"{node.target} is not a kernel call at level 3",
+                source_line=provenance.source_line(node),
+            )
     return found
 
 

@@ -1,4 +1,4 @@
-"""How a kernel sees a tensor: dtype, sizes and strides, each a number or a polynomial in T, S, R, P.
+"""How a kernel sees a tensor: dtype, sizes, strides; each a number or a polynomial in T, S, R.
 
 Torch-free once built: `of_value` reads a FakeTensor by duck typing only.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 DTYPE_NAMES = {
     "torch.float32": "f32",
@@ -48,7 +48,7 @@ class SizeExpr:
         return total
 
 
-Dim = Union[int, SizeExpr]
+Dim = int | SizeExpr
 
 
 def dim_text(dim: Dim, prefix: str = "n->") -> str:

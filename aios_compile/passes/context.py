@@ -55,7 +55,7 @@ class PassContext:
     def call(
         self, graph: fx.Graph, target: Any, *args: Any, source: Iterable[fx.Node], **kwargs: Any
     ) -> fx.Node:
-        """Insert target(*args) at the graph's insertion point, with its fake value and provenance."""
+        """Insert target(*args) at the insertion point, with its fake value and provenance."""
         node = graph.call_function(target, args, kwargs)
         node.meta["val"] = fake_value(node, self.module)
         provenance.inherit(node, source)

@@ -192,7 +192,7 @@ class ProgramRunner:
                 ctypes.memset(int(base) + page * size, 0xFF, size)
 
     def close(self) -> None:
-        """Stop the threads and unmap all memory. Idempotent; in a forked child nothing is joined."""
+        """Stop the threads and unmap all memory. Idempotent; a forked child joins nothing."""
         if self._closed:
             return
         self._closed = True

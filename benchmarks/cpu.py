@@ -1,0 +1,168 @@
+"""Decode, prefill and starts on this machine, side by side with transformers, one run.
+
+    python -m benchmarks.cpu --shape qwen3-0.6b [--pairs 9] [--json out.json]
+
+Correctness is checked before any time is printed; pairs are interleaved and the median ratio is
+reported with its spread. Shares are of the read bandwidth measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import aios_compile
+from benchmarks.bandwidth import read_bandwidth
+from benchmarks.shapes import make
+
+PROMPT_TOKENS, DECODE_TOKENS = 64, 16
+
+
+def prompt_ids(vocab_size: int, count: int, seed: int = 0) -> list[int]:
+    """Return random token ids below the tokenizer's vocabulary."""
+    rng = np.random.default_rng(seed)
+    return [int(i) for i in rng.integers(3, min(vocab_size, 1000), count)]
+
+
+def weight_bytes(model: Any) -> int:
+    """Return the bytes that one decode step must read: every packed weight once."""
+    packed = [w for w in model.program.weights if w.packed or len(w.shape) == 1]
+    sizes = {"bfloat16": 2, "float16": 2, "float32": 4}
+    return sum(int(np.prod(w.shape)) * sizes[w.dtype] for w in packed)
+
+
+def ours_decode(model: Any, ids: list[int]) -> float:
+    """Return seconds a token of greedy decoding at batch 1, the runtime included."""
+    times = []
+    for _ in model.stream(ids, max_tokens=DECODE_TOKENS + 1, temperature=0, ignore_eos=True):
+        times.append(time.perf_counter())
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+def transformers_decode(peer: Any, ids: list[int]) -> float:
+    """Return seconds a token of greedy decoding at batch 1 with a dynamic cache."""
+    with torch.no_grad():
+        out = peer(input_ids=torch.tensor([ids]), use_cache=True)
+        cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        begin = time.perf_counter()
+        for _ in range(DECODE_TOKENS):
+            out = peer(input_ids=token, past_key_values=cache, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+        return (time.perf_counter() - begin) / DECODE_TOKENS
+
+
+def check_correct(model: Any, peer: Any, ids: list[int]) -> float:
+    """Return the largest logit difference to float32 transformers, relative to the largest logit."""
+    with torch.no_grad():
+        want = peer(input_ids=torch.tensor([ids])).logits[0]
+    got = model(torch.tensor(ids))
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def pairs(ours: Callable[[], float], peer: Callable[[], float], count: int) -> dict[str, Any]:
+    """Run both in turn and return medians and the pairwise ratio (peer / ours) with its spread."""
+    a, b = [], []
+    for _ in range(count):
+        a.append(ours())
+        b.append(peer())
+    ratios = sorted(y / x for x, y in zip(a, b))
+    return {
+        "ours_ms": 1e3 * statistics.median(a),
+        "peer_ms": 1e3 * statistics.median(b),
+        "ratio": statistics.median(ratios),
+        "ratio_spread": [ratios[0], ratios[-1]],
+        "pairs": count,
+    }
+
+
+def start_seconds(folder: Path, cache: Path) -> dict[str, float]:
+    """Return the seconds of a whole process to its first token: nothing cached, then cached."""
+    command = [sys.executable, "-m", "aios_compile.cli.main", "generate", str(folder), "ROMEO:"]
+    command += ["--max-tokens", "1", "--temperature", "0"]
+    env = {**os.environ, "AIOS_CACHE_DIR": str(cache)}
+    result = {}
+    for name, repeats in (("nothing_cached", 1), ("cached", 5)):
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            subprocess.run(command, env=env, check=True, capture_output=True)
+            times.append(time.perf_counter() - begin)
+        result[name] = statistics.median(times)
+    return result
+
+
+def prefill_tokens_a_second(model: Any, ids: list[int]) -> float:
+    """Return tokens a second of a prompt, to its first token."""
+    begin = time.perf_counter()
+    model.generate(ids, max_tokens=1, temperature=0, ignore_eos=True)
+    return len(ids) / (time.perf_counter() - begin)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(args.threads)
+    folder = make(args.shape, Path(args.folder or Path(tempfile.gettempdir()) / args.shape))
+    result: dict[str, Any] = {"shape": args.shape, "threads": args.threads}
+    with tempfile.TemporaryDirectory() as cache:
+        if args.starts:
+            result["start_seconds"] = start_seconds(folder, Path(cache))
+        model = aios_compile.load_and_compile(
+            folder, cache_dir=cache, num_threads=args.threads, max_model_len=2048, progress=False
+        )
+        ids = prompt_ids(model.limits.vocab_size, PROMPT_TOKENS)
+        bandwidth = read_bandwidth(args.threads)
+        result["read_gb_s"] = bandwidth / 1e9
+        result["decode"] = {}
+        for name in ("float32", "bfloat16"):
+            peer = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, name)).eval()
+            if name == "float32":
+                result["relative_logit_error"] = check_correct(model, peer, ids)
+                assert result["relative_logit_error"] < 0.02, result
+            transformers_decode(peer, ids)
+            result["decode"][name] = pairs(
+                lambda: ours_decode(model, ids),
+                lambda p=peer: transformers_decode(p, ids),  # type: ignore[misc]
+                args.pairs,
+            )
+            del peer
+        best = min(row["ours_ms"] for row in result["decode"].values())
+        floor = weight_bytes(model) / bandwidth
+        result["share_of_bandwidth"] = floor / (best / 1e3)
+        result["prefill_256_tokens_s"] = statistics.median(
+            prefill_tokens_a_second(model, prompt_ids(1000, 256, seed)) for seed in range(5)
+        )
+        model.close()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="qwen3-0.6b")
+    parser.add_argument("--folder", help="where the random checkpoint is kept")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--starts", action="store_true", help="also measure whole-process starts")
+    parser.add_argument("--json", help="write the result here")
+    args = parser.parse_args()
+    result = measure(args)
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.json:
+        Path(args.json).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
