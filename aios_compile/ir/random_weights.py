@@ -104,8 +104,10 @@ class RandomWeights:
             return torch.randint(0, 2, shape, generator=generator).to(dtype)
         count = math.prod(shape)
         start = zlib.crc32(f"{self.seed} {name}".encode()) % (_SLACK // 16) * 16
-        window = self._window(dtype, in_float64, start, count).view(shape)
-        return 1 + 5 * window if len(shape) <= 1 else window
+        if len(shape) > 1:
+            return self._window(dtype, in_float64, start, count).view(shape)
+        vector = 1 + 5 * self._window(dtype, False, start, count).view(shape)
+        return _upcast(vector) if in_float64 else vector
 
     def _is_table(self, shape: tuple[int, ...]) -> bool:
         return bool(self.vocabulary and shape and shape[0] == self.vocabulary)
