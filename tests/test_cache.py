@@ -20,7 +20,7 @@ from aios_compile.codegen.artefact import ArtefactWriter, verify_weights
 from aios_compile.codegen.cache import STORE, ArtefactCache, Miss, default_root
 from aios_compile.codegen.cache_key import CacheKey, HashMemo, compute_key, hash_files, model_files
 from aios_compile.config import CompileOptions
-from aios_compile.errors import CacheError
+from aios_compile.errors import CacheError, ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,8 +65,9 @@ def staged(cache: ArtefactCache) -> list[str]:
 def test_a_published_artefact_is_found_and_read_only(cache: ArtefactCache, model: Path) -> None:
     key = key_of(cache, model)
     assert cache.lookup(key) == Miss("never compiled")
-    path, miss = cache.obtain(key, build)
-    assert miss == Miss("never compiled") and cache.lookup(key) == path
+    told: list[Miss] = []
+    path, miss = cache.obtain(key, build, on_miss=told.append)
+    assert told == [miss] == [Miss("never compiled")] and cache.lookup(key) == path
     assert all(p.stat().st_mode & 0o777 == 0o400 for p in path.rglob("*") if p.is_file())
     assert cache.root.stat().st_mode & 0o777 == 0o700
     verify_weights(path)
@@ -357,3 +358,23 @@ def test_the_compiler_digest_covers_every_source_file(
         (tmp_path / name).write_text(text)
         digests.add(cache_key.compiler_digest())
     assert len(digests) == 4
+
+
+def test_a_scratch_folder_goes_with_its_process(cache: ArtefactCache, model: Path) -> None:
+    folder = cache.scratch()
+    other = ArtefactCache(cache.root.parent)
+    other.obtain(key_of(cache, model), build)
+    assert folder.exists(), "another process collects what is stale, and this is not"
+    other.close()
+    cache.close()
+    assert not folder.exists() and not list((cache.root / "locks").glob("scratch*"))
+    stale = cache.root / "staging" / "scratch-0.0"
+    stale.mkdir()
+    cache.scratch()
+    assert not stale.exists()
+
+
+def test_a_bad_limit_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIOS_CACHE_LIMIT_BYTES", "20GB")
+    with pytest.raises(ConfigError, match="AIOS_CACHE_LIMIT_BYTES"):
+        ArtefactCache(tmp_path / "c")

@@ -4,7 +4,7 @@
 
     <cache>/artefacts-v1/          0700, owned by the user
         entries/<key>/             one artefact each, read-only, complete from the moment it is seen
-        staging/<key>.<random>/    being written, under the key's build lock
+        staging/<key>.<random>/    being written, under the key's build lock; or a scratch folder
         staging/trash.<random>/    renamed out of entries, being removed
         locks/<key>.build          exclusive: the one process that compiles this key
         locks/<key>.use            shared: a process that runs it; exclusive: to remove it.
@@ -89,6 +89,7 @@ class ArtefactCache:
     """
 
     def __init__(self, root: Path) -> None:
+        limit_bytes()  # a bad value is told now, not after a long compile
         self.root = make_private(make_private_parent(root) / STORE)
         for name in ("entries", "staging", "locks"):
             make_private(self.root / name)
@@ -139,12 +140,28 @@ class ArtefactCache:
             if os.path.lexists(self._entry(key.digest)):
                 lock.close()
                 return None
-            staging = self.root / "staging" / f"{key.digest}.{secrets.token_hex(8)}"
-            try:
-                staging.mkdir(mode=0o700)
-            except BaseException:
-                lock.close()
-                raise
+            return self._stage(key.digest, lock)
+
+    def scratch(self) -> Path:
+        """Return an empty folder for an artefact without a key (a module in memory).
+
+        It goes with `abandon` or `close`; if this process is killed, the next one collects it.
+        """
+        name = f"scratch-{secrets.token_hex(8)}"
+        with cache_errors(self.root):
+            self._collect()
+            lock = self._lock(name, "build")
+            lock.take()
+            return self._stage(name, lock)
+
+    def _stage(self, owner: str, lock: FileLock) -> Path:
+        """Make the staging folder of the holder of a build lock."""
+        staging = self.root / "staging" / f"{owner}.{secrets.token_hex(8)}"
+        try:
+            staging.mkdir(mode=0o700)
+        except BaseException:
+            lock.close()
+            raise
         with self._mutex:
             self._building[staging] = lock
         return staging
@@ -178,6 +195,9 @@ class ArtefactCache:
         with self._mutex:
             lock = self._building.pop(staging, None)
         if lock is not None:
+            owner = staging.name.partition(".")[0]
+            if owner.startswith("scratch-"):  # nobody else will ever ask for this lock
+                (self.root / "locks" / f"{owner}.build").unlink(missing_ok=True)
             lock.close()
 
     def discard(self, key: CacheKey) -> None:
@@ -191,13 +211,19 @@ class ArtefactCache:
         key: CacheKey,
         build: Callable[[Path], None],
         on_wait: Callable[[], None] | None = None,
+        on_miss: Callable[[Miss], None] | None = None,
     ) -> tuple[Path, Miss | None]:
-        """Return the artefact of `key`, made by `build(staging)` if need be, and the miss if so."""
+        """Return the artefact of `key`, made by `build(staging)` if need be, and the miss if so.
+
+        `on_miss` is called before the first build, to tell the user why it takes a while.
+        """
         first: Miss | None = None
         while True:
             found = self.lookup(key)
             if isinstance(found, Path):
                 return found, first
+            if first is None and on_miss is not None:
+                on_miss(found)
             first = first or found
             staging = self.begin(key, on_wait)
             if staging is None:
@@ -228,7 +254,7 @@ class ArtefactCache:
 
         The limit is AIOS_CACHE_LIMIT_BYTES. Return what was removed.
         """
-        limit = env.CACHE_LIMIT.get_int(0, _MAX_LIMIT_BYTES)
+        limit = limit_bytes()
         entries = self.entries()
         excess = sum(entry.bytes for entry in entries) - limit
         gone = []
@@ -328,6 +354,11 @@ class ArtefactCache:
                     remove_tree(Path(entry.path))
             finally:
                 lock.close()
+
+
+def limit_bytes() -> int:
+    """Return AIOS_CACHE_LIMIT_BYTES; ConfigError if it is no size."""
+    return env.CACHE_LIMIT.get_int(0, _MAX_LIMIT_BYTES)
 
 
 def make_private_parent(root: Path) -> Path:
