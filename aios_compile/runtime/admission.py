@@ -23,6 +23,13 @@ MAX_BYTES_PER_TOKEN = 256
 Prompt = str | Sequence[int]
 
 
+def as_prompts(value: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """Return (prompts, whether `value` was one prompt: a text or a list of ids)."""
+    if isinstance(value, str) or (len(value) > 0 and hasattr(value[0], "__index__")):
+        return [value], True  # type: ignore[list-item]
+    return list(value), False  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Admission:
     """What requests are checked against."""

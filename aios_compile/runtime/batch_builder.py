@@ -135,19 +135,19 @@ class BatchBuilder:
                 presence_penalty=rows.presence[:R],
                 frequency_penalty=rows.frequency[:R],
                 penalty_starts=rows.penalties.starts(R),
-                penalty_ids=rows.penalties.column(0),
-                penalty_counts=rows.penalties.column(1),
+                penalty_ids=rows.penalties.columns[0],
+                penalty_counts=rows.penalties.columns[1],
                 bias_starts=rows.bias.starts(R),
-                bias_ids=rows.bias.column(0),
-                bias_values=rows.bias.column(1),
+                bias_ids=rows.bias.columns[0],
+                bias_values=rows.bias.columns[1],
                 allowed_starts=rows.allowed.starts(R),
-                allowed_ids=rows.allowed.column(0),
+                allowed_ids=rows.allowed.columns[0],
                 logprob_counts=rows.logprob_counts[:R],
                 given_ids=rows.given[:R],
                 has_given=rows.has_given[:R],
             )
             return batch
-        batch.penalty_ids, batch.penalty_counts = (rows.penalties.column(i) for i in range(2))
-        batch.bias_ids, batch.bias_values = (rows.bias.column(i) for i in range(2))
-        batch.allowed_ids = rows.allowed.column(0)
+        batch.penalty_ids, batch.penalty_counts = rows.penalties.columns
+        batch.bias_ids, batch.bias_values = rows.bias.columns
+        (batch.allowed_ids,) = rows.allowed.columns
         return batch

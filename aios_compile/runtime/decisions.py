@@ -1,12 +1,14 @@
 """The scheduler's diary: every decision with its reason, as records that go to JSON.
 
 The latest records stay in memory (a ring); a sink file, if any, receives each event and decision as
-one JSON line, from which `scheduler.replay` makes the same decisions again.
+one JSON line, from which `scheduler.replay` makes the same decisions again. AIOS_DEBUG=5 prints
+the decisions as they are made.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -36,13 +38,16 @@ class Decision:
 class DecisionLog:
     """Keeps the last `capacity` decisions and writes all of them to a sink file if there is one."""
 
-    def __init__(self, capacity: int = 4096, sink: Path | None = None) -> None:
+    def __init__(self, capacity: int = 4096, sink: Path | None = None, echo: bool = False) -> None:
+        self._echo = echo
         self.ring: deque[Decision] = deque(maxlen=capacity)
         self._file: TextIO | None = None if sink is None else sink.open("w", encoding="utf-8")
 
     def extend(self, decisions: Iterable[Decision]) -> None:
         for decision in decisions:
             self.ring.append(decision)
+            if self._echo:
+                print(decision, file=sys.stderr)
             if self._file is not None:
                 self._write({"decision": asdict(decision)})
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from aios_compile import env
 from aios_compile.errors import ConfigError, EngineClosedError, RequestError
 from aios_compile.runtime.admission import Admission, Prompt
 from aios_compile.runtime.batch import Executor, Floats
@@ -57,7 +58,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.defaults = defaults or SamplingDefaults({}, {})
         self.admission = Admission(limits, tokenizer, eos)
-        self.log = DecisionLog(sink=decision_sink)
+        self.log = DecisionLog(sink=decision_sink, echo=env.DEBUG.get_int(0, 5) >= 5)
         self._core = EngineCore(executor, tokenizer, seed, self.log)
         self._pid = os.getpid()
         # The thread holds the core, not this object: an engine nobody holds any more is closed.

@@ -130,9 +130,6 @@ class EngineCore:
             raise EngineError("the scheduler has work but planned nothing")
         self.stats.num_steps += 1
         self.stats.num_tokens += plan.num_tokens
-        for sequence_id in plan.preempted:
-            self.sequences[sequence_id].num_preemptions += 1
-            self.stats.num_preemptions += 1
         return plan
 
     def _execute(self, plan: Plan, batch: Batch) -> StepResult | None:
@@ -234,6 +231,9 @@ class EngineCore:
             self.log.event(event_record(event, now_us))
         plan = advance(self.state, event, now_us)
         self.log.extend(plan.decisions)
+        for sequence_id in plan.preempted:
+            self.sequences[sequence_id].num_preemptions += 1
+            self.stats.num_preemptions += 1
         return plan
 
     def _shut_down(self, failure: Exception | None) -> None:

@@ -29,6 +29,9 @@ class PagePool:
             self.free = [p for p in range(self.num_pages - 1, -1, -1) if p != TRASH_PAGE]
             self.reference_counts = [0] * self.num_pages
 
+    def copy(self) -> PagePool:
+        return PagePool(self.num_pages, list(self.free), list(self.reference_counts))
+
     @property
     def num_free(self) -> int:
         return len(self.free)

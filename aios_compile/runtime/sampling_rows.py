@@ -25,33 +25,31 @@ class RaggedRows:
     def __init__(self, max_rows: int, dtypes: Seq[Any]) -> None:
         self._starts: Ints = np.zeros(max_rows + 1, np.int64)
         self._columns: list[NDArray[Any]] = [np.zeros(64, dtype) for dtype in dtypes]
-        self._total = 0
         self._is_clear = True
+        self.columns = [column[:0] for column in self._columns]  # new views only when filled
 
     def clear(self) -> None:
         """Make all rows empty."""
         if not self._is_clear:
             self._starts[:] = 0
-            self._total = 0
+            self.columns = [column[:0] for column in self._columns]
             self._is_clear = True
 
     def fill(self, *columns: Seq[NDArray[Any]]) -> None:
         """Write one array a row for each column; arrays of a row have one length."""
         lengths = [len(row) for row in columns[0]]
-        self._total = sum(lengths)
+        total = sum(lengths)
         self._is_clear = False
         np.cumsum(lengths, out=self._starts[1 : len(lengths) + 1])
         for i, rows in enumerate(columns):
-            if len(self._columns[i]) < self._total:
-                self._columns[i] = np.zeros(2 * self._total, self._columns[i].dtype)
-            if self._total:
-                np.concatenate(rows, out=self._columns[i][: self._total])
+            if len(self._columns[i]) < total:
+                self._columns[i] = np.zeros(2 * total, self._columns[i].dtype)
+            if total:
+                np.concatenate(rows, out=self._columns[i][:total])
+        self.columns = [column[:total] for column in self._columns]
 
     def starts(self, num_rows: int) -> Ints:
         return self._starts[: num_rows + 1]
-
-    def column(self, i: int) -> NDArray[Any]:
-        return self._columns[i][: self._total]
 
 
 class SamplingRows:

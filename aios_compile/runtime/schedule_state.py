@@ -8,7 +8,7 @@ A sequence's tokens, left to right (the scheduler counts them and never sees the
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from aios_compile.runtime.batch import Limits
@@ -76,7 +76,6 @@ class SequenceState:
     num_rows_done: int = 0  # prompt rows already delivered: a recompute does not repeat them
     pages: list[int] = field(default_factory=list)
     page_epoch: int = 0  # changes when an entry of `pages` changes, not when one is appended
-    num_preemptions: int = 0
     running: bool = False
 
     @property
@@ -128,6 +127,18 @@ class SchedulerState:
     @classmethod
     def empty(cls, limits: Limits) -> SchedulerState:
         return cls(limits, PagePool(limits.num_pages))
+
+    def copy(self) -> SchedulerState:
+        """Return an independent state. A plan in flight is shared: nobody changes it any more."""
+        sequences = {i: replace(s, pages=list(s.pages)) for i, s in self.sequences.items()}
+        return replace(
+            self,
+            pool=self.pool.copy(),
+            sequences=sequences,
+            running=[sequences[s.sequence_id] for s in self.running],
+            waiting=[sequences[s.sequence_id] for s in self.waiting],
+            siblings={leader: list(ids) for leader, ids in self.siblings.items()},
+        )
 
     @property
     def has_work(self) -> bool:

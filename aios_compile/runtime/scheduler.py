@@ -16,7 +16,6 @@ fits alone. The policy is vLLM's first-come-first-served with recompute.
 
 from __future__ import annotations
 
-import copy
 from bisect import insort
 from collections.abc import Iterable
 from operator import attrgetter
@@ -42,7 +41,7 @@ _ORDER = attrgetter("sequence_id")
 
 def transition(state: SchedulerState, event: Event, now_us: int) -> tuple[SchedulerState, Plan]:
     """Return the next state and the plan; `state` stays as it was."""
-    following = copy.deepcopy(state)
+    following = state.copy()
     return following, advance(following, event, now_us)
 
 
@@ -79,7 +78,6 @@ class _Step:
         self.state = state
         self.now_us = now_us
         self.plan = Plan()
-        self.copy_owners: list[int] = []  # beside plan.copies
 
     # ---- events
 
@@ -161,9 +159,12 @@ class _Step:
 
     def _admissions(self) -> None:
         state, limits, pool = self.state, self.state.limits, self.state.pool
-        for sequence in list(state.waiting):
+        place = 0
+        while place < len(state.waiting):
+            sequence = state.waiting[place]
             if sequence.forks_from is not None:
-                continue  # its prompt is being computed by another one; it holds nobody up
+                place += 1  # its prompt is being computed by another one; it holds nobody up
+                continue
             if not self._fits_batch(sequence):
                 break
             need = self._pages_needed(sequence)
@@ -178,7 +179,7 @@ class _Step:
             total = -(-sequence.num_tokens // limits.page_size)
             while len(sequence.pages) < total:
                 sequence.pages.append(pool.allocate())
-            state.waiting.remove(sequence)
+            del state.waiting[place]
             sequence.running = True
             insort(state.running, sequence, key=_ORDER)
             self._log("admit", (sequence.sequence_id,), "first in the queue", pages=total)
@@ -257,7 +258,6 @@ class _Step:
         sequence.pages[index] = target
         sequence.page_epoch += 1
         self.plan.copies.append((source, target))
-        self.copy_owners.append(sequence.sequence_id)
         reason = "written while shared"
         self._log("copy", (sequence.sequence_id,), reason, source=source, target=target)
 
@@ -290,12 +290,9 @@ class _Step:
                 need = self._pages_needed(sequence)
 
     def preempt(self, sequence: SequenceState, reason: str) -> None:
+        """Take all pages back. Never one that this step has planned: victims are later ones."""
         freed = len(sequence.pages)
         self._release(sequence)
-        keep = [i for i, owner in enumerate(self.copy_owners) if owner != sequence.sequence_id]
-        self.plan.copies[:] = [self.plan.copies[i] for i in keep]
-        self.copy_owners = [self.copy_owners[i] for i in keep]
-        sequence.num_preemptions += 1
         if sequence.running:
             sequence.running = False
             self.state.running.remove(sequence)

@@ -165,12 +165,17 @@ class FakeExecutor:
         assert batch.num_rows <= most.max_num_logit_rows
         self.max_rows = max(self.max_rows, batch.num_rows)
         assert np.all(batch.slots[:real] >= most.page_size), "a real token in the trash page"
-        assert np.all(batch.slots[real:] < most.page_size), "padding outside the trash page"
+        padding = batch.slots[real:]
+        assert np.all((padding >= 0) & (padding < most.page_size)), "padding outside page 0"
         assert len(set(batch.slots[:real].tolist())) == real, "two tokens in one slot"
         assert np.all(batch.logit_rows < real)
         for s in range(batch.num_sequences):
             own = batch.positions[batch.query_starts[s] : batch.query_starts[s + 1]]
             assert own[-1] == batch.context_lengths[s] - 1 and np.all(np.diff(own) == 1)
+        for name in ("penalty", "bias", "allowed"):
+            starts, ids = getattr(batch, f"{name}_starts"), getattr(batch, f"{name}_ids")
+            assert len(starts) == batch.num_rows + 1 and starts[0] == 0, name
+            assert starts[-1] == len(ids) and np.all(np.diff(starts) >= 0), name
         for value in vars(batch).values():
             assert value.flags.c_contiguous and value.dtype in (np.int64, np.float32)
 

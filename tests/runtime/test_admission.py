@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from aios_compile.errors import ConfigError, PromptTooLongError, RequestError
-from aios_compile.runtime.admission import Admission
+from aios_compile.runtime.admission import Admission, as_prompts
 from aios_compile.runtime.engine import Engine
 from aios_compile.sampling_params import SamplingParams
 from tests.runtime.conftest import MakeEngine
@@ -117,6 +118,15 @@ def test_wrong_calls(text_engine: Engine) -> None:
     with pytest.raises(RequestError, match="a stream has one completion"):
         text_engine.stream("a", n=2)
     assert text_engine.generate([]) == []
+
+
+def test_one_prompt_or_a_list_of_them() -> None:
+    assert as_prompts("a") == (["a"], True)
+    assert as_prompts([1, 2]) == ([[1, 2]], True)
+    assert as_prompts(np.array([1, 2]))[1] is True
+    assert as_prompts(["a", [1]]) == (["a", [1]], False)
+    assert as_prompts([[1], [2]]) == ([[1], [2]], False)
+    assert as_prompts([]) == ([], False)
 
 
 def test_eos_out_of_the_vocabulary_is_refused_at_once() -> None:

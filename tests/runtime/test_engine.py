@@ -173,6 +173,32 @@ def test_logits_of_one_sequence(make_engine: MakeEngine) -> None:
     assert not engine._core.state.has_work
 
 
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_sequence_lengths_survive_chunks_and_preemption(
+    make_engine: MakeEngine, num_tokens: int
+) -> None:
+    """Dynamic RoPE looks at the whole prompt, however it is cut, and then at each position."""
+    engine = make_engine(max_num_batched_tokens=num_tokens)
+    seen: dict[int, set[int]] = {}
+
+    def watch(batch: Any) -> None:
+        for position, length in zip(batch.positions.tolist(), batch.sequence_lengths.tolist()):
+            seen.setdefault(position, set()).add(length)
+
+    engine._core.executor.before_step = watch  # type: ignore[attr-defined]
+    plain = engine._core.step
+
+    def preempting() -> None:
+        if engine._core.stats.num_steps == 20 // num_tokens:
+            engine._core._advance(Preempt(0))
+        plain()
+
+    engine._core.step = preempting  # type: ignore[method-assign]
+    engine.generate([PROMPT], max_tokens=20)
+    assert engine.stats.num_preemptions == 1
+    assert seen == {i: {max(len(PROMPT), i + 1)} for i in range(len(PROMPT) + 19)}
+
+
 def test_stream_equals_generate(text_engine: Engine) -> None:
     for seed in range(8):
         fields: dict[str, Any] = {"seed": seed, "max_tokens": 30, "stop": ["the", "ab"]}

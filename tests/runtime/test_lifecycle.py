@@ -245,6 +245,7 @@ except KeyboardInterrupt:
     thread.join()
     assert other == [greedy([9, 9], 30)], "another thread's request was disturbed"
     wait_until(lambda: is_idle(engine))
+    assert engine.stats.num_steps < 50, "the interrupted requests ran on"
     fake(engine).step_seconds = 0
     again = engine.generate([[1]], temperature=0, max_tokens=5)[0].outputs[0].token_ids
     assert again == greedy([1], 5)

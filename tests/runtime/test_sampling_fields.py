@@ -91,6 +91,15 @@ def test_stop_token_ids(text_engine: Engine) -> None:
     assert len(run(text_engine, stop_token_ids=[stop], min_tokens=16).token_ids) == 16
 
 
+def test_stop_strings_wait_for_min_tokens(text_engine: Engine) -> None:
+    text = FakeTokenizer().decode(greedy(PROMPT, 16))
+    early = run(text_engine, stop=text[0])
+    assert (early.text, early.stop_reason, len(early.token_ids)) == ("", text[0], 1)
+    assert run(text_engine, stop=text[0], include_stop_str_in_output=True).text == text[0]
+    later = run(text_engine, stop=text[0], min_tokens=4)
+    assert len(later.token_ids) > 4 and later.text.startswith(text[0])
+
+
 def test_bad_words(text_engine: Engine) -> None:
     def pairs(ids: list[int]) -> set[tuple[int, int]]:
         return set(pairwise(ids))
