@@ -22,6 +22,7 @@ HALVES = (torch.bfloat16, torch.float16)
 # Name of a region call -> for each output, the position of the argument that is passed through.
 Skips = Mapping[str, tuple[int, ...]]
 Widened = Callable[[Tensor], Tensor]
+Observe = Callable[[fx.Node, Any], None]
 
 
 def call(
@@ -31,6 +32,8 @@ def call(
     in_float64: bool = False,
     skips: Skips | None = None,
     widened: Widened | None = None,
+    observe: Observe | None = None,
+    exact_halves: bool = False,
 ) -> Any:
     """Run a graph, its regions and kernel bodies node by node; return what it returns.
 
@@ -39,7 +42,9 @@ def call(
     precision matmuls are computed in float32 and rounded once: PyTorch's own are up to 100 times
     slower on a CPU without bf16 instructions, and their sums are float32 as well. A loop of its
     own, because fx.Interpreter takes longer a node than small tensors do. widened: gives the
-    float32 copy of a half precision weight, to save the cast in each linear.
+    float32 copy of a half precision weight, to save the cast in each linear. observe: is told
+    the result of every call of a region or kernel in this graph. exact_halves: use PyTorch's own
+    half precision matmuls all the same.
     """
     assert isinstance(graph_module, fx.GraphModule)
     given = iter(arguments)
@@ -60,16 +65,20 @@ def call(
         elif node.op == "call_module":
             inner = graph_module.get_submodule(str(node.target))
             values = [read(a) for a in node.args]
-            env[node] = call(inner, values, in_float64=in_float64, widened=widened)
+            env[node] = call(
+                inner, values, in_float64=in_float64, widened=widened, exact_halves=exact_halves
+            )
+            if observe:
+                observe(node, env[node])
         else:
             args = read(node.args)
             if widened and node.target is LINEAR and _casts_weight(args):
                 args = (args[0], widened(args[1]), *args[2:])
-            env[node] = _apply(node, args, read(node.kwargs), in_float64)
+            env[node] = _apply(node, args, read(node.kwargs), in_float64, exact_halves)
     raise AssertionError("the graph has no output")
 
 
-def _apply(node: fx.Node, args: Any, kwargs: Any, in_float64: bool) -> Any:
+def _apply(node: fx.Node, args: Any, kwargs: Any, in_float64: bool, exact_halves: bool) -> Any:
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target), f"{node.op} {node.target}"
@@ -78,7 +87,7 @@ def _apply(node: fx.Node, args: Any, kwargs: Any, in_float64: bool) -> Any:
     if in_float64:
         args = tuple(_widened(a) for a in args)
         kwargs = {k: _widened(v) for k, v in kwargs.items()}
-    elif node.target in MATMULS and args[0].dtype in HALVES:
+    elif not exact_halves and node.target in MATMULS and args[0].dtype in HALVES:
         wide = (a.float() if isinstance(a, Tensor) else a for a in args)
         return node.target(*wide, **kwargs).to(args[0].dtype)
     return node.target(*args, **kwargs)

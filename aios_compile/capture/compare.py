@@ -1,0 +1,195 @@
+"""Captured equals eager, at once: the model and level 1 on the same random weights and few tokens.
+
+Only the first layer of each region kind computes, the others pass their input on, in both; the
+vocabulary is cut to a few rows where the graph allows it. So the check is cheap at any depth, and
+works for a module on the meta device: its parameters are never read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from aios_compile.capture import foreign, regions
+from aios_compile.errors import CaptureError
+from aios_compile.ir import evaluate, random_weights
+from aios_compile.ir.module import IRModule, placeholders
+from aios_compile.ir.random_weights import RandomWeights
+
+TOKENS = (1, 5)
+ROUNDINGS = 16.0  # decompositions of one operator may round differently, nothing else may differ
+
+
+def compare_with_eager(
+    model: nn.Module, module: IRModule, seed: int = 0, flat: bool | None = None
+) -> float:
+    """Run `model` and its capture; return the largest difference, relative to the largest value.
+
+    flat: token ids are [T] and not [1, T]; None reads it off the capture. Raises CaptureError that
+    names the first layer whose result differs.
+    """
+    if flat is None:
+        flat = _token_ids(module).meta["val"].dim() == 1
+    layers = [layer for group in regions.layer_lists(model).values() for layer in group]
+    calls = [n for n in module.root.graph.nodes if n.op == "call_module"]
+    active = _first_of_each_kind(module, calls, len(layers))
+    table = evaluate.carried(module) if len(layers) == len(calls) else None
+    if table is None:
+        active = set(range(len(layers)))
+    skips = {c.name: table[c.name] for i, c in enumerate(calls) if table and i not in active}
+    vocabulary = 0 if _keeps_vocabulary(model) else random_weights.shrinkable_vocabulary(module)
+    weights = RandomWeights.of(module, seed, vocabulary)
+    worst = 0.0
+    for num_tokens in TOKENS:
+        ids, positions = _batch(num_tokens, weights, seed, flat)
+        seen, eager = _run_eager(model, module, weights, layers, active, (ids, positions), skips)
+        found, logits = _run_captured(module, weights, skips, ids, positions)
+        worst = max(worst, _check(list(zip(found, seen)), (logits, eager), num_tokens))
+    return worst
+
+
+def _token_ids(module: IRModule) -> fx.Node:
+    names = {n.name: n for n in placeholders(module.root.graph)}
+    return next(names[name] for name, kind in module.inputs.items() if kind == "token_ids")
+
+
+def _first_of_each_kind(module: IRModule, calls: Sequence[fx.Node], count: int) -> set[int]:
+    if len(calls) != count:
+        return set(range(count))
+    targets = [str(c.target) for c in calls]
+    return {targets.index(t) for t in targets}
+
+
+def _keeps_vocabulary(model: nn.Module) -> bool:
+    """Return whether an embedding has a padding row past the rows that a cut table would have."""
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    return any((t.padding_idx or 0) >= random_weights.VOCABULARY_ROWS for t in tables)
+
+
+def _batch(num_tokens: int, weights: RandomWeights, seed: int, flat: bool) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = random_weights.VOCABULARY_ROWS if weights.vocabulary else 2
+    ids = torch.randint(0, rows, (num_tokens,), generator=generator)
+    positions = torch.arange(num_tokens)
+    return (ids, positions) if flat else (ids[None], positions[None])
+
+
+def _run_eager(
+    model: nn.Module,
+    module: IRModule,
+    weights: RandomWeights,
+    layers: Sequence[nn.Module],
+    active: set[int],
+    batch: tuple[Tensor, Tensor],
+    skips: evaluate.Skips,
+) -> tuple[list[Tensor], Tensor]:
+    """Return the results of the active layers and the logits."""
+    given = _parameters(model, module, weights, skips)
+    kwargs: dict[str, Any] = {"input_ids": batch[0], "position_ids": batch[1]}
+    if foreign.is_hugging_face(model):
+        kwargs["use_cache"] = False
+    seen: list[Tensor] = []
+    with torch.no_grad(), _passed_through(layers, active, seen):
+        result = torch.func.functional_call(model, given, (), kwargs, tie_weights=False)
+    logits = getattr(result, "logits", result)
+    assert isinstance(logits, Tensor)
+    return seen, logits
+
+
+def _parameters(
+    model: nn.Module, module: IRModule, weights: RandomWeights, skips: evaluate.Skips
+) -> dict[str, Tensor]:
+    """Return random values for the parameters that something active reads, by every name."""
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    given: dict[str, Tensor] = {}
+    for node in placeholders(module.root.graph):
+        recipe = module.weights.get(node.name)
+        if recipe is None or all(user.name in skips for user in node.users):
+            continue
+        for name in recipe.names:
+            for alias in module.aliases.get(name, (name,)):
+                if alias in own:
+                    given[alias] = weights.tensor(name)
+    return given
+
+
+@contextlib.contextmanager
+def _passed_through(
+    layers: Sequence[nn.Module], active: set[int], seen: list[Tensor]
+) -> Iterator[None]:
+    """Let inactive layers return their input; collect the results of the active ones."""
+    style: dict[str, bool] = {}
+
+    def record(_layer: nn.Module, _args: Any, result: Any) -> None:
+        style["tuple"] = isinstance(result, tuple)
+        seen.append(result[0] if isinstance(result, tuple) else result)
+
+    hooks = [layers[i].register_forward_hook(record) for i in active]
+    skipped = [layer for i, layer in enumerate(layers) if i not in active]
+    for layer in skipped:
+        layer.forward = _identity(style)
+    try:
+        yield
+    finally:
+        for layer in skipped:
+            del layer.forward
+        for hook in hooks:
+            hook.remove()
+
+
+def _identity(style: dict[str, bool]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+        return (x,) if style.get("tuple") else x
+
+    return forward
+
+
+def _run_captured(
+    module: IRModule, weights: RandomWeights, skips: evaluate.Skips, ids: Tensor, positions: Tensor
+) -> tuple[list[tuple[str, Tensor]], Tensor]:
+    """Return (region, first result) of every active call, and the logits."""
+    runtime = {"token_ids": ids, "positions": positions}
+    values: list[Tensor] = []
+    for node in placeholders(module.root.graph):
+        if node.name in module.inputs:
+            values.append(runtime[module.inputs[node.name]])
+        elif all(user.name in skips for user in node.users):
+            values.append(torch.empty(0))
+        else:
+            values.append(weights.weight(module.weights[node.name]))
+    found: list[tuple[str, Tensor]] = []
+
+    def observe(node: fx.Node, result: Any) -> None:
+        found.append((str(node.target), result[0]))
+
+    with torch.no_grad():
+        result = evaluate.call(module.root, values, skips=skips, observe=observe, exact_halves=True)
+    return found, result[0]
+
+
+def _check(
+    pairs: Sequence[tuple[tuple[str, Tensor], Tensor]],
+    logits: tuple[Tensor, Tensor],
+    num_tokens: int,
+) -> float:
+    """Compare layer by layer, then the logits; return the largest difference."""
+    worst = 0.0
+    named = [(f"region {name}", found, eager) for (name, found), eager in pairs]
+    for name, found, eager in [*named, ("the logits", *logits)]:
+        if found.numel() != eager.numel():
+            shapes = f"{tuple(found.shape)} for {tuple(eager.shape)}"
+            raise CaptureError(f"{name}: the captured graph gives shape {shapes} at T={num_tokens}")
+        a, b = found.reshape(-1).double(), eager.reshape(-1).double()
+        gap = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+        if not gap <= ROUNDINGS * torch.finfo(eager.dtype).eps:
+            raise CaptureError(
+                f"{name}: the captured graph differs from eager by {gap:.1e} at T={num_tokens}",
+                advice="capture froze something that the model depends on (a length, a flag)",
+            )
+        worst = max(worst, gap)
+    return worst
