@@ -6,6 +6,7 @@ tell one story. `Step` is that story (which positions of which sequences); the v
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from aios_compile.ir.symbols import size_names
 
 MAX_PAGES = 64  # a sampled cache has at most this many pages, whatever the pool will have
 PAGE_SIZE = 16
+_PERIOD = 999_983  # prime: rows of a table that repeats differ
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,22 @@ def random_tensor(name: str, shape: Sequence[int], dtype: torch.dtype, seed: int
     generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
     if dtype == torch.bool or not dtype.is_floating_point:
         return torch.randint(0, 2, tuple(shape), generator=generator).to(dtype)
-    values = torch.randn(tuple(shape), generator=generator)
-    return (1 + 0.25 * values if len(shape) == 1 else 0.05 * values).to(dtype)
+    count = math.prod(shape)
+    values = torch.randn(min(count, _PERIOD), generator=generator)
+    values = (1 + 0.25 * values if len(shape) == 1 else 0.05 * values).to(dtype)
+    if count > _PERIOD:  # large tables repeat: making normals takes longer than running on them
+        values = values.repeat(-(-count // _PERIOD))[:count]
+    return values.reshape(tuple(shape))
+
+
+def summary(name: str, value: Any) -> str:
+    """Return one line with the shape and a checksum of a result."""
+    if isinstance(value, (tuple, list)):
+        return "; ".join(summary(f"{name}[{i}]", v) for i, v in enumerate(value))
+    flat = value.detach().reshape(-1).to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
+    weights = torch.arange(1, len(flat) + 1, dtype=torch.float64).remainder(97) + 1
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"{name} {dtype}{list(value.shape)} checksum {float((flat * weights).sum()):.6e}"
 
 
 def sample(values: Iterable[Value], step: Step, seed: int) -> dict[str, Tensor]:
