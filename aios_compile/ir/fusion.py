@@ -21,47 +21,54 @@ def fuse_nodes(graph: fx.Graph, nodes: Sequence[fx.Node], name: str, kind: str) 
     """
     owner = graph.owning_module
     assert owner is not None, "the graph belongs to no module"
-    members = sorted(nodes, key=list(graph.nodes).index)
+    assert is_convex(nodes), f"{name}: the group is not convex"
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    members = sorted(nodes, key=order.__getitem__)
     inside = set(members)
-    assert is_convex(members), f"{name}: the group is not convex"
-    body_graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    arguments: list[fx.Node] = []
-    for node in members:
-        for source in node.all_input_nodes:
-            if source not in inside and source not in env:
-                env[source] = body_graph.placeholder(source.name)
-                env[source].meta = dict(source.meta)
-                arguments.append(source)
-    for node in members:
-        env[node] = body_graph.node_copy(node, lambda n: env[n])
-        env[node].meta = dict(node.meta)
     results = [n for n in members if any(u not in inside for u in n.users)]
     assert results, f"{name}: nothing uses the group"
-    body_graph.output(env[results[0]] if len(results) == 1 else tuple(env[r] for r in results))
-    body = fx.GraphModule(owner, body_graph)
+    body, arguments = _make_body(owner, members, results)
     body.meta["kernel"] = kind
     target = _unique_child(owner, name)
     owner.add_submodule(target, body)
-    with graph.inserting_before(_insertion_point(graph, members, arguments)):
+    with graph.inserting_before(_insertion_point(graph, members)):
         call = graph.call_module(target, tuple(arguments))
-        call.meta["kernel"] = kind
-        provenance.inherit(call, members)
         replacements = [call]
         if len(results) > 1:
             replacements = [
                 graph.call_function(operator.getitem, (call, i)) for i in range(len(results))
             ]
-    values = [r.meta["val"] for r in results]
-    call.meta["val"] = values[0] if len(results) == 1 else tuple(values)
     for result, new in zip(results, replacements):
-        if new is not call:
-            new.meta["val"] = result.meta["val"]
-            provenance.inherit(new, [result])
+        new.meta["val"] = result.meta["val"]
+        provenance.inherit(new, members if new is call else [result])
         result.replace_all_uses_with(new, lambda user: user not in inside)
+    if len(results) > 1:
+        call.meta["val"] = tuple(r.meta["val"] for r in results)
+        provenance.inherit(call, members)
+    call.meta["kernel"] = kind
     for node in reversed(members):
         graph.erase_node(node)
     return call
+
+
+def _make_body(
+    owner: torch.nn.Module, members: Sequence[fx.Node], results: Sequence[fx.Node]
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """Copy the members into a graph of their own; return it and the outside values it reads."""
+    body, inside = fx.Graph(), set(members)
+    env: dict[fx.Node, fx.Node] = {}
+    arguments: list[fx.Node] = []
+    for node in members:
+        for source in node.all_input_nodes:
+            if source not in inside and source not in env:
+                env[source] = body.placeholder(source.name)
+                env[source].meta = dict(source.meta)
+                arguments.append(source)
+    for node in members:
+        env[node] = body.node_copy(node, lambda n: env[n])
+        env[node].meta = dict(node.meta)
+    body.output(env[results[0]] if len(results) == 1 else tuple(env[r] for r in results))
+    return fx.GraphModule(owner, body), arguments
 
 
 def is_convex(nodes: Iterable[fx.Node]) -> bool:
@@ -82,9 +89,7 @@ def is_convex(nodes: Iterable[fx.Node]) -> bool:
     return True
 
 
-def _insertion_point(
-    graph: fx.Graph, members: Sequence[fx.Node], arguments: Sequence[fx.Node]
-) -> fx.Node:
+def _insertion_point(graph: fx.Graph, members: Sequence[fx.Node]) -> fx.Node:
     """Return a node before which all arguments exist and no outside user has run yet.
 
     The last member is right when every outside user comes after it; otherwise users of earlier
@@ -108,7 +113,7 @@ def _insertion_point(
 
 
 def _unique_child(owner: torch.nn.Module, name: str) -> str:
-    taken = dict(owner.named_children())
-    if name not in taken:
+    """Return `name`, numbered if the module has an attribute of that name already."""
+    if not hasattr(owner, name):
         return name
-    return next(f"{name}_{i}" for i in range(1, 10**6) if f"{name}_{i}" not in taken)
+    return next(f"{name}_{i}" for i in range(1, 10**6) if not hasattr(owner, f"{name}_{i}"))

@@ -1,9 +1,9 @@
 """Check that a program is what its level promises. Raises PassError naming the node.
 
-While a stage of passes runs, a graph holds ops of its level and of the next one; so each level allows
-what the next one does, and forbids what should be gone. Rules: known ops; a fake value and a model
-line on every node; calls that fit what they call; effects of the KV caches; at level 3 only kernel
-calls and views, and no [*, T, T] tensor unless the program is call-only (it keeps no cache).
+While a stage of passes runs, a graph holds ops of its level and of the next one; so each level
+allows what the next one does, and forbids what should be gone. Rules: known ops; a fake value and a
+model line on every node; calls that fit what they call; effects of the KV caches; at level 3 only
+kernel calls and views, and no [*, T, T] tensor unless the program is call-only (keeps no cache).
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _check_tables(module: IRModule) -> None:
 
 
 def _check_state(module: IRModule, name: str, index: int) -> None:
-    """Check that a cache is written before it is read, once, and that its next value is returned."""
+    """Check that a cache is written once and before it is read, and that the result is returned."""
     holder = next(n for n in placeholders(module.root.graph) if n.name == name)
     values = outputs(module.root.graph)
     if not 0 <= index < len(values):

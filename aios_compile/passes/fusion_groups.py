@@ -85,11 +85,11 @@ def through_views(node: Any) -> Any:
 
 def tail(
     root: fx.Node, refusal: Callable[[fx.Node, fx.Node], str | None]
-) -> tuple[list[fx.Node], fx.Node, str]:
+) -> tuple[list[fx.Node], str]:
     """Grow a group forward from `root` so that always exactly one of its values escapes.
 
     refusal(node, end) says why `node` cannot join a group whose escaping value is `end`, or None.
-    Return (members, escaping value, why it stopped). The group is convex: a path that left it
+    Return (members, why it stopped). The group is convex: a path that left it
     would be a second escaping value.
     """
     order = {n: i for i, n in enumerate(root.graph.nodes)}
@@ -97,7 +97,7 @@ def tail(
     while True:
         added, new_end, reason = _extension(members, end, refusal, order)
         if new_end is None:
-            return members, end, reason
+            return members, reason
         members, end = members + added, new_end
 
 
@@ -125,7 +125,7 @@ def _extension(
 
 
 def kernel_name(nodes: Iterable[fx.Node]) -> str:
-    """Return a noun for a group: its ops in order, each once; of many the first and the last three."""
+    """Return a noun for a group: its ops in order, each once; of many the first and last."""
     names = [
         str(n.target).split(".")[-2 if "." in str(n.target) else -1].removeprefix("_")
         for n in nodes

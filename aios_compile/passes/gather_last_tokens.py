@@ -1,8 +1,8 @@
 """Compute logits of the rows that need them, not of every token of a prefill.
 
-Pays once a step: the vocabulary projection is the largest matrix (a third of all weights at the 0.6B
-shape) and a prefill chunk needs one row of it. The final norm and all else that works token by token
-after the last layer shrinks from T to R rows too.
+Pays once a step: the vocabulary projection is the largest matrix (a third of all weights at the
+0.6B shape) and a prefill chunk needs one row of it. The final norm and all else that works token by
+token after the last layer shrinks from T to R rows too.
 """
 
 from __future__ import annotations
@@ -65,10 +65,12 @@ def _is_token_wise(node: fx.Node, tokens: Any) -> bool:
     if dim is None or node.op != "call_function":
         return False
     if is_view(node):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
         if is_call(node, aten.slice.Tensor, aten.select.int):
-            axis = int(node.args[1]) % node.args[0].meta["val"].dim()  # type: ignore
-            return axis != _token_dim(node.args[0], tokens)  # type: ignore[arg-type]
-        return isinstance(node.args[0], fx.Node) and _token_dim(node.args[0], tokens) is not None
+            axis = node.args[1] if len(node.args) > 1 else 0
+            return int(axis) % source.meta["val"].dim() != _token_dim(source, tokens)  # type: ignore
+        return _token_dim(source, tokens) is not None
     if is_call(node, *NORMS, *PRODUCTS):
         rows = node.args[1 if is_call(node, aten.addmm.default) else 0]
         assert isinstance(rows, fx.Node)

@@ -1,8 +1,8 @@
 """Keep keys and values in pages, so that a step computes its new tokens only.
 
 Pays first of all: without it each token recomputes the whole prefix. A step's tokens form one flat
-batch of many sequences; causality, windows and the page walk live in the one attention op. The layout
-of the caches is chosen for the kernels: k_cache[N, G, D, page] holds 16 keys as one vector.
+batch of many sequences; causality, windows and the page walk live in the one attention op. The
+layout of the caches is chosen for the kernels: k_cache[N, G, D, page] holds 16 keys as one vector.
 """
 
 from __future__ import annotations

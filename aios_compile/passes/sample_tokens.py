@@ -1,9 +1,9 @@
 """Draw the next token of each row inside the compiled step.
 
 Pays once a step: only ids and a few log-probabilities leave the step instead of R x V logits, and
-sampling is planned, generated and parallel like everything else. Penalties, masks, temperature, top-k,
-top-p, min-p and the seeded draw are one op (ir/sample_op.py); its parameters are arrays over the rows,
-so that requests with different settings share a batch.
+sampling is planned, generated and parallel like everything else. Penalties, masks, temperature,
+top-k, top-p, min-p and the seeded draw are one op (ir/sample_op.py); its parameters are arrays over
+the rows, so that requests with different settings share a batch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """gather_last_tokens: fires, what moves to R rows, near misses, numerics, a second run."""
 
+# ruff: noqa: F722, F821, UP037  (annotations are shapes)
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,6 @@
 """merge_gate_up: fires, near misses by reason, numerics, a second run."""
 
+# ruff: noqa: F722, F821, UP037  (annotations are shapes)
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,6 @@
 """page_attention: fires, near misses, paged equals dense, a second run, captured layers."""
 
+# ruff: noqa: F722, F821, UP037  (annotations are shapes)
 from __future__ import annotations
 
 from typing import Any

@@ -1,0 +1,217 @@
+"""Normalise and rotate queries and keys and write keys and values to their pages in one kernel.
+
+Pays up to four launches a layer and one write and read of k and v: each head row is read once from
+the merged projection, and the rotated key goes straight to its page.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from aios_compile.ir import provenance
+from aios_compile.ir.fusion import fuse_nodes, is_convex
+from aios_compile.passes.context import PassContext, Refusal
+from aios_compile.passes.fusion_groups import getitems, is_call, is_view, kernel_name, shape_of
+from aios_compile.passes.graph_pass import graph_pass
+
+aten = torch.ops.aten
+aios = torch.ops.aios
+
+
+class Chain(NamedTuple):
+    """What is done to the rows of q or k: the nodes in order, and the rope among them."""
+
+    nodes: list[fx.Node]
+    rope: fx.Node | None
+
+
+class Match(NamedTuple):
+    nodes: list[fx.Node]
+    q: fx.Node
+    write: fx.Node
+
+
+def _match(write: fx.Node) -> Match | Refusal | None:
+    line = provenance.source_line(write)
+    readers = {u for item in getitems(write) for u in item.users}
+    attentions = [u for u in readers if is_call(u, aios.paged_attention.default)]
+    if len(attentions) != 1:
+        return Refusal(f"{len(attentions)} attentions read what is written", line)
+    q, k = attentions[0].args[0], write.args[0]
+    assert isinstance(q, fx.Node) and isinstance(k, fx.Node)
+    chains = [_chain(q), _chain(k)]
+    for chain in chains:
+        if isinstance(chain, Refusal):
+            return chain
+    ropes = [c.rope for c in chains if isinstance(c, Chain) and c.rope is not None]
+    nodes = [n for c in chains if isinstance(c, Chain) for n in c.nodes]
+    if not nodes:
+        return None
+    if len(ropes) == 2 and ropes[0].args[1:] != ropes[1].args[1:]:
+        return Refusal("queries and keys are rotated by different tables", line)
+    group = [*nodes, write, *getitems(write)]
+    if not is_convex(group):
+        return Refusal("the queries depend on the written cache", line)
+    return Match(group, q, write)
+
+
+def _chain(end: fx.Node) -> Chain | Refusal:
+    """Return the norm and rope that make `end`, both optional; they must be used here only."""
+    nodes, rope, node = list[fx.Node](), None, end
+    if is_call(node, aios.rope.default):
+        rope = node
+        nodes.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    if is_call(node, aios.rms_norm.default):
+        nodes.append(node)
+    for inner in nodes:
+        if len(inner.users) > 1:
+            reason = f"{kernel_name([inner])} has another user"
+            return Refusal(reason, provenance.source_line(inner))
+    return Chain(nodes[::-1], rope)
+
+
+@graph_pass(numerics="exact")
+def fuse_qk_norm_rope_kv_write(graph: fx.Graph, context: PassContext) -> int:
+    """Fuse what is done to the heads of q and k with the write of k and v to the cache.
+
+    Before::
+
+        def f(q: "f32[T, 4, 16]", k: "f32[T, 2, 16]", v: "f32[T, 2, 16]",
+              cos: "f32[T, 16]", sin: "f32[T, 16]",
+              qn: "weight f32[16]", kn: "weight f32[16]",
+              k_cache: "state f32[64, 2, 16, 16]", v_cache: "state f32[64, 2, 16, 16]",
+              slots: "input i64[T]", query_starts: "input i64[S+1]",
+              context_lengths: "input i64[S]", page_tables: "input i64[S, 8]"):
+            q2 = aios.rope.default(aios.rms_norm.default(q, qn, 1e-6, True), cos, sin, False)
+            k2 = aios.rope.default(aios.rms_norm.default(k, kn, 1e-6, True), cos, sin, False)
+            caches = aios.kv_write.default(k2, v, k_cache, v_cache, slots)
+            out = aios.paged_attention.default(
+                q2, caches[0], caches[1], query_starts, context_lengths, page_tables, 0.25)
+            return out, caches[0], caches[1]
+
+    After::
+
+        def f(q: "f32[T, 4, 16]", k: "f32[T, 2, 16]", v: "f32[T, 2, 16]",
+              cos: "f32[T, 16]", sin: "f32[T, 16]",
+              qn: "weight f32[16]", kn: "weight f32[16]",
+              k_cache: "state f32[64, 2, 16, 16]", v_cache: "state f32[64, 2, 16, 16]",
+              slots: "input i64[T]", query_starts: "input i64[S+1]",
+              context_lengths: "input i64[S]", page_tables: "input i64[S, 8]"):
+            @kernel("qk_norm_rope_kv_write")
+            def qk_norm_rope_kv_write(q, qn, cos, sin, k, kn, v, k_cache, v_cache, slots):
+                q2 = aios.rope.default(aios.rms_norm.default(q, qn, 1e-6, True), cos, sin, False)
+                k2 = aios.rope.default(aios.rms_norm.default(k, kn, 1e-6, True), cos, sin, False)
+                caches = aios.kv_write.default(k2, v, k_cache, v_cache, slots)
+                return q2, caches[0], caches[1]
+
+            q2, new_k, new_v = qk_norm_rope_kv_write(
+                q, qn, cos, sin, k, kn, v, k_cache, v_cache, slots)
+            out = aios.paged_attention.default(
+                q2, new_k, new_v, query_starts, context_lengths, page_tables, 0.25)
+            return out, new_k, new_v
+    """
+    hits = 0
+    for write in graph.find_nodes(op="call_function", target=aios.kv_write.default):
+        _sink_views(graph, write, context)
+        match = _match(write)
+        if isinstance(match, Refusal):
+            context.refuse(match)
+        elif match is not None:
+            _rewrite(graph, match)
+            hits += 1
+    return hits
+
+
+def _rewrite(graph: fx.Graph, match: Match) -> None:
+    """Fuse with the results in the order q, k_cache, v_cache."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    items = sorted(getitems(match.write), key=lambda n: int(n.args[1]))  # type: ignore[arg-type]
+    anchor = match.write
+    if match.q in match.nodes and order[match.q] > order[anchor]:
+        match.q.append(match.write)
+    for item in items:
+        anchor.append(item)
+        anchor = item
+    parts = [n for n in match.nodes if is_call(n, aios.rms_norm.default)]
+    turned = [n for n in match.nodes if is_call(n, aios.rope.default)]
+    name = ["qk_norm"] * bool(parts) + (["rope"] if parts else ["qk_rope"]) * bool(turned)
+    fuse_nodes(graph, match.nodes, "_".join([*name, "kv_write"]), "qk_norm_rope_kv_write")
+
+
+def _sink_views(graph: fx.Graph, write: fx.Node, context: PassContext) -> None:
+    """Move views that stand behind a norm or rope before it: view(norm(x)) -> norm(view(x)).
+
+    Foreign modules transpose heads and carry a batch dimension of 1 between these ops.
+    """
+    readers = [u for item in getitems(write) for u in item.users]
+    for user in [write, *(u for u in readers if is_call(u, aios.paged_attention.default))]:
+        _sink(graph, user, aios.rope.default, context)
+        rope = user.args[0]
+        above = rope if is_call(rope, aios.rope.default) else user
+        _sink(graph, above, aios.rms_norm.default, context)  # type: ignore[arg-type]
+
+
+def _sink(graph: fx.Graph, user: fx.Node, target: Any, context: PassContext) -> None:
+    """Rewrite user(views(op(x))) as user(op(views(x))) when op works row by row through them."""
+    views, op = list[fx.Node](), user.args[0]
+    while is_view(op) and len(op.users) == 1:  # type: ignore[union-attr]
+        views.append(op)  # type: ignore[arg-type]
+        op = op.args[0]  # type: ignore[union-attr]
+    if not views or not is_call(op, target) or len(op.users) > 1:  # type: ignore[union-attr]
+        return
+    assert isinstance(op, fx.Node)
+    keeps_rows = _drops_leading_ones if target is aios.rope.default else _keeps_rows
+    if not keeps_rows(op, views):
+        return
+    with graph.inserting_before(views[0]):
+        moved = [op.args[0]]
+        for view in reversed(views):
+            moved.append(context.call(graph, view.target, moved[-1], *view.args[1:], source=[view]))
+        others = list(op.args[1:])
+        for i, table in enumerate(others[:2] if target is aios.rope.default else []):
+            others[i] = _without_leading_ones(graph, table, views[0], context)
+        outer = context.call(graph, target, moved[-1], *others, source=[op])
+    user.replace_input_with(views[0], outer)
+    for node in [*views, op]:
+        graph.erase_node(node)
+
+
+def _keeps_rows(norm: fx.Node, views: list[fx.Node]) -> bool:
+    """Return whether the last dimension stays whole and last through the views."""
+    width = shape_of(norm)[-1]
+    for view in views:
+        rank = len(shape_of(view))
+        if shape_of(view)[-1] != width:
+            return False
+        if is_call(view, aten.slice.Tensor, aten.select.int):
+            before = len(shape_of(view.args[0]))  # type: ignore[arg-type]
+            if (view.args[1] if len(view.args) > 1 else 0) % before == before - 1:  # type: ignore
+                return False
+        if is_call(view, aten.permute.default) and list(view.args[1])[-1] % rank != rank - 1:  # type: ignore
+            return False
+        if is_call(view, aten.transpose.int, aten.t.default):
+            return False
+    return True
+
+
+def _drops_leading_ones(rope: fx.Node, views: list[fx.Node]) -> bool:
+    """Return whether the views only remove leading dimensions of size 1."""
+    if any(is_call(v, aten.permute.default, aten.transpose.int, aten.slice.Tensor) for v in views):
+        return False
+    before, after = shape_of(rope), shape_of(views[0])
+    extra = len(before) - len(after)
+    return extra >= 0 and before == (1,) * extra + after
+
+
+def _without_leading_ones(
+    graph: fx.Graph, table: Any, view: fx.Node, context: PassContext
+) -> fx.Node:
+    """Squeeze a table [..., T, R] to the rank that x [..., T, H, D] has left."""
+    while len(shape_of(table)) > len(shape_of(view)) - 1:
+        table = context.call(graph, aten.squeeze.dim, table, 0, source=[view])
+    assert isinstance(table, fx.Node)
+    return table
