@@ -1,4 +1,4 @@
-"""Write a level as a Python file that runs: a function for each region and kernel, with model lines.
+"""Write a level as a Python file that runs: a function a region and kernel, with model lines.
 
 The file needs torch and the op table of this package, nothing else. Run it and it prints the shape
 and a checksum of every result on random values; `checksums` gives the same lines for the program
