@@ -320,7 +320,7 @@ def _gather(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
 @rule("embedding")
 def _embedding(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
     table, ids = _args(node)[:2]
-    place = gathered(reader, ids, at[:-1], shape_of(table)[0])
+    place = _clamped(Linear.of(cast(reader.at(ids, at[:-1]), "i64")), shape_of(table)[0])
     return reader.at(table, (place, at[-1]))
 
 

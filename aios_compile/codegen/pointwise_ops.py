@@ -112,7 +112,7 @@ class Builder:
         """Return the dtype in which torch compares the arguments."""
         values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in (x, y)]
         values = [v if isinstance(v, (torch.Tensor, bool, int, float)) else 1 for v in values]
-        dtype = torch.result_type(values[0], values[1])  # type: ignore[no-untyped-call]
+        dtype = torch.result_type(values[0], values[1])
         return wide(DTYPE_NAMES[str(dtype)])
 
 

@@ -78,7 +78,9 @@ def call(
         )
 
 
-def trace(function: Callable[..., Any], *inputs: tuple[Sequence[Any], torch.dtype]) -> fx.GraphModule:
+def trace(
+    function: Callable[..., Any], *inputs: tuple[Sequence[Any], torch.dtype]
+) -> fx.GraphModule:
     """Trace a function over fake tensors; shape entries are ints or size names such as "T"."""
     mode = new_fake_mode()
     fakes = [new_fake(mode, shape, dtype) for shape, dtype in inputs]

@@ -1,0 +1,174 @@
+"""How Triton spells an expression, and what every Triton kernel file has around its loops.
+
+Texts are blocks of BLOCK elements or scalars; arithmetic is in float32 as on the C++ target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from aios_compile.codegen.access import Access, Leaf, varies
+from aios_compile.codegen.cpp.frame import dim_name, variable
+from aios_compile.codegen.expression import Call, Const, Expr, Index, Load, Printer, Size, walk
+from aios_compile.codegen.linear_index import Linear
+from aios_compile.codegen.operand import Dim, Operand
+from aios_compile.errors import CodegenError
+
+INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">"}
+INFIX.update({"ge": ">=", "eq": "==", "ne": "!=", "and": "&", "or": "|", "xor": "^"})
+INFIX.update({"shift_left": "<<", "shift_right": ">>", "trunc_divide": "//", "fmod": "%"})
+FUNCTIONS = ("exp", "exp2", "log", "log2", "sin", "cos", "sqrt", "floor", "ceil", "erf", "abs")
+# Compositions that Triton's language lacks; {0} is the argument.
+FORMULAS = {
+    "neg": "(-{0})",
+    "rsqrt": "(1.0 / tl.sqrt({0}))",
+    "sigmoid": "(1.0 / (1.0 + tl.exp(-{0})))",
+    "silu": "({0} / (1.0 + tl.exp(-{0})))",
+    "relu": "tl.maximum({0}, 0, propagate_nan=tl.PropagateNan.ALL)",
+    "expm1": "(tl.exp({0}) - 1.0)",
+    "log1p": "tl.log(1.0 + {0})",
+    "tanh": "tanh({0})",
+    "gelu": "(0.5 * {0} * (1.0 + tl.erf({0} * 0.7071067811865476)))",
+    "gelu_tanh": "(0.5 * {0} * (1.0 + tanh(0.7978845608028654 * ({0} + 0.044715 * {0} * {0} * {0}))))",
+    "trunc": "tl.where({0} < 0, tl.ceil({0}), tl.floor({0}))",
+}
+TYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "f64": "float64", "bool": "int1"}
+TYPES.update({"i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8", "u8": "uint8"})
+
+HEAD = '''\
+{comment}
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    small = tl.exp(-2.0 * tl.abs(x))
+    size = (1.0 - small) / (1.0 + small)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit(do_not_specialize=["T", "S", "R", "P"])
+def {symbol}({arguments}, T, S, R, P, BLOCK: tl.constexpr):
+{body}
+
+
+def launch(operands, T=1, S=1, R=1, P=1):
+    """Run the kernel on tensors: the inputs, then the outputs."""
+    {symbol}[({items},)](*operands, T, S, R, P, BLOCK={block})
+'''
+
+
+def python_dim(dim: Dim) -> str:
+    """Return a dimension as Python text."""
+    return str(dim) if isinstance(dim, int) else f"({dim_name(dim)})"
+
+
+@dataclass(frozen=True)
+class Triton:
+    """The Triton dialect; `i0`, `i1`, ... are the coordinates."""
+
+    def const(self, const: Const) -> str:
+        if isinstance(const.value, float) and not math.isfinite(const.value):
+            return f'float("{const.value}")'
+        return f"({const.value!r})" if const.value < 0 else repr(const.value)
+
+    def index(self, index: Index) -> str:
+        return f"i{index.dim}"
+
+    def size(self, size: Size) -> str:
+        return python_dim(size.dim)
+
+    def declare(self, name: str, dtype: str, text: str) -> str:
+        return f"{name} = {text}"
+
+    def call(self, call: Call, texts: Sequence[str]) -> str:
+        if call.op in INFIX:
+            return f"({texts[0]} {INFIX[call.op]} {texts[1]})"
+        if call.op == "cast":
+            return self._cast(call, texts[0])
+        if call.op == "not":
+            return f"({texts[0]} == 0)" if call.dtype == "bool" else f"(~{texts[0]})"
+        if call.op == "select":
+            return f"tl.where({', '.join(texts)})"
+        if call.op in ("max", "min"):
+            nan = ", propagate_nan=tl.PropagateNan.ALL" if call.dtype == "f32" else ""
+            return f"tl.{call.op}imum({', '.join(texts)}{nan})"
+        if call.op in FUNCTIONS:
+            return f"tl.{call.op}({texts[0]})"
+        if call.op in FORMULAS:
+            return FORMULAS[call.op].format(texts[0])
+        raise CodegenError(f"the Triton dialect has no {call.op}")
+
+    def _cast(self, call: Call, text: str) -> str:
+        if call.dtype == "bool":
+            return f"({text} != 0)"
+        if call.dtype in ("bf16", "f16"):
+            return f"({text}).to(tl.{TYPES[call.dtype]}).to(tl.float32)"
+        return f"({text}).to(tl.{TYPES[call.dtype]})"
+
+
+@dataclass
+class Texts:
+    """The texts of loads and addresses of one kernel. `names[i]`: text of a leaf that is reduced."""
+
+    operands: Sequence[Operand]
+    leaves: Sequence[Leaf]
+    inner: int
+    names: dict[int, str]
+
+    def address(self, linear: Linear) -> str:
+        expr = linear.expr()
+        return Printer(Triton()).text(expr, self.loads([expr]))
+
+    def loads(self, exprs: Sequence[Expr]) -> list[str]:
+        texts = [""] * len(self.leaves)
+        for expr in exprs:
+            for e in walk(expr):
+                if isinstance(e, Load):
+                    texts[e.index] = self._load(e.index)
+        return texts
+
+    def _load(self, index: int) -> str:
+        leaf = self.leaves[index]
+        if not isinstance(leaf, Access):
+            return self.names[index]
+        operand = self.operands[leaf.operand]
+        address = self.address(leaf.address)
+        moves = any(varies(a, self.leaves, self.inner) for a in leaf.address.atoms())
+        mask = ", mask=mask, other=0" if moves else ""
+        text = f"tl.load({variable(operand, leaf.operand)} + {address}{mask})"
+        return f"{text}.to(tl.float32)" if operand.dtype in ("bf16", "f16") else text
+
+    def store(self, operand: int, address: Linear, value: str) -> str:
+        moves = address.coefficient(self.inner) != 0
+        mask = ", mask=mask" if moves else ""
+        place = f"{variable(self.operands[operand], operand)} + {self.address(address)}"
+        return f"tl.store({place}, {value}{mask})"
+
+
+def coordinates(shape: Sequence[Dim], item: str) -> list[str]:
+    """Return the lines that turn the row number `item` into the outer coordinates."""
+    lines, rest = [], item
+    for dim in reversed(range(len(shape) - 1)):
+        size = python_dim(shape[dim])
+        lines.append(f"i{dim} = {rest} % {size}" if dim else f"i{dim} = {rest}")
+        rest = f"({rest} // {size})"
+    return lines
+
+
+def module(
+    symbol: str, comment: Sequence[str], operands: Sequence[Operand], body: Sequence[str],
+    items: str, block: str,
+) -> str:  # fmt: skip
+    """Return the text of a kernel module."""
+    return HEAD.format(
+        comment="\n".join(f"# {line}".rstrip() for line in comment),
+        symbol=symbol,
+        arguments=", ".join(variable(o, i) for i, o in enumerate(operands)),
+        body="\n".join(f"    {line}" for line in body),
+        items=items,
+        block=block,
+    )

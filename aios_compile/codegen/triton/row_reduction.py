@@ -1,0 +1,66 @@
+"""Reductions over one dimension with prologue and epilogue, for a RowReductionSpec.
+
+Layout: any strides. Bytes moved: each operand once: a row is held whole in registers, so the block
+is the power of two that holds it. Grid: one program a row.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from aios_compile.codegen.access import Reduction
+from aios_compile.codegen.cpp import row_reduction
+from aios_compile.codegen.cpp.frame import layout, symbol_of
+from aios_compile.codegen.cpp.row_reduction import RowReductionSpec
+from aios_compile.codegen.expression import Printer
+from aios_compile.codegen.linear_index import product
+from aios_compile.codegen.source import KernelSource
+from aios_compile.codegen.triton.dialect import Texts, Triton, coordinates, module, python_dim
+from aios_compile.errors import CodegenError
+
+START = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}
+START.update({"argmax": START["max"], "argmin": START["min"]})
+WHOLE_START = {"sum": "0", "max": str(-(2**62)), "min": str(2**62)}
+
+spec_of = row_reduction.spec_of
+
+
+def reference(spec: RowReductionSpec, *tensors: Tensor) -> list[Tensor]:
+    """Compute the outputs in torch from the spec alone."""
+    return row_reduction.reference(spec, *tensors)
+
+
+def emit(spec: RowReductionSpec) -> KernelSource:
+    """Return the kernel module. Raises CodegenError for what Triton lacks (a product)."""
+    symbol, inner = symbol_of(spec.name, spec), len(spec.shape) - 1
+    size = python_dim(spec.shape[-1])
+    names = {i: f"reduced{i}" for i, x in enumerate(spec.leaves) if isinstance(x, Reduction)}
+    texts = Texts(spec.operands, spec.leaves, inner, names)
+    printer = Printer(Triton())
+    lines = ["item = tl.program_id(0).to(tl.int64)", *coordinates(spec.shape, "item")]
+    lines += [f"i{inner} = tl.arange(0, BLOCK).to(tl.int64)", f"mask = i{inner} < {size}"]
+    for index, name in names.items():
+        leaf = spec.leaves[index]
+        assert isinstance(leaf, Reduction)
+        if leaf.kind not in START or leaf.value.dtype == "bool":
+            raise CodegenError(f"the Triton target has no {leaf.kind} over {leaf.value.dtype}")
+        start = (START if leaf.value.dtype in ("f32", "f64") else WHOLE_START)[leaf.kind]
+        body, (value,) = printer.statements([leaf.value], texts.loads([leaf.value]), f"v{index}_")
+        lines += [*body, f"{name} = tl.{leaf.kind}(tl.where(mask, {value}, {start}), 0)"]
+    values = [r.value for r in spec.results]
+    body, results = printer.statements(values, texts.loads(values))
+    lines += body
+    for number, (result, text) in enumerate(zip(spec.results, results)):
+        lines.append(texts.store(spec.first_output() + number, result.store, text))
+    text = module(
+        symbol,
+        [f"{spec.name}: one program a row", *(f"  {layout(o)}" for o in spec.operands)],
+        spec.operands,
+        lines,
+        python_dim(product(spec.shape[:-1])),
+        f"triton.next_power_of_2({size})",
+    )
+    return KernelSource(
+        spec.name, symbol, "triton", text, len(spec.operands), row_reduction.inplace(spec),
+        spec.model_lines,
+    )  # fmt: skip
