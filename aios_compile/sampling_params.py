@@ -7,6 +7,7 @@ in `runtime/admission.py`.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -177,11 +178,13 @@ def _integer(low: int, high: float = math.inf, *, none: bool = False) -> Any:
     def check(name: str, value: Any) -> int | None:
         if value is None and none:
             return None
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise _out_of_range(name, value, expected) from None
+        if isinstance(value, bool) or not low <= number <= high:
             raise _out_of_range(name, value, expected)
-        if not low <= value.__index__() <= high:
-            raise _out_of_range(name, value, expected)
-        return int(value.__index__())
+        return number
 
     return check
 
@@ -191,7 +194,7 @@ def _number(low: float, high: float, *, open_low: bool = False, or_zero: bool = 
     expected += ", or 0" if or_zero else ""
 
     def check(name: str, value: Any) -> float:
-        if isinstance(value, bool) or not hasattr(value, "__float__"):
+        if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
             raise _out_of_range(name, value, expected)
         number = float(value)
         inside = low < number <= high if open_low else low <= number <= high

@@ -6,6 +6,7 @@ leaves no trace and disturbs nobody.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ Prompt = str | Sequence[int]
 
 def as_prompts(value: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """Return (prompts, whether `value` was one prompt: a text or a list of ids)."""
-    if isinstance(value, str) or (len(value) > 0 and hasattr(value[0], "__index__")):
+    if isinstance(value, str) or (len(value) > 0 and _is_whole_number(value[0])):
         return [value], True  # type: ignore[list-item]
     return list(value), False  # type: ignore[arg-type]
 
@@ -145,10 +146,18 @@ class Admission:
 def _whole_numbers(prompt: Sequence[int]) -> list[int]:
     ids = []
     for item in prompt:
-        if isinstance(item, (bool, str)) or not hasattr(item, "__index__"):
+        if not _is_whole_number(item):
             raise RequestError(f"prompt: got {item!r}, expected text or a list of whole numbers")
-        ids.append(item.__index__())
+        ids.append(operator.index(item))
     return ids
+
+
+def _is_whole_number(item: object) -> bool:
+    try:
+        operator.index(item)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return not isinstance(item, bool)
 
 
 def _check_something_is_left(

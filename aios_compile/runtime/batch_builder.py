@@ -45,7 +45,7 @@ class BatchBuilder:
             sequence, state = sequences[chunk.sequence_id], states[chunk.sequence_id]
             self._write_page_table(s, state)
             if chunk.num_tokens == 1:
-                self._write_token(token, s, chunk.start, sequence)
+                self._write_token(token, chunk.start, sequence, state)
             else:
                 self._write_chunk(token, s, chunk, sequence)
             token += chunk.num_tokens
@@ -82,12 +82,14 @@ class BatchBuilder:
             self._page_tables[s, key[2] :] = TRASH_PAGE
         self._table_keys[s] = key
 
-    def _write_token(self, token: int, s: int, position: int, sequence: Sequence) -> None:
+    def _write_token(
+        self, token: int, position: int, sequence: Sequence, state: SequenceState
+    ) -> None:
         page, offset = divmod(position, self.limits.page_size)
         self._token_ids[token] = sequence.tokens[position]
         self._positions[token] = position
         self._lengths[token] = max(sequence.num_prompt_tokens, position + 1)
-        self._slots[token] = self._page_tables[s, page] * self.limits.page_size + offset
+        self._slots[token] = state.pages[page] * self.limits.page_size + offset
 
     def _write_chunk(self, token: int, s: int, chunk: Chunk, sequence: Sequence) -> None:
         here = slice(token, token + chunk.num_tokens)

@@ -34,6 +34,7 @@ class Committer:
         ended: list[tuple[int, str]] = []
         touched: dict[int, Request] = {}
         finite, sampled = result.finite.tolist(), result.sampled_ids.tolist()
+        all_finite = 0 not in finite
         row = 0
         for chunk in plan.chunks:
             state, sequence = states[chunk.sequence_id], sequences[chunk.sequence_id]
@@ -44,7 +45,7 @@ class Committer:
             row = last
             if sequence.finish_reason is not None:
                 continue  # a sibling's row of this step failed the whole request
-            if not sequence.admitted.wants_logits and not all(finite[r] for r in rows):
+            if not (all_finite or sequence.admitted.wants_logits or all(finite[r] for r in rows)):
                 ended += _fail(request)
                 touched[state.request_id] = request
                 continue

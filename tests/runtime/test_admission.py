@@ -28,6 +28,7 @@ def admission(tokenizer: Any = None, **changes: Any) -> Admission:
         ([-1], {}, "prompt: token id -1"),
         ([1.5], {}, "prompt: got 1.5"),
         ([True], {}, "prompt: got True"),
+        ([np.array([1, 2])], {}, "prompt: got array"),
         (["a"], {}, "prompt: got 'a'"),
         ([1], {"stop_token_ids": [50]}, "stop_token_ids: token id 50"),
         ([1], {"logit_bias": {2**40: 1.0}}, "logit_bias: token id 1099511627776"),
@@ -126,6 +127,7 @@ def test_one_prompt_or_a_list_of_them() -> None:
     assert as_prompts(np.array([1, 2]))[1] is True
     assert as_prompts(["a", [1]]) == (["a", [1]], False)
     assert as_prompts([[1], [2]]) == ([[1], [2]], False)
+    assert as_prompts(np.array([[1, 2], [3, 4]]))[1] is False
     assert as_prompts([]) == ([], False)
 
 
