@@ -118,16 +118,16 @@ def sync_tree(folder: Path) -> None:
     """Make all files of `folder` read-only and force files and folders to the disk."""
     for here, _, names in os.walk(folder, topdown=False):
         for name in names:
-            path = os.path.join(here, name)
-            os.chmod(path, 0o400, follow_symlinks=False)
-            sync(path)
+            sync(os.path.join(here, name), read_only=True)
         sync(here)
 
 
-def sync(path: str | Path) -> None:
-    """Force one file or folder to the disk."""
+def sync(path: str | Path, *, read_only: bool = False) -> None:
+    """Force one file or folder to the disk; with `read_only` take everybody's right to write it."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
+        if read_only:
+            os.fchmod(fd, 0o400)
         os.fsync(fd)
     finally:
         os.close(fd)
