@@ -1,8 +1,9 @@
 """Recognise rotary position embedding as aios.rope on x[..., T, H, D].
 
-Slices, negation, concatenation, two products and a sum, for queries and keys each: one op is one pass
-over the heads, and fuse_qk_norm_rope_kv_write takes it further. Spellings differ in how the pairs are
-laid out (halves or neighbours), in the width of the tables and in the order of heads and tokens.
+Slices, negation, concatenation, two products and a sum, for queries and keys each: one op is one
+pass over the heads, and fuse_qk_norm_rope_kv_write takes it further. Spellings differ in how the
+pairs are laid out (halves or neighbours), in the width of the tables and in the order of heads and
+tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import fx
 from aios_compile.ir import provenance
 from aios_compile.passes.context import PassContext, Refusal
 from aios_compile.passes.graph_pass import graph_pass
-from aios_compile.passes.match import dtype_of, is_call, rank_of, shape_of
+from aios_compile.passes.match import dtype_of, is_call, positive, rank_of, shape_of
 from aios_compile.passes.rotation import Rotation, rotation
 
 aten = torch.ops.aten
@@ -35,8 +36,8 @@ class Match(NamedTuple):
 def raise_rope(graph: fx.Graph, context: PassContext) -> int:
     """Rewrite rotations by tables that depend on the token as aios.rope.
 
-    Half-width tables are widened; where heads stand before tokens the input is transposed, and back,
-    which eliminate_views cancels; dimensions that pass through are taken in.
+    Half-width tables are widened; where heads stand before tokens the input is transposed, and
+    back, which eliminate_views cancels; dimensions that pass through are taken in.
 
     Before::
 
@@ -132,12 +133,10 @@ def _rewrite(graph: fx.Graph, node: fx.Node, match: Match, context: PassContext)
 
 
 def _without_heads(table: Any, head: int | None, call: Any) -> fx.Node:
-    """Drop a table's dimension of one head, undoing the unsqueeze that made it where there is one."""
-    if head is None or rank_of(table) < -head:
+    """Drop a table's dimension of one head, or undo the unsqueeze that made it."""
+    rank = rank_of(table)
+    if head is None or rank < -head:
         return table  # type: ignore[no-any-return]
-    if (
-        is_call(table, aten.unsqueeze.default)
-        and table.args[1] % rank_of(table) - rank_of(table) == head
-    ):
+    if is_call(table, aten.unsqueeze.default) and positive(table.args[1], rank) == rank + head:
         return table.args[0]  # type: ignore[no-any-return]
     return call(aten.squeeze.dim, table, head)  # type: ignore[no-any-return]

@@ -1,0 +1,129 @@
+"""Find out what an attention mask is by running it and comparing it with the masks that we know.
+
+A mask is written in too many ways to match its graph: comparisons of positions, triangles of ones,
+minus infinity or the smallest float, tables of the whole context. Its values are few: causal,
+causal within a window, causal within a chunk. It is run at two sizes that go beyond every constant
+in it, so that a window shows, and anything else is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from aios_compile.passes.concrete import Concrete, Unknown, ancestors
+from aios_compile.passes.context import PassContext
+from aios_compile.passes.match import aten
+
+HIDDEN = -1e4  # an additive mask at most this hides a key: its weight is zero in float32
+LARGEST = 4608  # tokens up to which a mask over all keys is run; 170 MB an intermediate
+
+
+class Mask(NamedTuple):
+    """Causal attention, within a window or a chunk of so many tokens where given."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+
+class MaskNode(NamedTuple):
+    """A value of the graph that masks scores: kind "visible", "hidden" (bool) or "additive"."""
+
+    node: fx.Node
+    kind: str
+
+
+def find_mask(masks: Sequence[MaskNode], context: PassContext) -> Mask | str:
+    """Return the mask that all `masks` make together, or the reason why it is none of ours."""
+    nodes = [n for mask in masks for n in ancestors(mask.node, context)]
+    constants = sorted(set(_constants(nodes)))
+    calls = len(context.module.calls(context.region)) if context.region else 1
+    found: set[Mask | str] = set()
+    try:
+        for call in range(calls if _differs_by_call(nodes, context) else 1):
+            for positions in _positions(nodes, constants):
+                seen = _visible(masks, Concrete(context, positions, call=call))
+                found.add(seen if isinstance(seen, str) else _known(seen, positions, constants))
+    except Unknown as unknown:
+        return f"the attention mask depends on {unknown}"
+    reasons = [f for f in found if isinstance(f, str)]
+    if reasons:
+        return reasons[0]
+    return found.pop() if len(found) == 1 else "the attention mask changes with the token count"
+
+
+def _constants(nodes: Iterable[fx.Node]) -> Iterable[int]:
+    for node in nodes:
+        for value in (*node.args, *node.kwargs.values()):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if number and 1 < abs(value) < 2**20 and value == int(value):
+                yield abs(int(value))
+
+
+def _differs_by_call(nodes: Iterable[fx.Node], context: PassContext) -> bool:
+    """Return whether the mask reads an input that the region's calls bind to different values."""
+    if not context.region:
+        return False
+    graph = context.graph_module.graph
+    calls = context.module.calls(context.region)
+    holders = list(graph.find_nodes(op="placeholder"))
+    used = [holders.index(n) for n in nodes if n.op == "placeholder" and n.graph is graph]
+    return any(len({call.args[i] for call in calls}) > 1 for i in used)
+
+
+def _positions(nodes: Sequence[fx.Node], constants: Sequence[int]) -> list[Tensor]:
+    """Return two position vectors that reach beyond every constant.
+
+    A mask of positions only is sampled around the constants; one that counts tokens is run in full.
+    """
+    counts = any(
+        n.target in (aten.arange.start_step, aten.arange.default)
+        or isinstance(n.meta.get("val"), torch.SymInt)
+        for n in nodes
+    )
+    if counts:
+        largest = max([c for c in constants if c <= LARGEST], default=8)
+        return [torch.arange(largest + 5), torch.arange(largest + 12)]
+    near = {m * c + d for c in constants for m in (1, 2) for d in (-1, 0, 1)}
+    return [torch.tensor(sorted(near | set(range(count)))) for count in (9, 14)]
+
+
+def _visible(masks: Sequence[MaskNode], values: Concrete) -> Tensor | str:
+    """Return bool [T, T], or the reason why it is not one mask for all heads."""
+    count = len(values.positions)
+    result = torch.ones(count, count, dtype=torch.bool)
+    for mask in masks:
+        value = values.value(mask.node)
+        if mask.kind == "additive":
+            seen, gone = value == 0, value <= HIDDEN
+            if not bool((seen | gone).all()):
+                return "the attention mask adds a bias that is neither 0 nor minus infinity"
+        else:
+            seen = value if mask.kind == "visible" else ~value
+        if seen.dim() < 2 or any(s not in (1, count) for s in seen.shape[-2:]):
+            return "the attention mask is no matrix of queries and keys"
+        seen = seen.expand(*seen.shape[:-2], count, count).reshape(-1, count, count)
+        if not bool((seen == seen[:1]).all()):
+            return "the attention mask differs between heads"
+        result &= seen[0]
+    return result
+
+
+def _known(seen: Tensor, positions: Tensor, constants: Sequence[int]) -> Mask | str:
+    distance = positions[:, None] - positions[None]
+    causal = distance >= 0
+    if bool((seen & ~causal).any()):
+        return "the attention mask lets tokens see later ones"
+    if torch.equal(seen, causal):
+        return Mask()
+    window = int(distance[seen].max()) + 1 if bool(seen.any()) else 0
+    if torch.equal(seen, causal & (distance < window)):
+        return Mask(window=window)
+    for chunk in constants:
+        same = positions[:, None] // chunk == positions[None] // chunk
+        if torch.equal(seen, causal & same):
+            return Mask(chunk=chunk)
+    return "the attention mask is neither causal nor a causal window or chunk"
