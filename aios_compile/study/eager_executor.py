@@ -63,5 +63,3 @@ class EagerExecutor:
     def close(self) -> None:
         """Drop the tensors. Idempotent."""
         self._values.clear()
-
-
