@@ -275,6 +275,7 @@ def weights_of(model: Decoder) -> dict[str, Tensor]:
 def save_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     temporary = folder / "model.safetensors.tmp"
     save_file(weights, str(temporary), metadata={"format": "pt"})
+    temporary.chmod(0o644)  # the library writes 0600
     os.replace(temporary, folder / "model.safetensors")
 
 
@@ -350,7 +351,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, default=ROOT / "tinyshakespeare.txt")
     parser.add_argument("--out", type=Path, default=ROOT / "shakespeare")
     parser.add_argument("--state", type=Path, default=ROOT / "train_shakespeare.state")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=850)
     parser.add_argument("--tokens", type=int, default=3072, help="tokens a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a row in most batches")
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's rate")
