@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,8 @@ class FakeExecutor:
             starts, ids = getattr(batch, f"{name}_starts"), getattr(batch, f"{name}_ids")
             assert len(starts) == batch.num_rows + 1 and starts[0] == 0, name
             assert starts[-1] == len(ids) and np.all(np.diff(starts) >= 0), name
+            for first, last in pairwise(starts):
+                assert len(set(ids[first:last].tolist())) == last - first, f"{name} ids repeat"
         for value in vars(batch).values():
             assert value.flags.c_contiguous and value.dtype in (np.int64, np.float32)
 

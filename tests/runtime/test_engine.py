@@ -61,7 +61,9 @@ def test_greedy_equals_the_model(make_engine: MakeEngine) -> None:
     output = make_engine().generate([PROMPT], temperature=0, max_tokens=20)[0]
     assert output.outputs[0].token_ids == greedy(PROMPT, 20)
     assert output.outputs[0].finish_reason == "length"
-    assert output.metrics.ttft_us is not None and output.metrics.ttft_us <= output.metrics.total_us
+    assert output.metrics.queue_us is not None and output.metrics.ttft_us is not None
+    assert 0 <= output.metrics.queue_us <= output.metrics.ttft_us
+    assert output.metrics.ttft_us <= output.metrics.total_us
     assert output.prompt is None and output.text == ""
 
 

@@ -114,6 +114,15 @@ def test_bad_words(text_engine: Engine) -> None:
     assert codec.encode("cb") == [c, b] and (c, b) not in pairs(banned) and b in banned
 
 
+def test_a_ban_beats_the_bias_of_the_same_token(make_engine: MakeEngine) -> None:
+    engine = make_engine(FakeTokenizer(), eos_token_ids=[13])
+    biased: dict[str, Any] = {"logit_bias": {13: 100, 2: 50}, "max_tokens": 6}
+    assert run(engine, **biased).token_ids == [13]
+    assert run(engine, **biased, min_tokens=3).token_ids == [2, 2, 2, 13]
+    without = run(engine, **biased, min_tokens=3, bad_words=["b"]).token_ids
+    assert 2 not in without and without[-1] == 13
+
+
 def test_logprobs(text_engine: Engine) -> None:
     output = run(text_engine, logprobs=3, max_tokens=5)
     assert output.logprobs is not None and len(output.logprobs) == 5
