@@ -260,6 +260,7 @@ def save_state(path: Path, state: dict[str, object]) -> None:
     """Write the training state aside and rename it, so that a kill leaves the old or the new
     one.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
@@ -350,7 +351,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path, default=ROOT / "tinyshakespeare.txt")
     parser.add_argument("--out", type=Path, default=ROOT / "shakespeare")
-    parser.add_argument("--state", type=Path, default=ROOT / "train_shakespeare.state")
+    parser.add_argument("--state", type=Path, default=ROOT.parent / "build" / "shakespeare.state")
     parser.add_argument("--steps", type=int, default=850)
     parser.add_argument("--tokens", type=int, default=3072, help="tokens a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a row in most batches")
