@@ -54,7 +54,7 @@ class Admission:
         banned = sorted(eos | stops) if params.min_tokens else []
         _check_something_is_left(params, banned, bad_words)
         bias = params.logit_bias or {}
-        values = list(bias.values())
+        early = {**bias, **dict.fromkeys(banned, -np.inf)}
         return Admitted(
             prompt=prompt if isinstance(prompt, str) else None,
             prompt_token_ids=ids,
@@ -63,9 +63,9 @@ class Admission:
             eos_token_ids=eos,
             stop_token_ids=stops,
             bias_ids=np.array(list(bias), np.int64),
-            bias_values=np.array(values, np.float32),
-            early_bias_ids=np.array(list(bias) + banned, np.int64),
-            early_bias_values=np.array(values + [-np.inf] * len(banned), np.float32),
+            bias_values=np.array(list(bias.values()), np.float32),
+            early_bias_ids=np.array(list(early), np.int64),
+            early_bias_values=np.array(list(early.values()), np.float32),
             allowed_ids=np.array(params.allowed_token_ids or (), np.int64),
             bad_words=bad_words,
         )

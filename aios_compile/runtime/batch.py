@@ -90,10 +90,10 @@ class Batch:
     penalty_ids: Ints  # [NP] unique in a row
     penalty_counts: Ints  # [NP] times in the output so far; 0 = only in the prompt
     bias_starts: Ints  # [R+1]
-    bias_ids: Ints  # [NB]
+    bias_ids: Ints  # [NB] unique in a row
     bias_values: Floats  # [NB] added; -inf bans
     allowed_starts: Ints  # [R+1]
-    allowed_ids: Ints  # [NA] an empty row allows all
+    allowed_ids: Ints  # [NA] ascending and unique in a row; an empty row allows all
     logprob_counts: Ints  # [R] 0..20
     given_ids: Ints  # [R] the token to report when has_given
     has_given: Ints  # [R] 1: do not sample, report given_ids (prompt logprobs)

@@ -128,6 +128,10 @@ class EngineCore:
         plan = self._advance(Schedule())
         if not plan.chunks:
             raise EngineError("the scheduler has work but planned nothing")
+        for chunk in plan.chunks:
+            if chunk.start == 0:
+                request = self.requests[self.state.sequences[chunk.sequence_id].request_id]
+                request.started_us = request.started_us or _now_us()
         self.stats.num_steps += 1
         self.stats.num_tokens += plan.num_tokens
         return plan

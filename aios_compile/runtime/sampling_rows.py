@@ -178,4 +178,5 @@ def _bias_of(sequence: Sequence) -> tuple[Ints, Floats]:
         return ids, values
     banned = np.array(sorted(ends), np.int64)
     bans = np.full(len(banned), -np.inf, np.float32)
-    return np.concatenate([ids, banned]), np.concatenate([values, bans])
+    other = np.isin(ids, banned, invert=True)  # ids are unique in a row
+    return np.concatenate([ids[other], banned]), np.concatenate([values[other], bans])
