@@ -41,6 +41,7 @@ MOVEMENTS = (
     aten.flip.default,
     aten.tril.default,
     aten.triu.default,
+    aten.index_select.default,
 )
 
 

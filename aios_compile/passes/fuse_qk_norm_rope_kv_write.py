@@ -89,9 +89,10 @@ def fuse_qk_norm_rope_kv_write(graph: fx.Graph, context: PassContext) -> int:
             q2 = aios.rope.default(aios.rms_norm.default(q, qn, 1e-6, True), cos, sin, False)
             k2 = aios.rope.default(aios.rms_norm.default(k, kn, 1e-6, True), cos, sin, False)
             caches = aios.kv_write.default(k2, v, k_cache, v_cache, slots)
+            new_k, new_v = caches[0], caches[1]
             out = aios.paged_attention.default(
-                q2, caches[0], caches[1], query_starts, context_lengths, page_tables, 0.25)
-            return out, caches[0], caches[1]
+                q2, new_k, new_v, query_starts, context_lengths, page_tables, 0.25)
+            return out, new_k, new_v
 
     After::
 

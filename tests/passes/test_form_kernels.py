@@ -109,9 +109,7 @@ def test_a_decoder_reaches_level_3() -> None:
         *("row_reduction", "linear", "qk_norm_rope_kv_write", "paged_attention", "linear"),
         *("row_reduction", "linear", "linear"),
     ]
-    assert kinds(module) == [
-        *("pointwise", "embedding", "gather", "row_reduction", "linear", "sample")
-    ]
+    assert kinds(module) == [*("pointwise", "embedding", "row_reduction", "linear", "sample")]
 
 
 def test_level_3_computes_what_level_2_does() -> None:

@@ -124,5 +124,16 @@ def test_random_numbers_are_left_alone() -> None:
 def test_only_the_tables_are_left_in_a_decoder() -> None:
     module = level2.program()
     hits = helpers.apply(fuse_pointwise, module).hits
-    assert hits == {"layer": 1, "": 1}  # add and rms_norm, when fuse_add_rms_norm has not run
+    assert hits == {
+        "layer": 1,
+        "": 1,
+    }  # in a layer add and rms_norm, when fuse_add_rms_norm has not run
     assert helpers.apply(fuse_pointwise, module).total == 0
+
+
+def test_a_norm_gathers_its_own_rows() -> None:
+    def f(x: "f32[T, 64]", rows: "input i64[R]", w: "weight f32[64]") -> Any:
+        return aios.rms_norm(x.index_select(0, rows), w, 1e-6, True)
+
+    module = helpers.check(fuse_pointwise, f, values={"rows": torch.tensor([0, 0, 0])})
+    assert kinds(module) == ["row_reduction"]
