@@ -20,10 +20,10 @@ CHUNK_ELEMENTS = 1 << 18  # a chunk, its mask and its packed copy stay in the L2
 
 
 def pack_rows16(w: Array, label: str = "weight") -> Array:
-    """Return w[N, K] (float32, float16, or bfloat16 bits in uint16) as rows16 [ceil(N / 16), K, 16].
+    """Return w[N, K] (float32, float16, bfloat16 bits in uint16) as rows16 [ceil(N / 16), K, 16].
 
-    `label` names the tensor in errors. Raises CheckpointError when a value is NaN or infinite. Memory:
-    the result and less than 2 MiB.
+    `label` names the tensor in errors. Raises CheckpointError when a value is NaN or infinite.
+    Memory: the result and less than 2 MiB.
     """
     assert w.ndim == 2, f"{label}: rows16 packs matrices, got shape {w.shape}"
     rows, depth = w.shape

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -17,8 +17,9 @@ aten = torch.ops.aten
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
-class Strided(NamedTuple):
-    """A view of body input `index`: the operand with the view's sizes and strides, and its start."""
+@dataclass(frozen=True)
+class Strided:
+    """A view of body input `index`: its sizes and strides as an operand, and its first element."""
 
     index: int
     operand: Operand
@@ -54,16 +55,16 @@ def resolve(value: Any, operands: Sequence[Operand]) -> Strided | None:
         strides = reshaped_strides(base.operand, shape)
         if strides is None:
             return None
-        return base._replace(operand=replace(base.operand, shape=shape, strides=strides))
+        return replace(base, operand=replace(base.operand, shape=shape, strides=strides))
     if dim is None:
         return None
     dim %= len(base.operand.shape)
     offset = add(base.offset, multiply(base.operand.strides[dim], start))
     if offset is None:
         return None
-    shape = list(base.operand.shape)
-    shape[dim] = dim_of(value.meta["val"].shape[dim])
-    return Strided(base.index, replace(base.operand, shape=tuple(shape)), offset)
+    sizes = list(base.operand.shape)
+    sizes[dim] = dim_of(value.meta["val"].shape[dim])
+    return Strided(base.index, replace(base.operand, shape=tuple(sizes)), offset)
 
 
 def _source(node: fx.Node) -> tuple[Any, int, int | None]:
@@ -79,7 +80,7 @@ def _source(node: fx.Node) -> tuple[Any, int, int | None]:
     if node.target is operator.getitem and isinstance(args[0], fx.Node):
         split, part = args[0], args[1]
         rest: tuple[Any, ...] = split.args
-        dim = rest[2] if len(rest) > 2 else split.kwargs.get("dim", 0)
+        dim: Any = rest[2] if len(rest) > 2 else split.kwargs.get("dim", 0)
         if split.target is aten.split_with_sizes.default:
             return rest[0], sum(rest[1][:part]), dim
         if split.target is aten.split.Tensor:

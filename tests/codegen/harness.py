@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from aios_compile.codegen.source import KernelSource
 from aios_compile.ir.symbols import new_fake, new_fake_mode
 
 torch.set_num_threads(1)
-FOLDER = Path(tempfile.gettempdir()) / f"aios-test-objects-{__import__('os').getuid()}"
+FOLDER = Path(tempfile.gettempdir()) / f"aios-test-objects-{os.getuid()}"
 
 
 class Sizes(ctypes.Structure):
@@ -68,11 +70,13 @@ class Kernel:
         self.items = getattr(self.library, f"{source.symbol}_items")
         self.items.restype = ctypes.c_int64
 
-    def __call__(self, sizes: dict[str, int], *tensors: Tensor | np.ndarray, splits: int = 1) -> None:
+    def __call__(
+        self, sizes: dict[str, int], *tensors: Tensor | np.ndarray, splits: int = 1
+    ) -> None:
         n = Sizes(**sizes)
         addresses = [t.data_ptr() if isinstance(t, Tensor) else t.ctypes.data for t in tensors]
         p = (ctypes.c_void_p * len(addresses))(*addresses)
         items = self.items(ctypes.byref(n))
         cuts = [items * i // splits for i in range(splits + 1)]
-        for begin, end in zip(cuts, cuts[1:]):
+        for begin, end in itertools.pairwise(cuts):
             self.run(ctypes.byref(n), p, ctypes.c_int64(begin), ctypes.c_int64(end))

@@ -20,8 +20,9 @@ def caches(kv_heads, width, v_width, dtype, page):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("kv_heads", "width", "v_width", "page"), [(2, 32, 32, 16), (1, 7, 19, 32)])
-def test_kv_write(kv_heads, width, v_width, page, dtype):
+@pytest.mark.parametrize("shape", [(2, 32, 32, 16), (1, 7, 19, 32)])
+def test_kv_write(shape, dtype):
+    kv_heads, width, v_width, page = shape
     inputs = {
         "k": (("T", kv_heads, width), torch.float32),
         "v": (("T", kv_heads, v_width), torch.float32),
@@ -81,7 +82,7 @@ def test_fused_kernel_on_slices_of_the_merged_projection(norms, rotated, views):
         "k": (("T", kv_heads, width), torch.float32),
         "v": (("T", kv_heads, width), torch.float32),
     }
-    strides = {name: (row, width, 1) for name in shapes}
+    strides = dict.fromkeys(shapes, (row, width, 1))
     if views:
         shapes, strides = {"qkv": (("T", row), torch.float32)}, {}
     inputs = {

@@ -56,7 +56,7 @@ def gated_by_slices(x, w, scale):
     return aten.mul.Tensor(aten.mul.Tensor(aten.relu.default(gate), up), scale)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def made(function, rows, depth, dtype, target="avx512", out=None, row=None, extra=()):
     inputs = {"x": (("T", depth), torch.float32), "w": ((rows, depth), dtype)}
     inputs |= {name: (shape, torch.float32) for name, shape in extra}

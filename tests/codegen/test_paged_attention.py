@@ -14,7 +14,7 @@ from tests.codegen.harness import Kernel, make_body
 PAGE = 16
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def kernel(heads, kv_heads, width, v_width, dtype, target=None, sinks=False, page=PAGE, **options):
     def body(q, k_cache, v_cache, starts, lengths, tables, *rest):
         return torch.ops.aios.paged_attention.default(
@@ -40,9 +40,7 @@ def kernel(heads, kv_heads, width, v_width, dtype, target=None, sinks=False, pag
     }
     if sinks:
         inputs["sinks"] = ((heads,), torch.float32)
-    graph, operands = make_body(
-        with_sinks if sinks else plain, inputs, {"q": (row, width, 1)}
-    )
+    graph, operands = make_body(with_sinks if sinks else plain, inputs, {"q": (row, width, 1)})
     spec = paged_attention.spec_of(graph, operands)
     assert spec is not None
     return spec, Kernel(paged_attention.emit(spec), target and build.Target.named(target))

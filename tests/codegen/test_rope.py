@@ -39,5 +39,6 @@ def test_rope_is_the_reference_bit_by_bit(width, rotated, interleaved):
 
 
 def test_other_bodies_are_not_rope():
-    body, operands = make_body(lambda x: torch.ops.aten.neg.default(x), {"x": (("T", 4), torch.float32)})
+    negate = torch.ops.aten.neg.default
+    body, operands = make_body(lambda x: negate(x), {"x": (("T", 4), torch.float32)})
     assert rope.spec_of(body, operands) is None

@@ -1,8 +1,8 @@
 """The kernel shared by rope, kv_write and their fusion with the q and k norms: one head at a time.
 
 out[t, h] = rotate(norm(q[t, h])); k_cache[page, g, :, offset] = rotate(norm(k[t, g]));
-v_cache[page, g, offset, :] = v[t, g] with page, offset = slots[t] divided by the page size. Norm and
-rotation are each optional, and so is q or the pair k, v.
+v_cache[page, g, offset, :] = v[t, g] with page, offset = slots[t] divided by the page size. Norm
+and rotation are each optional, and so is q or the pair k, v.
 Layouts: q[T, H, D], k[T, G, D], v[T, G, Dv] float32, elements of a head dense, any token and head
 stride (slices of the merged projection); cos, sin [T, R] float32, R <= D; norm weights [D] of any
 float dtype; slots i64[T]; k_cache[N, G, D, page], v_cache[N, G, page, Dv] in float32, bf16 or f16.
@@ -68,7 +68,7 @@ class HeadRowsSpec:
 
 
 def three_dimensional(view: Strided | None) -> Strided | None:
-    """Return a view of [T, H, D] float32 with dense heads, leading ones dropped; None if it is not."""
+    """Return a view of float32 [T, H, D] with dense heads, else None; leading ones are dropped."""
     view = without_leading_ones(view, 3)
     if view is None or view.operand.dtype != "f32":
         return None

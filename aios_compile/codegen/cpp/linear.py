@@ -1,10 +1,10 @@
 """y[t, n] = f(sum_k x[t, k] * w[n, k], ...): a linear layer with any pointwise tail.
 
-Layouts: x[T, K] float32 (any row stride), w packed as rows16 ([ceil(N / 16)][K][16], float32, bf16 or
-f16, see codegen/packing.py); the tail's operands (bias, residual, ...) and outputs [T, N] as they are.
-A gated tail reads the halves of w[2F, K] (gate rows, then up rows) and writes [T, F]: both halves'
-blocks are computed together. Sums are float32, one chain of fused multiply-adds over k ascending an
-element: the same bits for every T, tile and split.
+Layouts: x[T, K] float32 (any row stride), w packed as rows16 ([ceil(N / 16)][K][16], float32, bf16
+or f16, see codegen/packing.py); the tail's operands (bias, residual, ...) and outputs [T, N] as
+they are. A gated tail reads the halves of w[2F, K] (gate rows, then up rows) and writes [T, F]:
+both halves' blocks are computed together. Sums are float32, one chain of fused multiply-adds over k
+ascending an element: the same bits for every T, tile and split.
 Bytes: w once for up to 12 tokens (6 on AVX2), and once for each chunk of tokens whose packed copy
 fits in L2 beyond that; x and the tail's operands once a chunk. Items: (chunk, 32 columns).
 Measured (benchmarks/kernels.py, 2 cores of Zen 4, bf16, Qwen3-0.6B shapes): see its docstring.

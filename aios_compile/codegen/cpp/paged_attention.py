@@ -49,7 +49,7 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> PagedAttention
     if not isinstance(node, fx.Node) or node.target is not torch.ops.aios.paged_attention.default:
         return None
     names = (*ARGUMENTS, "scale", "window", "softcap", "chunk", "sinks")
-    bound = dict(zip(names, node.args)) | dict(node.kwargs)
+    bound: dict[str, Any] = dict(zip(names, node.args)) | dict(node.kwargs)
     inputs = [resolve(bound[name], operands) for name in ARGUMENTS]
     sinks = resolve(bound.get("sinks"), operands)
     out = operands[-1]
@@ -127,6 +127,4 @@ def emit(spec: PagedAttentionSpec) -> KernelSource:
         definitions.append(
             "AIOS_INLINE float* sink_at(const Sizes*, void* const*, int64_t) { return nullptr; }"
         )
-    return kernel(
-        "paged_attention", spec, definitions, spec.num_operands, lines=spec.lines
-    )
+    return kernel("paged_attention", spec, definitions, spec.num_operands, lines=spec.lines)

@@ -1,4 +1,4 @@
-"""q_out = rope(norm(q)); caches[slots] = rope(norm(k)), v: one kernel between the projection and attention.
+"""q_out = rope(norm(q)); caches[slots] = rope(norm(k)), v: all between projection and attention.
 
 Norms and rotation are optional each (Llama has no norms, a module with learned positions no
 rotation). q, k and v are slices of the merged projection; the caches are updated in place. Saves
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -44,9 +44,7 @@ def rotation_of(node: fx.Node, operands: Sequence[Operand]) -> Rotation | None:
     return Rotation(views[0], views[1], bool(interleaved))
 
 
-def head_of(
-    value: Any, operands: Sequence[Operand]
-) -> tuple[Head, Rotation | None] | None:
+def head_of(value: Any, operands: Sequence[Operand]) -> tuple[Head, Rotation | None] | None:
     """Read [rope]([rms_norm](view of an input)) backwards; None when it is anything else."""
     rotation, eps, weight, rotated = None, None, None, False
     node = computed(value)
@@ -68,7 +66,7 @@ def head_of(
 
 
 def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> HeadRowsSpec | None:
-    """Return the spec of a body whose outputs are the caches and at most one rotated q, else None."""
+    """Return the spec of a body whose outputs are the caches and at most one q, else None."""
     (result,) = body.graph.output_node().args
     values = list(result) if isinstance(result, (tuple, list)) else [result]
     inputs = len(operands) - len(values)
@@ -79,7 +77,7 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> HeadRowsSpec |
         if node is not None and node.target is operator.getitem:
             write = node.args[0]
             if isinstance(write, fx.Node) and write.target is torch.ops.aios.kv_write.default:
-                parts[int(node.args[1])] = i  # type: ignore[call-overload]
+                parts[cast(int, node.args[1])] = i
                 writes.add(write)
     others = [i for i in range(len(nodes)) if i not in parts.values()]
     if len(writes) != 1 or sorted(parts) != [0, 1] or len(others) > 1:

@@ -31,9 +31,7 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> HeadRowsSpec |
     head = head_rows.Head(source, rotated=True)
     out = (len(operands) - 1, operands[-1])
     count = len(operands)
-    spec = HeadRowsSpec(
-        "rope", head, out, None, None, rotation, count, count - 1, body_lines(body)
-    )
+    spec = HeadRowsSpec("rope", head, out, None, None, rotation, count, count - 1, body_lines(body))
     return spec if head_rows.fits(spec) else None
 
 

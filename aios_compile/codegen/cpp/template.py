@@ -2,7 +2,8 @@
 
 Templates are C++ files in templates/; what varies is defined before them as constants and small
 functions, so a kernel's text reads top to bottom without holes. Everything stands in an anonymous
-namespace: kernels are linked into one library, and equal names with unequal constants must not merge.
+namespace: kernels are linked into one library, and equal names with unequal constants must not
+merge.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def symbol_of(name: str, spec: object) -> str:
 
 
 def offset_text(strides: Sequence[Dim], indices: Sequence[str], constant: Dim = 0) -> str:
-    """Return the C text of constant + sum of index * stride, in elements; zero terms are dropped."""
+    """Return the C text of constant + sum of index * stride, in elements, without zero terms."""
     terms = [] if constant == 0 else [dim_text(constant)]
     for stride, index in zip(strides, indices):
         if stride == 1:
@@ -85,16 +86,16 @@ def kernel(
     lines: tuple[str, ...] = (),
 ) -> KernelSource:
     """Return the kernel whose template defines `<name>_items(n)` and `<name>(n, p, begin, end)`."""
-    symbol = symbol_of(name, spec)
-    body = (Path(__file__).parent / "templates" / f"{template or name}.h").read_text()
+    symbol, function = symbol_of(name, spec), template or name
+    body = (Path(__file__).parent / "templates" / f"{function}.h").read_text()
     sources = "".join(f"//   {line}\n" for line in lines)
     text = (
         f"// {symbol}\n{'// computes' + chr(10) + sources if lines else ''}"
         '#include "prelude.h"\n\nnamespace {\n\n'
         + "\n".join(definitions)
         + f"\n\n{body}\n}}  // namespace\n\n"
-        f'extern "C" int64_t {symbol}_items(const Sizes* n) {{ return {template or name}_items(n); }}\n'
+        f'extern "C" int64_t {symbol}_items(const Sizes* n) {{ return {function}_items(n); }}\n'
         f'extern "C" void {symbol}(const Sizes* n, void* const* p, int64_t begin, int64_t end) {{\n'
-        f"  {template or name}(n, p, begin, end);\n}}\n"
+        f"  {function}(n, p, begin, end);\n}}\n"
     )
     return KernelSource(name, symbol, "cpp", text, num_operands, inplace, lines)

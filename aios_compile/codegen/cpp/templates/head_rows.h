@@ -17,8 +17,9 @@ AIOS_INLINE void norm(const float* x, const Weight* weight, float eps, float* ou
   for (i = 0; i < D; ++i) out[i] = weight ? x[i] * factor * load1(weight + i) : x[i] * factor;
 }
 
-// out = x * cos + rotate(x) * sin on the first ROTATED elements; the others pass. The turned copy is not
-// a detour: of the direct form GCC 12 makes fused multiply-add-subtracts even under -ffp-contract=off.
+// out = x * cos + rotate(x) * sin on the first ROTATED elements; the others pass. The turned copy
+// is not a detour: of the direct form GCC 12 makes fused multiply-add-subtracts even under
+// -ffp-contract=off.
 AIOS_INLINE void rotate(const float* x, const float* cosine, const float* sine, float* out) {
   constexpr int64_t HALF = ROTATED / 2;
   float turned[ROTATED + 1];
@@ -37,8 +38,9 @@ AIOS_INLINE void rotate(const float* x, const float* cosine, const float* sine, 
 
 // The head after norm and rotation; either `x` itself or in one of the two buffers.
 template <class Weight>
-AIOS_INLINE const float* prepare(const Sizes* n, void* const* p, int64_t t, const float* x, bool has_norm,
-                                 const Weight* weight, float eps, bool has_rotation, float (&buffer)[2][D]) {
+AIOS_INLINE const float* prepare(const Sizes* n, void* const* p, int64_t t, const float* x,
+                                 bool has_norm, const Weight* weight, float eps,
+                                 bool has_rotation, float (&buffer)[2][D]) {
   if (has_norm) {
     norm(x, weight, eps, buffer[0]);
     x = buffer[0];
@@ -53,12 +55,15 @@ AIOS_INLINE void head_rows(const Sizes* n, void* const* p, int64_t begin, int64_
   for (int64_t item = begin; item < end; ++item) {
     const int64_t t = item / ITEM_HEADS, head = item % ITEM_HEADS;
     if (head < Q_HEADS) {
-      const float* x = prepare(n, p, t, q_at(n, p, t, head), Q_NORM, q_weight(n, p), Q_EPS, Q_ROTATION, buffer);
+      const float* x = prepare(n, p, t, q_at(n, p, t, head), Q_NORM, q_weight(n, p), Q_EPS,
+                               Q_ROTATION, buffer);
       memcpy(out_at(n, p, t, head), x, D * sizeof(float));
       continue;
     }
-    const int64_t h = head - Q_HEADS, slot = *slot_at(n, p, t), page = slot / PAGE, offset = slot % PAGE;
-    const float* x = prepare(n, p, t, k_at(n, p, t, h), K_NORM, k_weight(n, p), K_EPS, K_ROTATION, buffer);
+    const int64_t h = head - Q_HEADS, slot = *slot_at(n, p, t);
+    const int64_t page = slot / PAGE, offset = slot % PAGE;
+    const float* x = prepare(n, p, t, k_at(n, p, t, h), K_NORM, k_weight(n, p), K_EPS, K_ROTATION,
+                             buffer);
     KeyValue* keys = key_page(n, p, page, h) + offset;  // transposed: an element a row of the page
     for (int64_t d = 0; d < D; ++d) store1(keys + d * PAGE, x[d]);
     const float* values = value_at(n, p, t, h);

@@ -1,10 +1,10 @@
-// Linear: sum over k ascending of x[t, k] * w[n, k], one chain of fused multiply-adds an element, so
-// that every tile, batch and split of the items gives the same bits.
+// Linear: sum over k ascending of x[t, k] * w[n, k], one chain of fused multiply-adds an element,
+// so that every tile, batch and split of the items gives the same bits.
 //
 // The text before this one defines Weight (float, bf16 or f16), K, COLUMNS (output columns),
 // STREAMS (1, or 2 when row n of the second half of the matrix belongs to row n of the first),
-// num_tokens(n), x_row(n, p, t), weight(n, p) and epilogue(n, p, i0, begin, end, sum0, sum1), which writes
-// columns [begin, end) of token i0 from the sums of the two streams.
+// num_tokens(n), x_row(n, p, t), weight(n, p) and epilogue(n, p, i0, begin, end, sum0, sum1), which
+// writes columns [begin, end) of token i0 from the sums of the two streams.
 
 constexpr int BLOCK = 16;                            // rows of a packed block
 constexpr int VECTORS = BLOCK / VL;                  // vectors of a packed block
@@ -37,12 +37,14 @@ AIOS_INLINE int width_of(int64_t tokens) {
 }
 
 template <int BLOCKS, int WIDTH>
-AIOS_INLINE void step(const Weight* w, const float* x, int64_t k, vf (&acc)[WIDTH][BLOCKS * VECTORS]) {
+AIOS_INLINE void step(const Weight* w, const float* x, int64_t k,
+                      vf (&acc)[WIDTH][BLOCKS * VECTORS]) {
   vf rows[BLOCKS * VECTORS];
 #pragma GCC unroll 8
   for (int b = 0; b < BLOCKS; ++b)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) rows[b * VECTORS + v] = load(w + (b * K + k) * BLOCK + v * VL);
+    for (int v = 0; v < VECTORS; ++v)
+        rows[b * VECTORS + v] = load(w + (b * K + k) * BLOCK + v * VL);
 #pragma GCC unroll 16
   for (int t = 0; t < WIDTH; ++t) {
     const vf value = splat(x[k * WIDTH + t]);
@@ -93,8 +95,8 @@ AIOS_INLINE void panel(const Sizes* n, void* const* p, int64_t block, int64_t fi
 
 // Blocks [block, stop) for one tile of tokens: as many blocks at a time as the registers hold.
 template <int WIDTH>
-AIOS_NOINLINE void panels(const Sizes* n, void* const* p, int64_t block, int64_t stop, int64_t first,
-                          int64_t count, const float* x) {
+AIOS_NOINLINE void panels(const Sizes* n, void* const* p, int64_t block, int64_t stop,
+                          int64_t first, int64_t count, const float* x) {
   while (block < stop) {
     if constexpr (4 * VECTORS * WIDTH <= REGISTERS)
       if (stop - block >= 4) {
@@ -113,8 +115,8 @@ AIOS_NOINLINE void panels(const Sizes* n, void* const* p, int64_t block, int64_t
   }
 }
 
-AIOS_INLINE void panels_of_width(int width, const Sizes* n, void* const* p, int64_t block, int64_t stop,
-                                 int64_t first, int64_t count, const float* x) {
+AIOS_INLINE void panels_of_width(int width, const Sizes* n, void* const* p, int64_t block,
+                                 int64_t stop, int64_t first, int64_t count, const float* x) {
   if (width == 1) return panels<1>(n, p, block, stop, first, count, x);
   if constexpr (TILE > 2)
     if (width == 2) return panels<2>(n, p, block, stop, first, count, x);
@@ -147,7 +149,7 @@ AIOS_INLINE void linear(const Sizes* n, void* const* p, int64_t begin, int64_t e
     if (chunks.tokens > 1)
       for (int64_t i = tile0; i < tile1; ++i)
         pack(n, p, i * TILE, chunks.tokens_of(i), packed + (i - tile0) * TILE * K);
-    // A single tile passes over all its blocks; several share each item's blocks while those are in L2.
+    // A single tile passes over all its blocks; several share an item's blocks while in L2.
     const int64_t group = tile1 - tile0 == 1 ? stop - block : ITEM;
     for (int64_t b = block; b < stop; b += group)
       for (int64_t i = tile0; i < tile1; ++i) {

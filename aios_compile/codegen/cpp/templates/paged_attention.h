@@ -13,7 +13,8 @@ constexpr int AHEAD = 4;                                // pages whose scores ar
 constexpr int REGISTERS = VL == 8 ? 8 : 16;             // accumulators, leaving room for operands
 constexpr int DV_VECTORS = (DV + VL - 1) / VL;
 constexpr int WIDE = DV_VECTORS * VL;                   // row length of `out` in scratch
-constexpr float LOWEST = -3.0e38f;                      // finite: exp(LOWEST - LOWEST) is 1, not NaN
+// finite: exp(LOWEST - LOWEST) is 1, not NaN
+constexpr float LOWEST = -3.0e38f;
 
 struct Tile {
   int rows;
@@ -49,7 +50,8 @@ AIOS_INLINE void dot(Tile& tile, int row, int page, const KeyValue* const* keys)
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int i = 0; i < P * PAGE_VECTORS; ++i) store(&tile.scores[row + r][page * PAGE + i * VL], acc[r][i]);
+    for (int i = 0; i < P * PAGE_VECTORS; ++i)
+      store(&tile.scores[row + r][page * PAGE + i * VL], acc[r][i]);
 }
 
 template <int R>
@@ -109,12 +111,14 @@ AIOS_NOINLINE void softmax_step(Tile& tile, int64_t first_key, int page) {
 
 // out[row .. row + R)[V vectors] = out * rescale + probabilities . values, over the keys ascending.
 template <int R, int V, bool FULL>
-AIOS_INLINE void add_values(Tile& tile, int row, int64_t column, int page, int64_t keys, const KeyValue* values) {
+AIOS_INLINE void add_values(Tile& tile, int row, int64_t column, int page, int64_t keys,
+                            const KeyValue* values) {
   vf acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) acc[r][v] = load(&tile.out[row + r][column + v * VL]) * tile.rescale[row + r];
+    for (int v = 0; v < V; ++v)
+      acc[r][v] = load(&tile.out[row + r][column + v * VL]) * tile.rescale[row + r];
   for (int64_t j = 0; j < keys; ++j) {
     vf value[V];
 #pragma GCC unroll 16
@@ -140,8 +144,10 @@ template <int R>
 AIOS_NOINLINE void add_rows(Tile& tile, int row, int page, int64_t keys, const KeyValue* values) {
   constexpr int V = REGISTERS / R >= 8 ? 8 : 4;
   int64_t column = 0;
-  for (; column + V * VL <= DV; column += V * VL) add_values<R, V, true>(tile, row, column, page, keys, values);
-  for (; column + VL <= DV; column += VL) add_values<R, 1, true>(tile, row, column, page, keys, values);
+  for (; column + V * VL <= DV; column += V * VL)
+    add_values<R, V, true>(tile, row, column, page, keys, values);
+  for (; column + VL <= DV; column += VL)
+    add_values<R, 1, true>(tile, row, column, page, keys, values);
   if (column < DV) add_values<R, 1, false>(tile, row, column, page, keys, values);
 }
 
@@ -154,7 +160,8 @@ AIOS_INLINE void add_page(Tile& tile, int page, int64_t keys, const KeyValue* va
 }
 
 // Queries of `tokens` tokens from `first` on (all of sequence s) and the key/value head `head`.
-AIOS_INLINE void start(Tile& tile, const Sizes* n, void* const* p, int64_t s, int64_t first, int64_t tokens, int64_t head) {
+AIOS_INLINE void start(Tile& tile, const Sizes* n, void* const* p, int64_t s, int64_t first,
+                       int64_t tokens, int64_t head) {
   tile.rows = (int)tokens * GROUP;
   tile.context = *length_of(n, p, s);
   for (int r = 0; r < tile.rows; ++r) {
@@ -200,7 +207,8 @@ AIOS_INLINE void attend(Tile& tile, const Sizes* n, void* const* p, int64_t s, i
     for (int i = 0; i < pages; ++i) {
       const int64_t first_key = (page + i) * PAGE;
       softmax_step(tile, first_key, i);
-      add_page(tile, i, min((int64_t)PAGE, tile.context - first_key), v_at(n, p, table[page + i], head));
+      const int64_t used = min((int64_t)PAGE, tile.context - first_key);
+      add_page(tile, i, used, v_at(n, p, table[page + i], head));
     }
   }
 }
@@ -230,7 +238,8 @@ AIOS_INLINE void paged_attention(const Sizes* n, void* const* p, int64_t begin, 
       attend(tile, n, p, s, head);
       finish(tile, n, p, t, head);
     } else {
-      for (int64_t h = 0; h < GROUP; ++h) memset(out_at(n, p, t, head * GROUP + h), 0, DV * sizeof(float));
+      for (int64_t h = 0; h < GROUP; ++h)
+        memset(out_at(n, p, t, head * GROUP + h), 0, DV * sizeof(float));
     }
     begin += tokens;
   }

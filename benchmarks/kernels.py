@@ -1,0 +1,179 @@
+"""Linear, attention and sampling kernels beside this machine's read bandwidth and FMA peak.
+
+    python benchmarks/kernels.py [--threads 2] [--tokens 1,2,4,8,256]
+
+Shapes of Qwen3-0.6B, bf16 weights, random data. Weights are streamed from a set of matrices of
+512 MiB, far larger than the caches. Reading them, FMAs in registers and the kernel take turns; times
+are medians of processor time of the slowest thread, so that other work disturbs little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from aios_compile.codegen.cpp import build, linear
+from aios_compile.codegen.operand import Operand, SizeExpr
+from aios_compile.codegen.packing import pack_rows16
+from aios_compile.codegen.source import KernelSource
+from aios_compile.ir import ops
+from aios_compile.ir.symbols import new_fake, new_fake_mode
+
+SHAPES = {"qkv": (1024, 4096), "o": (2048, 1024), "gate_up": (1024, 6144), "down": (3072, 1024)}
+SHAPES["head"] = (1024, 151936)
+BYTES = 512 << 20
+KEPT: list[np.ndarray] = []  # memory that probes write
+PROBE = """
+#include "prelude.h"
+extern "C" int64_t probe_items(const Sizes* n) { return n->T; }
+extern "C" void probe_read(const Sizes* n, void* const* p, int64_t begin, int64_t end) {
+  const vi* data = (const vi*)p[0];  // item: 4 KiB
+  constexpr int64_t STEP = 4096 / sizeof(vi);
+  vi a = {}, b = {}, c = {}, d = {};
+  for (int64_t i = begin * STEP; i < end * STEP; i += 4)
+    a ^= data[i], b ^= data[i + 1], c ^= data[i + 2], d ^= data[i + 3];
+  a ^= b ^ c ^ d;
+  if (begin < end) ((volatile int32_t*)p[1])[begin] = a[0];
+}
+extern "C" void probe_fma(const Sizes* n, void* const* p, int64_t begin, int64_t end) {
+  vf a[10], b = splat(1.0f - 1e-6f), c = splat(1e-6f);  // item: 10 FMAs
+  for (int i = 0; i < 10; ++i) a[i] = splat((float)i);
+  for (int64_t i = begin; i < end; ++i)
+#pragma GCC unroll 10
+    for (int j = 0; j < 10; ++j) a[j] = fma(a[j], b, c);
+  for (int i = 1; i < 10; ++i) a[0] += a[i];
+  if (begin < end) store((float*)p[0] + (begin ? VL : 0), a[0]);
+}
+"""
+
+
+class Sizes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in "TSRP"]
+
+
+def library(sources: list[KernelSource]) -> ctypes.CDLL:
+    folder = Path(tempfile.mkdtemp(prefix="aios-bench-"))
+    target = build.Target.host()
+    objects = build.build_objects([*sources, ("probe", PROBE)], folder, target)
+    return build.load(build.link(objects, folder / "kernels.so", target))
+
+
+def cpu_seconds(threads: int, work: Callable[[int], None]) -> float:
+    """Run work(0) .. work(threads - 1) side by side; return the processor time of the slowest."""
+    spent = [0.0] * threads
+
+    def timed(i: int) -> None:
+        start = time.thread_time()
+        work(i)
+        spent[i] = time.thread_time() - start
+
+    workers = [threading.Thread(target=timed, args=(i,)) for i in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return max(spent)
+
+
+def interleaved(threads: int, *works: Callable[[int], None]) -> list[float]:
+    """Return the median seconds of each work over rounds in which all take turns."""
+    rounds = [[cpu_seconds(threads, work) for work in works] for _ in range(7)]
+    return [statistics.median(times) for times in zip(*rounds)]
+
+
+def calls(
+    function: Callable[..., None], items: int, threads: int, operands: list[list[int]], tokens: int
+) -> Callable[[int], None]:
+    """Return what one thread does: its share of the items, for each list of addresses."""
+    n = Sizes(tokens, 1, 1, 1)
+    tables = [(ctypes.c_void_p * len(p))(*p) for p in operands]
+
+    def work(i: int) -> None:
+        begin, end = items * i // threads, items * (i + 1) // threads
+        for p in tables:
+            function(ctypes.byref(n), p, ctypes.c_int64(begin), ctypes.c_int64(end))
+
+    return work
+
+
+def probes(
+    lib: ctypes.CDLL, data: np.ndarray, threads: int
+) -> tuple[Callable[[int], None], Callable[[int], None], float]:
+    """Return (reading all of `data`, FMAs in registers, the number of their operations)."""
+    out = np.zeros(1 << 20, np.float32)
+    pages = data.nbytes // 4096
+    read = calls(lib.probe_read, pages, threads, [[data.ctypes.data, out.ctypes.data]], 0)
+    rounds, lanes = 2_000_000, build.Target.host().vector_bytes // 4
+    fma = calls(lib.probe_fma, rounds, threads, [[out.ctypes.data]], 0)
+    KEPT.append(out)
+    return read, fma, rounds * 10 * lanes * 2
+
+
+def linear_source(depth: int, columns: int) -> KernelSource:
+    mode = new_fake_mode()
+    graph = torch.fx.Graph()
+    x, w = graph.placeholder("x"), graph.placeholder("w")
+    y = graph.call_function(torch.ops.aios.linear.default, (x, w))
+    graph.output(y)
+    x.meta["val"] = new_fake(mode, ("T", depth), torch.float32)
+    w.meta["val"] = new_fake(mode, (columns, depth), torch.bfloat16)
+    y.meta["val"] = new_fake(mode, ("T", columns), torch.float32)
+    operands = [Operand.of_value(n.name, n.meta["val"]) for n in (x, w, y)]
+    operands[1] = Operand.of_value("w", w.meta["val"], "rows16")
+    spec = linear.spec_of(torch.fx.GraphModule(torch.nn.Module(), graph), operands)
+    assert spec is not None and isinstance(operands[0].shape[0], SizeExpr)
+    return linear.emit(spec)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", default="1,2,4,8,256")
+    arguments = parser.parse_args()
+    threads = arguments.threads
+    assert ops.TABLE
+    sources = {name: linear_source(*shape) for name, shape in SHAPES.items()}
+    lib = library(list(sources.values()))
+    rng = np.random.default_rng(0)
+    for name, (depth, columns) in SHAPES.items():
+        values = rng.standard_normal((columns, depth), dtype=np.float32)
+        bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+        values = (bits.astype(np.uint32) << 16).view(np.float32)
+        copies = max(1, BYTES // bits.nbytes)
+        weights = np.repeat(pack_rows16(bits)[None], copies, 0)
+        read, fma, operations = probes(lib, weights, threads)
+        print(f"{name} {depth} -> {columns}")
+        for tokens in map(int, arguments.tokens.split(",")):
+            used = copies if tokens <= 8 else max(1, copies * 2 // tokens)
+            x = rng.standard_normal((tokens, depth), dtype=np.float32)
+            y = np.zeros((tokens, columns), np.float32)
+            run = getattr(lib, sources[name].symbol)
+            count = getattr(lib, f"{sources[name].symbol}_items")
+            count.restype = ctypes.c_int64
+            items = count(ctypes.byref(Sizes(tokens, 1, 1, 1)))
+            lists = [[x.ctypes.data, w.ctypes.data, y.ctypes.data] for w in weights[:used]]
+            work = calls(run, items, threads, lists, tokens)
+            reading, computing, seconds = interleaved(threads, read, fma, work)
+            assert np.abs(y[:, :64] - x @ values[:64].T).max() < 1e-2
+            bandwidth, peak = weights.nbytes / reading, operations / computing
+            moved = bits.nbytes * used / seconds
+            flops = 2 * bits.size * tokens * used / seconds
+            print(
+                f"  T={tokens:4d} {moved / 1e9:6.1f} of {bandwidth / 1e9:5.1f} GB/s "
+                f"({moved / bandwidth:4.0%})  {flops / 1e9:6.1f} of {peak / 1e9:5.1f} GFLOP/s "
+                f"({flops / peak:4.0%})",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
