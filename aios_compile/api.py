@@ -5,13 +5,11 @@ open the source -> look in the cache -> (capture -> passes -> code -> build -> p
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from aios_compile.codegen.artefact import ArtefactWriter
+from aios_compile.codegen.artefact import ArtefactWriter, verify_weights
 from aios_compile.codegen.cache import ArtefactCache, default_root
 from aios_compile.codegen.cache_key import CacheKey, compute_key, hash_files
 from aios_compile.codegen.manifest import write_manifest
@@ -76,27 +74,30 @@ def _cached_artefact(
     with progress.stage("cache"):
         memo = cache.memo()
         key: CacheKey = compute_key(source.name, hash_files(source.files, memo), options, memo)
-    path, miss = cache.obtain(key, build, lambda: progress.note("another process compiles it"))
-    progress.note("cache hit" if miss is None else f"cache miss: {miss.reason}")
+    path, miss = cache.obtain(
+        key,
+        build,
+        on_wait=lambda: progress.note("another process compiles this model: waiting"),
+        on_miss=lambda found: progress.note(f"cache miss: {found.reason}"),
+    )
+    if miss is None:
+        progress.note("cache hit")
+    try:
+        verify_weights(path, options.threads())
+    except CacheError as error:  # found on the second look only: the lookup hashes all but these
+        progress.note(f"{error.message}: compiling again")
+        cache.discard(key)
+        path, _ = cache.obtain(key, build)
     return path, cache.close
 
 
 def _private_artefact(
     cache: ArtefactCache, build: Callable[[Path], None]
 ) -> tuple[Path, Callable[[], None]]:
-    folder = Path(tempfile.mkdtemp(prefix="module-", dir=cache.root))
-    try:
-        build(folder)
-        write_manifest(folder, "module", {"source": "nn.Module"})
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-    def release() -> None:
-        cache.close()
-        shutil.rmtree(folder, ignore_errors=True)
-
-    return folder, release
+    folder = cache.scratch()  # goes with the cache object; a later process collects a dead one's
+    build(folder)
+    write_manifest(folder, "module", {"source": "nn.Module"})
+    return folder, cache.close
 
 
 def _start(
@@ -104,9 +105,6 @@ def _start(
 ) -> CompiledModel:
     try:
         model = CompiledModel(path, options, progress)
-    except CacheError as error:
-        release()
-        raise CacheError(error.message, advice="aios cache rm, then load again") from error
     except BaseException:
         release()
         raise

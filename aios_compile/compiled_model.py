@@ -43,7 +43,6 @@ class CompiledModel:
         with progress.stage("load"):
             self._artefact = Artefact.open(path)
             self.program = Program.from_json(self._artefact.program)
-            self._artefact.verify_weights(options.threads())
             library = build.load(self._artefact.library)
             weights = {w.name: self._artefact.tensor(w.name) for w in self.program.weights}
             self.limits = make_limits(self.program, options)

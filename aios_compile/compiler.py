@@ -17,7 +17,8 @@ from aios_compile.capture.capture import capture
 from aios_compile.capture.compare import compare_with_eager
 from aios_compile.codegen import artefact
 from aios_compile.codegen.artefact import ArtefactWriter
-from aios_compile.codegen.cpp import EMITTERS, build
+from aios_compile.codegen.cpp import build
+from aios_compile.codegen.cpp.emitters import EMITTERS
 from aios_compile.codegen.cpp.step import emit_step
 from aios_compile.codegen.emit_kernels import emit_kernels
 from aios_compile.codegen.lower import lower

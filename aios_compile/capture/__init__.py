@@ -1,1 +1,1 @@
-"""."""
+"""Capture a module as level 1, with regions, provenance and bound weights."""

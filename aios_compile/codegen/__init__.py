@@ -1,1 +1,1 @@
-"""."""
+"""Specs and emitters, the program, the build, and the artefact cache."""

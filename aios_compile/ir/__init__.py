@@ -1,1 +1,1 @@
-"""."""
+"""Levels, regions, provenance, the op table, the verifier and the printer."""

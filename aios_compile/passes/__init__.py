@@ -1,1 +1,1 @@
-"""."""
+"""The pipeline, its runner, and one pass a file."""

@@ -1,1 +1,1 @@
-"""."""
+"""Reports, dumps, certificates, ablations."""

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aios_compile.codegen.cpp import EMITTERS, build
+from aios_compile.codegen.cpp import build
+from aios_compile.codegen.cpp.emitters import EMITTERS
 from aios_compile.codegen.cpp.step import emit_step
 from aios_compile.codegen.emit_kernels import emit_kernels
 from aios_compile.codegen.lower import lower

@@ -1,0 +1,31 @@
+"""The C++ target: one emitter a file, tried in this order (templates first, general ones last)."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from aios_compile.codegen.cpp import (
+    embedding,
+    kv_write,
+    linear,
+    matmul,
+    paged_attention,
+    pointwise,
+    qk_norm_rope_kv_write,
+    rope,
+    row_reduction,
+    sample,
+)
+
+EMITTERS: tuple[ModuleType, ...] = (
+    embedding,
+    linear,
+    paged_attention,
+    qk_norm_rope_kv_write,
+    kv_write,
+    rope,
+    row_reduction,
+    sample,
+    matmul,
+    pointwise,
+)
