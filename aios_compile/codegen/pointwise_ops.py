@@ -45,6 +45,11 @@ BINARY = {
     "bitwise_xor": "xor",
     "bitwise_left_shift": "shift_left",
     "bitwise_right_shift": "shift_right",
+    "__and__": "and",
+    "__or__": "or",
+    "__xor__": "xor",
+    "__lshift__": "shift_left",
+    "__rshift__": "shift_right",
 }
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 IDENTITY = ("clone", "alias", "detach", "contiguous", "lift_fresh_copy", "_to_copy")

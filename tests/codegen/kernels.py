@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ def call(
     items = items_of(ctypes.byref(n))
     pointers = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
     borders = [items * k // split for k in range(split + 1)]
-    for begin, end in reversed(list(zip(borders, borders[1:]))):
+    for begin, end in reversed(list(itertools.pairwise(borders))):
         getattr(lib, source.symbol)(
             ctypes.byref(n), pointers, ctypes.c_int64(begin), ctypes.c_int64(end)
         )

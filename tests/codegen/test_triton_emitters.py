@@ -19,7 +19,7 @@ from tests.codegen.kernels import example, operands_of, trace
 
 pytest.importorskip("triton")
 
-from aios_compile.codegen.triton import pointwise, row_reduction  # noqa: E402
+from aios_compile.codegen.triton import pointwise, row_reduction
 
 f32, f16, i64 = torch.float32, torch.float16, torch.int64
 Inputs = Sequence[tuple[Sequence[Any], torch.dtype]]

@@ -3,8 +3,8 @@
 The generic fallback, for matrix products that no pass turned into a linear or an attention. Layout:
 any strides, so transposed and expanded operands cost no copy; f32, bf16 and f16, accumulated in
 float32. Bytes moved: right once for each row of left. Items: rows (b, m) in pieces of 256 columns.
-Order of the sum: where right is dense along n, one chain over k = 0, 1, ...; else lane l adds
-k = l, l + VL, ... and the lanes are added as a tree. Neither depends on the sizes or on the threads.
+Order of the sum: where right is dense along n, one chain over k = 0, 1, ...; else lane l adds k =
+l, l + VL, ... and the lanes are added as a tree. Neither depends on the sizes or on the threads.
 """
 
 from __future__ import annotations

@@ -235,13 +235,14 @@ def _write_variant(spec: PointwiseSpec, variant: Variant, rank: int) -> list[str
         printer = Printer(Cpp(True, tuple(f"i{d}" for d in range(rank))))
     else:
         loads, printer = nest.scalar_loads(values), nest.scalar()
-    body, results = printer.statements(values, loads)
+    body, texts = printer.statements(values, loads)
+    results = [_spread(value, text, vector) for value, text in zip(values, texts)]
     if len(results) > 1:  # all is read before anything is written: outputs may share inputs' memory
-        for k, (value, result) in enumerate(zip(values, results)):
-            body.append(nest.declare(value.dtype, f"r{k}", _spread(value, result, vector), vector))
+        for k, value in enumerate(values):
+            body.append(nest.declare(value.dtype, f"r{k}", results[k], vector))
             results[k] = f"r{k}"
-    for (operand, address), value, result in zip(stores, values, results):
-        body.append(nest.store(operand, address, _spread(value, result, vector), vector))
+    for (operand, address), result in zip(stores, results):
+        body.append(nest.store(operand, address, result, vector))
     i = f"i{rank - 1}"
     if vector:
         loop = [f"for_lanes({begin}, {end}, [&](int64_t {i}, auto count) {{"]

@@ -1,10 +1,11 @@
 """Reductions over one dimension with everything around them: norms, softmax, means, argmax.
 
 out[row, i] = f(inputs at (row, i), reductions of the row). Layout: any strides; the reduced
-dimension is innermost in the loop nest wherever it is in memory. Bytes moved: each operand
-once, again from the cache for every further pass (a softmax reads its row three times). Items: one
-row each. Order of a sum: lane k adds elements k, k + VL, ..., then the lanes are added as a tree;
-it depends on the width of a register and on nothing else. Passes: one loop for all reductions of known inputs.
+dimension is innermost in the loop nest wherever it is in memory. Bytes moved: each operand once,
+again from the cache for every further pass (a softmax reads its row three times). Items: one row
+each. Order of a sum: lane k adds elements k, k + VL, ..., then the lanes are added as a tree; it
+depends on the width of a register and on nothing else. Passes: one loop for all reductions of known
+inputs.
 """
 
 from __future__ import annotations

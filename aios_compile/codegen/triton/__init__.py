@@ -1,1 +1,1 @@
-"""The Triton target, in its first form: pointwise and row reductions from the C++ target's specs."""
+"""The Triton target, in its first form: pointwise and row reductions from the C++ specs."""

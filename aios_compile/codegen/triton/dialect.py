@@ -31,7 +31,7 @@ FORMULAS = {
     "log1p": "tl.log(1.0 + {0})",
     "tanh": "tanh({0})",
     "gelu": "(0.5 * {0} * (1.0 + tl.erf({0} * 0.7071067811865476)))",
-    "gelu_tanh": "(0.5 * {0} * (1.0 + tanh(0.7978845608028654 * ({0} + 0.044715 * {0} * {0} * {0}))))",
+    "gelu_tanh": "(0.5 * {0} * (1.0 + tanh({0} * (0.79788456 + 0.035677408 * {0} * {0}))))",
     "trunc": "tl.where({0} < 0, tl.ceil({0}), tl.floor({0}))",
 }
 TYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "f64": "float64", "bool": "int1"}
@@ -112,7 +112,7 @@ class Triton:
 
 @dataclass
 class Texts:
-    """The texts of loads and addresses of one kernel. `names[i]`: text of a leaf that is reduced."""
+    """The texts of loads and addresses of a kernel. `names[i]`: text of a leaf that is reduced."""
 
     operands: Sequence[Operand]
     leaves: Sequence[Leaf]
