@@ -37,9 +37,15 @@ def module_path(node: fx.Node) -> str:
 
 
 def inherit(node: fx.Node, sources: Iterable[fx.Node]) -> None:
-    """Give a new node the provenance of the first source that has one; remember all lines."""
+    """Give a new node the provenance of the first source that has one; remember all lines.
+
+    Sources without any (a weight that is cast) count as read where they are first used.
+    """
+    given = list(sources)
+    if not any(source_lines(source) for source in given):
+        given += [user for source in given for user in source.users if source_lines(user)][:1]
     lines: list[str] = []
-    for source in sources:
+    for source in given:
         for key in KEYS:
             if source.meta.get(key) and not node.meta.get(key):
                 node.meta[key] = source.meta[key]
