@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from aios_compile.ir import ops
 from aios_compile.passes.context import PassContext
 
 aten = torch.ops.aten
@@ -23,6 +24,8 @@ RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 SPLITS = (aten.split_with_sizes.default, aten.split.Tensor)
 
 Size = int | str
+
+assert ops.TABLE, "the op table must be registered before a pass names an op"
 
 
 def is_call(value: Any, *targets: Any) -> bool:
