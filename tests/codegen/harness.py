@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -71,12 +72,25 @@ class Kernel:
         self.items.restype = ctypes.c_int64
 
     def __call__(
-        self, sizes: dict[str, int], *tensors: Tensor | np.ndarray, splits: int = 1
+        self,
+        sizes: dict[str, int],
+        *tensors: Tensor | np.ndarray,
+        splits: int = 1,
+        last_only: bool = False,
     ) -> None:
+        """Run all items in `splits` parts, or only the last item."""
         n = Sizes(**sizes)
         addresses = [t.data_ptr() if isinstance(t, Tensor) else t.ctypes.data for t in tensors]
         p = (ctypes.c_void_p * len(addresses))(*addresses)
         items = self.items(ctypes.byref(n))
-        cuts = [items * i // splits for i in range(splits + 1)]
+        cuts = [items - 1, items] if last_only else []
+        cuts = cuts or [items * i // splits for i in range(splits + 1)]
         for begin, end in itertools.pairwise(cuts):
             self.run(ctypes.byref(n), p, ctypes.c_int64(begin), ctypes.c_int64(end))
+
+
+def sparse(shape: Sequence[int], dtype: np.dtype | type) -> np.ndarray:
+    """Return an array of zeros that takes memory only where it is written."""
+    count = int(np.prod(shape, dtype=np.int64))
+    memory = mmap.mmap(-1, count * np.dtype(dtype).itemsize)
+    return np.frombuffer(memory, dtype).reshape(shape)

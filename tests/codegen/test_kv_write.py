@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from aios_compile.codegen.cpp import kv_write, qk_norm_rope_kv_write
 from aios_compile.ir import ops  # noqa: F401  (registers the ops)
-from tests.codegen.harness import Kernel, make_body
+from tests.codegen.harness import Kernel, make_body, sparse
 
 aios = torch.ops.aios
 PAGES = 5
@@ -119,3 +120,27 @@ def test_fused_kernel_on_slices_of_the_merged_projection(norms, rotated, views):
             assert torch.equal(v_now, expected[2])
             results.append((out, k_now))
         assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_slots_beyond_two_to_the_31_elements():
+    inputs = {
+        "k": (("T", 2, 24), torch.float32),
+        "v": (("T", 2, 24), torch.float32),
+        "k_cache": ((PAGES, 2, 24, 16), torch.bfloat16),
+        "v_cache": ((PAGES, 2, 16, 24), torch.bfloat16),
+        "slots": (("T",), torch.int64),
+    }
+
+    def function(k, v, k_cache, v_cache, slots):
+        written = aios.kv_write.default(k, v, k_cache, v_cache, slots)
+        return written[0], written[1]
+
+    body, operands = make_body(function, inputs)
+    built = Kernel(kv_write.emit(kv_write.spec_of(body, operands)))
+    pages = 2**31 // (2 * 24 * 16) + 3
+    k_cache, v_cache = sparse((pages, 2, 24, 16), np.uint16), sparse((pages, 2, 16, 24), np.uint16)
+    k, v = torch.randn(1, 2, 24), torch.randn(1, 2, 24)
+    slots = torch.tensor([pages * 16 - 5])
+    built({"T": 1}, k, v, k_cache, v_cache, slots, k_cache, v_cache)
+    for now, cache in ((k, k_cache[-1, :, :, 11]), (v, v_cache[-1, :, 11])):
+        assert np.array_equal(cache, now[0].bfloat16().view(torch.uint16).numpy())

@@ -11,7 +11,7 @@ import torch
 from aios_compile.codegen.cpp import build, linear
 from aios_compile.codegen.packing import pack_rows16
 from aios_compile.ir import ops  # noqa: F401  (registers the ops)
-from tests.codegen.harness import Kernel, make_body
+from tests.codegen.harness import Kernel, make_body, sparse
 
 aios, aten = torch.ops.aios, torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -149,6 +149,18 @@ def test_gated_halves(tokens, target):
         out = torch.full((tokens, rows // 2), float("nan"))
         built({"T": tokens}, x, packed(w), *tail, out, splits=2)
         close(out, linear.reference(spec, body, x, w, *tail), depth)
+
+
+def test_weights_beyond_two_to_the_31_elements():
+    rows, depth = (1 << 21) + 16, 1024
+    _, _, _, built = made(plain, rows, depth, torch.bfloat16)
+    w = sparse((rows // 16, depth, 16), np.uint16)
+    assert w.size > 2**31
+    last = torch.randn(16, depth).bfloat16()
+    w[-1] = packed(last)[0]
+    x, out = torch.randn(2, depth), sparse((2, rows), np.float32)
+    built({"T": 2}, x, w, out, last_only=True)
+    close(torch.from_numpy(out[:, -16:].copy()), x @ last.float().T, depth)
 
 
 def test_refusals():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 
 from aios_compile.codegen.cpp import build, paged_attention
 from aios_compile.ir import ops  # noqa: F401  (registers the ops)
-from tests.codegen.harness import Kernel, make_body
+from tests.codegen.harness import Kernel, make_body, sparse
 
 PAGE = 16
 
@@ -146,3 +147,18 @@ def test_padding_tokens_get_zeros():
     batch.starts = torch.tensor([0, 3, 3])  # tokens 3 and 4 belong to nobody
     out = batch.run(built)
     assert torch.equal(out[3:], torch.zeros_like(out[3:])) and out[:3].isfinite().all()
+
+
+def test_pages_beyond_two_to_the_31_elements():
+    """The batch's pages moved to the far end of caches of 2^31 elements and more."""
+    shape = (4, 2, 24, 40)
+    _, built = kernel(*shape, torch.bfloat16)
+    batch = Batch(((1, 37),), *shape, torch.bfloat16)
+    expected = batch.run(built)
+    pages = 2**31 // (2 * 16 * 24) + 50
+    k = torch.from_numpy(sparse((pages, 2, 24, PAGE), np.int16)).view(torch.bfloat16)
+    v = torch.from_numpy(sparse((pages, 2, PAGE, 40), np.int16)).view(torch.bfloat16)
+    assert k[-40:].storage_offset() > 2**31 - 2**20 and v.numel() > 2**31
+    k[-40:], v[-40:] = batch.k, batch.v
+    batch.k, batch.v, batch.tables = k, v, batch.tables + pages - 40
+    assert torch.equal(batch.run(built), expected)

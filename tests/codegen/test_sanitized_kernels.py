@@ -4,6 +4,7 @@ their own: numpy and ctypes only, every operand an allocation of exactly its siz
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -26,7 +27,7 @@ from aios_compile.codegen.packing import pack_rows16
 from tests.codegen import test_kv_write, test_linear, test_paged_attention, test_sample
 from tests.codegen.harness import make_body
 
-FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+FLAGS = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 RUNNER = """
 import ctypes, json, sys
 import numpy as np
@@ -146,25 +147,41 @@ def add_sample(jobs):
     jobs.add(source, {"R": 4}, [torch.randn(4, 37), *inputs], outs, dtypes, poison=True)
 
 
-def test_no_kernel_touches_memory_that_is_not_its_own(tmp_path: Path):
+def run_sanitized(jobs, folder: Path) -> subprocess.CompletedProcess:
     compiler = build.find_compiler().path
     runtime = subprocess.run(
         [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
     if not os.path.isabs(runtime):
         pytest.skip("the compiler has no libasan.so to preload")
+    target = build.Target.host()
+    sources = list(jobs.sources.values())
+    objects = build.build_objects(sources, folder / "objects", target, extra_flags=FLAGS)
+    library = build.link(objects, folder / "kernels.so", target, FLAGS)
+    np.savez(folder / "data.npz", **jobs.data)
+    (folder / "jobs.json").write_text(json.dumps(jobs.jobs))
+    files = [str(library), str(folder / "data.npz"), str(folder / "jobs.json")]
+    environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, "-c", RUNNER, *files]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_no_kernel_touches_memory_that_is_not_its_own(tmp_path: Path):
     jobs = Jobs()
     for add in (add_linear, add_attention, add_rope_and_writes, add_sample):
         add(jobs)
-    target = build.Target.host()
-    sources = list(jobs.sources.values())
-    objects = build.build_objects(sources, tmp_path / "objects", target, extra_flags=FLAGS)
-    library = build.link(objects, tmp_path / "kernels.so", target, FLAGS)
-    np.savez(tmp_path / "data.npz", **jobs.data)
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs.jobs))
-    files = [str(library), str(tmp_path / "data.npz"), str(tmp_path / "jobs.json")]
-    environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
-    run = subprocess.run(
-        [sys.executable, "-c", RUNNER, *files], env=environment, capture_output=True, text=True
-    )
+    run = run_sanitized(jobs, tmp_path)
     assert run.returncode == 0 and run.stdout == "done\n", run.stderr[-3000:]
+
+
+def test_the_sanitizer_sees_a_planted_bug(tmp_path: Path):
+    """A linear kernel that reads one k too many must be caught."""
+    jobs = Jobs()
+    add_linear(jobs)
+    (symbol, source), *_ = jobs.sources.items()
+    text = source.text.replace("constexpr int64_t K = 51;", "constexpr int64_t K = 52;")
+    assert text != source.text
+    jobs.sources = {symbol: dataclasses.replace(source, text=text)}
+    jobs.jobs = jobs.jobs[:1]
+    run = run_sanitized(jobs, tmp_path)
+    assert run.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in run.stderr
