@@ -268,7 +268,9 @@ def captured_module(
         noise = torch.randn(parameter.shape, generator=generator)
         gain = 1 / math.sqrt(parameter.shape[-1]) if parameter.dim() > 1 else 0.3
         parameter.data.copy_(noise * gain + (parameter.dim() == 1))
-    return capture(model.to(dtype), flat=flat)
+    module = capture(model.to(dtype), flat=flat)
+    module.tensors.update(model.named_parameters(remove_duplicate=False))
+    return module
 
 
 def output_values(module: IRModule, region: str = "") -> list[Any]:
