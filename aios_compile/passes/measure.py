@@ -13,6 +13,7 @@ from torch import Tensor
 from aios_compile.ir import evaluate, inputs, random_weights
 from aios_compile.ir.inputs import Step
 from aios_compile.ir.module import IRModule
+from aios_compile.ir.ops import wide
 from aios_compile.ir.random_weights import RandomWeights
 
 TOKENS = (1, 5, 19)
@@ -169,27 +170,41 @@ def _table_rows(values: Sequence[inputs.Value]) -> int:
 
 
 def _first_state(value: inputs.Value, steps: Sequence[Step], seed: int, in_float64: bool) -> Tensor:
-    """Return a cache: random where batches have a past, zeros where the sequence starts here."""
+    """Return a cache: random where batches have a past, zeros where the sequence starts here.
+
+    A half-precision cache is held in float32 while measuring: how keys are stored is an option of
+    the user, and its rounding would hide what the pass does.
+    """
     shape = [inputs.size(s, {}) for s in value.shape]
     past = any(step.total == 0 for step in steps)
     tensor = inputs.random_tensor(value.name, shape, torch.float32, seed) * (20 if past else 0)
     tensor = tensor.to(value.dtype)
-    return _upcast(tensor) if in_float64 else tensor
+    return _upcast(tensor) if in_float64 else tensor.to(wide(value.dtype))
 
 
 def _free_values(
     values: Sequence[inputs.Value], runtime: Mapping[str, Tensor], step: Step, seed: int
 ) -> dict[str, Tensor]:
     """Return the runtime inputs by placeholder name, and random values for unknown ones."""
-    found, sizes = {}, inputs.sizes_of(step)
+    found = {}
     for v in values:
         if v.kind == "input" and v.source in runtime:
             found[v.name] = runtime[v.source]
         elif v.kind in ("input", "free"):
-            shape = [inputs.size(s, sizes) for s in v.shape]
-            scale = 20 if v.dtype.is_floating_point and len(shape) > 1 else 1
-            found[v.name] = inputs.random_tensor(v.name, shape, v.dtype, seed) * scale
+            found[v.name] = _free_value(v, step, seed)
     return found
+
+
+def _free_value(value: inputs.Value, step: Step, seed: int) -> Tensor:
+    """Return random values of about 1; a chunk gets its rows of the whole sequence's values."""
+    sizes = inputs.sizes_of(step)
+    chunk = bool(step.total) and value.shape[:1] == ("T",)
+    if chunk:
+        sizes["T"] = step.total
+    shape = [inputs.size(s, sizes) for s in value.shape]
+    scale = 20 if value.dtype.is_floating_point and len(shape) > 1 else 1
+    tensor = inputs.random_tensor(value.name, shape, value.dtype, seed) * scale
+    return tensor[step.starts[0] : step.starts[0] + step.num_tokens] if chunk else tensor
 
 
 def _upcast(value: Tensor) -> Tensor:

@@ -136,7 +136,11 @@ def _run_pass(
     result = PassResult(info.name, info.numerics, info.required, nodes=(num_nodes, num_nodes))
     try:
         hits = _rewrite(module, function, options)
-        result = replace(result, hits=hits.count, refusals=tuple(map(_refusal_text, hits.refusals)))
+        result = replace(
+            result,
+            hits=hits.count,
+            refusals=tuple(dict.fromkeys(map(_refusal_text, hits.refusals))),
+        )
         result = replace(result, milliseconds=1e3 * (time.perf_counter() - started))
         if not hits.count:
             return result
