@@ -27,6 +27,7 @@ from aios_compile.codegen.program import Program
 from aios_compile.codegen.source import KernelSource
 from aios_compile.config import CompileOptions, ResolvedSizes
 from aios_compile.ir.module import IRModule
+from aios_compile.ir.refresh import refresh
 from aios_compile.model_source import ModelSource
 from aios_compile.passes.certificate import CertificateCache
 from aios_compile.passes.context import PassOptions
@@ -77,6 +78,7 @@ def compile_model(
             certificates=CertificateCache(cache_root / "certificates"),
         )
     with progress.stage("generate"):
+        refresh(module)
         emitted = emit_kernels(module, EMITTERS, progress.update)
         limits = _limits(module, sizes)
         program = lower(module, emitted, limits, _settings(source, module, sizes), plan_memory)
@@ -94,7 +96,9 @@ def compile_model(
             library.result()
     _write_texts(writer, program, emitted.sources, step, results, options, source)
     if source.tokenizer is not None:
-        source.tokenizer.save(writer.folder / artefact.TOKENIZER)
+        folder = writer.folder / artefact.TOKENIZER
+        folder.mkdir(mode=0o700)
+        source.tokenizer.save(folder)
     writer.finish()
     return Compiled(module, program)
 

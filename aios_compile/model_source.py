@@ -55,12 +55,9 @@ def _open_folder(path: Path, options: CompileOptions) -> ModelSource:
         import torch
 
         from aios_compile.models.decoder import Decoder
+        from aios_compile.models.fake import build_fake
 
-        with torch.device("meta"):
-            decoder = Decoder(config).eval().requires_grad_(False)
-        for parameter in decoder.parameters():  # not .to(): buffers keep float32
-            parameter.data = parameter.data.to(getattr(torch, dtype))
-        return decoder
+        return build_fake(lambda: Decoder(config), getattr(torch, dtype))
 
     def read(name: str) -> Tensor:
         from aios_compile.codegen.pack_weights import from_numpy

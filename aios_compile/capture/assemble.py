@@ -93,7 +93,7 @@ def _bind_inputs(module: IRModule, bindings: list[Any]) -> None:
             _rename(node, names[0].replace(".", "_"))
             module.weights[node.name] = Recipe.identity(names[0])
             module.aliases[names[0]] = names
-            if not tensor.is_meta:
+            if not isinstance(tensor, torch.nn.Parameter):  # a buffer: no checkpoint has it
                 module.tensors[names[0]] = tensor
         else:
             name, tensor = f"constant.{binding[1]}", binding[2]

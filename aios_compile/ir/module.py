@@ -97,8 +97,8 @@ class IRModule:
     weights: placeholder name -> recipe. inputs: placeholder name -> runtime input name.
     states: placeholder name -> index of the output that is its next value (KV caches).
     outputs: names of the leading outputs, e.g. ("logits",). aliases: checkpoint name -> all names
-    of the same tensor (tied weights). tensors: values that are known already (buffers, constants, and
-    the parameters of a module that is not on the meta device).
+    of the same tensor (tied weights). tensors: values that are known already (buffers, and
+    tensors that the code made while it was traced).
     """
 
     root: fx.GraphModule
