@@ -1,0 +1,105 @@
+"""Captured equals eager, at once: what differs is found and named, for meta modules too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from aios_compile.capture.capture import capture
+from aios_compile.capture.compare import compare_with_eager
+from aios_compile.errors import CaptureError
+from aios_compile.ir.module import IRModule
+from aios_compile.models.config import ModelConfig
+from aios_compile.models.decoder import Decoder
+from tests.passes.helpers import decoder_config
+
+aten = torch.ops.aten
+
+
+def model(model_type: str = "qwen3", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = ModelConfig.from_dict(decoder_config(model_type, **changes))
+    return Decoder(config).eval().requires_grad_(False).to(dtype)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Any:
+    return model(num_hidden_layers=3)
+
+
+@pytest.fixture
+def module(decoder: Any) -> IRModule:
+    return capture(decoder, flat=True)
+
+
+def test_a_decoder_is_bit_equal(decoder: Any, module: IRModule) -> None:
+    assert compare_with_eager(decoder, module) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_compared_too(dtype: torch.dtype) -> None:
+    half = model("llama", dtype)
+    assert compare_with_eager(half, capture(half, flat=True)) <= 4 * torch.finfo(dtype).eps
+
+
+def test_parameters_are_never_read(decoder: Any, module: IRModule) -> None:
+    """A module on the meta device has no values; only its buffers are real."""
+    copy = model(num_hidden_layers=3)
+    for name, parameter in list(copy.named_parameters()):
+        owner = copy.get_submodule(name.rpartition(".")[0])
+        empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        setattr(owner, name.rpartition(".")[2], empty)
+    assert compare_with_eager(copy, module) == 0.0
+
+
+def test_a_wrong_region_is_named(decoder: Any, module: IRModule) -> None:
+    region = module.regions()["layer"]
+    norm = next(n for n in region.graph.nodes if n.args[1:] == (1e-6,))
+    norm.args = (norm.args[0], 1e-3)
+    with pytest.raises(CaptureError, match="region layer: the captured graph differs"):
+        compare_with_eager(decoder, module)
+
+
+def test_wrong_outer_code_is_named(decoder: Any, module: IRModule) -> None:
+    graph = module.root.graph
+    norm = [n for n in graph.nodes if n.args[1:] == (1e-6,)][-1]
+    norm.args = (norm.args[0], 1e-3)
+    with pytest.raises(CaptureError, match="the logits: the captured graph differs"):
+        compare_with_eager(decoder, module)
+
+
+def test_the_model_is_left_as_it_was(decoder: Any, module: IRModule) -> None:
+    before = {name: id(p) for name, p in decoder.named_parameters()}
+    compare_with_eager(decoder, module)
+    assert {name: id(p) for name, p in decoder.named_parameters()} == before
+    assert all("forward" not in m.__dict__ for m in decoder.modules())
+    assert all(not m._forward_hooks for m in decoder.modules())
+
+
+def test_each_kind_of_layer_is_checked() -> None:
+    mixed = model(
+        "qwen2", num_hidden_layers=4, use_sliding_window=True, sliding_window=3, max_window_layers=2
+    )
+    module = capture(mixed, flat=True)
+    assert len(module.regions()) == 2
+    assert compare_with_eager(mixed, module) <= 1e-6
+
+
+class OneBatch(nn.Module):
+    """[1, T] token ids, no layers at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(101, 16)
+        self.head = nn.Linear(16, 101)
+
+    def forward(self, input_ids: Any, position_ids: Any) -> Any:
+        return self.head(torch.tanh(self.table(input_ids)) + position_ids[..., None])
+
+
+def test_a_module_without_layers_and_with_a_batch_dimension() -> None:
+    plain = OneBatch().eval().requires_grad_(False)
+    assert compare_with_eager(plain, capture(plain, flat=False)) <= 1e-6
