@@ -6,7 +6,7 @@ the merged projection, and the rotated key goes straight to its page.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -14,10 +14,15 @@ from torch import fx
 from aios_compile.ir import provenance
 from aios_compile.ir.fusion import fuse_nodes, is_convex
 from aios_compile.passes.context import PassContext, Refusal
-from aios_compile.passes.fusion_groups import getitems, is_call, is_view, kernel_name, shape_of
+from aios_compile.passes.fusion_groups import (
+    getitems,
+    is_call,
+    kernel_name,
+    through_views,
+)
 from aios_compile.passes.graph_pass import graph_pass
+from aios_compile.passes.head_views import sink_views
 
-aten = torch.ops.aten
 aios = torch.ops.aios
 
 
@@ -61,6 +66,10 @@ def _match(write: fx.Node) -> Match | Refusal | None:
 def _chain(end: fx.Node) -> Chain | Refusal:
     """Return the norm and rope that make `end`, both optional; they must be used here only."""
     nodes, rope, node = list[fx.Node](), None, end
+    behind = through_views(end)
+    if behind is not end and is_call(behind, aios.rope.default, aios.rms_norm.default):
+        reason = f"heads are rearranged behind {kernel_name([behind])}"
+        return Refusal(reason, provenance.source_line(behind))
     if is_call(node, aios.rope.default):
         rope = node
         nodes.append(node)
@@ -117,7 +126,7 @@ def fuse_qk_norm_rope_kv_write(graph: fx.Graph, context: PassContext) -> int:
     """
     hits = 0
     for write in graph.find_nodes(op="call_function", target=aios.kv_write.default):
-        _sink_views(graph, write, context)
+        sink_views(graph, write, context)
         match = _match(write)
         if isinstance(match, Refusal):
             context.refuse(match)
@@ -141,78 +150,3 @@ def _rewrite(graph: fx.Graph, match: Match) -> None:
     turned = [n for n in match.nodes if is_call(n, aios.rope.default)]
     name = ["qk_norm"] * bool(parts) + (["rope"] if parts else ["qk_rope"]) * bool(turned)
     fuse_nodes(graph, match.nodes, "_".join([*name, "kv_write"]), "qk_norm_rope_kv_write")
-
-
-def _sink_views(graph: fx.Graph, write: fx.Node, context: PassContext) -> None:
-    """Move views that stand behind a norm or rope before it: view(norm(x)) -> norm(view(x)).
-
-    Foreign modules transpose heads and carry a batch dimension of 1 between these ops.
-    """
-    readers = [u for item in getitems(write) for u in item.users]
-    for user in [write, *(u for u in readers if is_call(u, aios.paged_attention.default))]:
-        _sink(graph, user, aios.rope.default, context)
-        rope = user.args[0]
-        above = rope if is_call(rope, aios.rope.default) else user
-        _sink(graph, above, aios.rms_norm.default, context)  # type: ignore[arg-type]
-
-
-def _sink(graph: fx.Graph, user: fx.Node, target: Any, context: PassContext) -> None:
-    """Rewrite user(views(op(x))) as user(op(views(x))) when op works row by row through them."""
-    views, op = list[fx.Node](), user.args[0]
-    while is_view(op) and len(op.users) == 1:  # type: ignore[union-attr]
-        views.append(op)  # type: ignore[arg-type]
-        op = op.args[0]  # type: ignore[union-attr]
-    if not views or not is_call(op, target) or len(op.users) > 1:  # type: ignore[union-attr]
-        return
-    assert isinstance(op, fx.Node)
-    keeps_rows = _drops_leading_ones if target is aios.rope.default else _keeps_rows
-    if not keeps_rows(op, views):
-        return
-    with graph.inserting_before(views[0]):
-        moved = [op.args[0]]
-        for view in reversed(views):
-            moved.append(context.call(graph, view.target, moved[-1], *view.args[1:], source=[view]))
-        others = list(op.args[1:])
-        for i, table in enumerate(others[:2] if target is aios.rope.default else []):
-            others[i] = _without_leading_ones(graph, table, views[0], context)
-        outer = context.call(graph, target, moved[-1], *others, source=[op])
-    user.replace_input_with(views[0], outer)
-    for node in [*views, op]:
-        graph.erase_node(node)
-
-
-def _keeps_rows(norm: fx.Node, views: list[fx.Node]) -> bool:
-    """Return whether the last dimension stays whole and last through the views."""
-    width = shape_of(norm)[-1]
-    for view in views:
-        rank = len(shape_of(view))
-        if shape_of(view)[-1] != width:
-            return False
-        if is_call(view, aten.slice.Tensor, aten.select.int):
-            before = len(shape_of(view.args[0]))  # type: ignore[arg-type]
-            if (view.args[1] if len(view.args) > 1 else 0) % before == before - 1:  # type: ignore
-                return False
-        if is_call(view, aten.permute.default) and list(view.args[1])[-1] % rank != rank - 1:  # type: ignore
-            return False
-        if is_call(view, aten.transpose.int, aten.t.default):
-            return False
-    return True
-
-
-def _drops_leading_ones(rope: fx.Node, views: list[fx.Node]) -> bool:
-    """Return whether the views only remove leading dimensions of size 1."""
-    if any(is_call(v, aten.permute.default, aten.transpose.int, aten.slice.Tensor) for v in views):
-        return False
-    before, after = shape_of(rope), shape_of(views[0])
-    extra = len(before) - len(after)
-    return extra >= 0 and before == (1,) * extra + after
-
-
-def _without_leading_ones(
-    graph: fx.Graph, table: Any, view: fx.Node, context: PassContext
-) -> fx.Node:
-    """Squeeze a table [..., T, R] to the rank that x [..., T, H, D] has left."""
-    while len(shape_of(table)) > len(shape_of(view)) - 1:
-        table = context.call(graph, aten.squeeze.dim, table, 0, source=[view])
-    assert isinstance(table, fx.Node)
-    return table

@@ -17,7 +17,14 @@ from aios_compile.ir import provenance
 from aios_compile.ir.module import outputs
 from aios_compile.ir.symbols import new_size
 from aios_compile.passes.context import PassContext, Refusal
-from aios_compile.passes.fusion_groups import NORMS, REDUCTIONS, is_call, is_pointwise, is_view
+from aios_compile.passes.fusion_groups import (
+    NORMS,
+    REDUCTIONS,
+    is_call,
+    is_pointwise,
+    is_view,
+    shape_of,
+)
 from aios_compile.passes.graph_pass import graph_pass
 
 aten = torch.ops.aten
@@ -68,6 +75,8 @@ def _is_token_wise(node: fx.Node, tokens: Any) -> bool:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         if is_call(node, aten.slice.Tensor, aten.select.int):
+            if shape_of(node) == shape_of(source):
+                return True  # of all tokens
             axis = node.args[1] if len(node.args) > 1 else 0
             return int(axis) % source.meta["val"].dim() != _token_dim(source, tokens)  # type: ignore
         return _token_dim(source, tokens) is not None

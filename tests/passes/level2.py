@@ -91,6 +91,7 @@ def _captured(num_layers: int, qk_norm: bool, bias: bool, window: int | None) ->
     for p in model.parameters():
         p.data.uniform_(0.5, 1.5) if p.dim() == 1 else p.data.normal_(0, p.shape[-1] ** -0.5)
     module = capture(model.eval().requires_grad_(False), flat=True)
+    module.tensors.update(model.named_parameters())
     module.level = Level.SEMANTIC
     return module
 

@@ -96,7 +96,18 @@ def test_nothing_before_the_write_is_no_match() -> None:
     fused(f, 0)
 
 
-def test_layout_views_behind_the_norm_and_the_rope_move_before_them() -> None:
+def test_layout_views_behind_a_norm_move_before_it() -> None:
+    def f(x: "f32[1, T, 64]", y: "f32[1, T, 32]", v: "f32[T, 2, 16]", a: "weight f32[16]") -> Any:
+        q = norm(x.view(1, -1, 4, 16).transpose(1, 2), a)  # as transformers: heads first
+        k = norm(y.view(1, -1, 2, 16).transpose(1, 2), a)
+        return attend(q[0].transpose(0, 1), k[0].transpose(0, 1), v)
+
+    assert sorted(body(fused(f))) == sorted(
+        ["aios.rms_norm.default"] * 2 + ["aios.kv_write.default"]
+    )
+
+
+def test_layout_views_behind_a_rope_move_before_it() -> None:
     def f(
         x: "f32[1, T, 64]",
         y: "f32[1, T, 32]",
@@ -104,19 +115,19 @@ def test_layout_views_behind_the_norm_and_the_rope_move_before_them() -> None:
         t: "f32[1, T, 16]",
         a: "weight f32[16]",
     ) -> Any:
-        q = norm(x.view(1, -1, 4, 16), a).view(-1, 4, 16)
-        k = norm(y.view(1, -1, 2, 16), a)
-        return attend(rope(q, t[0]), rope(k, t)[0], v)
-
-    def g(x: "f32[1, T, 64]", y: "f32[1, T, 32]", v: "f32[T, 2, 16]", a: "weight f32[16]") -> Any:
-        q = norm(x.view(1, -1, 4, 16).transpose(1, 2), a)  # as transformers: heads first
-        k = norm(y.view(1, -1, 2, 16).transpose(1, 2), a)
+        q = rope(norm(x.view(1, -1, 4, 16), a), t).transpose(1, 2)
+        k = rope(norm(y.view(1, -1, 2, 16), a), t).transpose(1, 2)
         return attend(q[0].transpose(0, 1), k[0].transpose(0, 1), v)
 
-    fused(f, 0, "queries and keys are rotated by different tables")
-    assert sorted(body(fused(g))) == sorted(
-        ["aios.rms_norm.default"] * 2 + ["aios.kv_write.default"]
-    )
+    assert len(body(fused(f))) == 5
+
+
+def test_heads_that_change_places_are_refused() -> None:
+    def f(q: "f32[T, 2, 16]", k: "f32[T, 2, 16]", v: "f32[T, 2, 16]", t: "f32[T, 16]") -> Any:
+        q = rope(q, t).view(-1, 16, 2).transpose(1, 2)
+        return attend(q, rope(k, t), v)
+
+    fused(f, 0, "heads are rearranged behind rope")
 
 
 def test_a_norm_over_all_heads_stays_outside() -> None:
