@@ -131,7 +131,7 @@ def test_kernel_equals_eager_and_reference(name: str, built: Any) -> None:
 
 
 def test_a_row_does_not_depend_on_the_other_rows(built: Any) -> None:
-    _, spec, source = built[0]["swiglu"]
+    _, _, source = built[0]["swiglu"]
     host = built[1][build.Target.host().name]
     gate, up, out = (torch.randn(37, 70) for _ in range(3))
     call(host, source, [gate, up, out], {"T": 37})
@@ -161,7 +161,7 @@ def test_cat_has_no_select_in_its_loops(built: Any) -> None:
 
 
 def test_text_is_deterministic_and_explains_itself(built: Any) -> None:
-    body, spec, source = built[0]["swiglu"]
+    _, spec, source = built[0]["swiglu"]
     again = pointwise.spec_of(trace(*_traced("swiglu")), list(spec.operands))
     assert again is not None and pointwise.emit(again).text == source.text
     assert "// out = silu(g_1) * u_1" in source.text
