@@ -9,7 +9,7 @@ in it, so that a window shows, and anything else is refused.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -57,7 +57,8 @@ def find_mask(masks: Sequence[MaskNode], context: PassContext) -> Mask | str:
 
 def _constants(nodes: Iterable[fx.Node]) -> Iterable[int]:
     for node in nodes:
-        for value in (*node.args, *node.kwargs.values()):
+        values: tuple[Any, ...] = (*node.args, *node.kwargs.values())
+        for value in values:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if number and 1 < abs(value) < 2**20 and value == int(value):
                 yield abs(int(value))

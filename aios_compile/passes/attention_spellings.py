@@ -75,7 +75,9 @@ def called(node: Any) -> Attention | str | None:
         is_bool = mask.meta["val"].dtype == torch.bool
         masks = [MaskNode(mask, "visible" if is_bool else "additive")]
     return Attention(
-        *(Operand(x, dims) for x in (q, k, v)),
+        Operand(q, dims),
+        Operand(k, dims),
+        Operand(v, dims),
         width**-0.5 if scale is None else scale,
         is_causal and not masks,
         tuple(masks),
@@ -87,7 +89,7 @@ def spelled(node: Any, context: PassContext) -> Attention | str | None:
     if not is_call(node, aten.bmm.default):
         return None
     weights, v = node.args
-    softmax = chain(weights, aten._to_copy.default)[-1]
+    softmax: Any = chain(weights, aten._to_copy.default)[-1]
     if not is_call(softmax, aten._softmax.default) or not _is_square(weights):
         return None
     if positive(softmax.args[1], rank_of(softmax)) != rank_of(softmax) - 1:

@@ -107,7 +107,7 @@ def _drop_sizes(node: Any) -> bool:
 
 def _compose_reshapes(graph: fx.Graph, node: Any, context: PassContext) -> bool:
     """Read a reshape of a reshape, or of ones that come and go, from the first input."""
-    inner = node.args[0] if node.op == "call_function" and node.args else None
+    inner: Any = node.args[0] if node.op == "call_function" and node.args else None
     pair = is_call(node, *RESHAPES) or is_call(inner, *RESHAPES)
     if not pair or not (_is_reshape(node) and _is_reshape(inner)):
         return False
@@ -192,7 +192,7 @@ def _moved(
     return new if fits else context.call(graph, aten.view.default, new, shape, source=[node])
 
 
-def _sink_permute(graph: fx.Graph, node: fx.Node, context: PassContext) -> bool:
+def _sink_permute(graph: fx.Graph, node: Any, context: PassContext) -> bool:
     """Rewrite f(permute(x)) as permute(f(x)) for a function of each element, or of each row."""
     inputs = node.all_input_nodes
     permute: Any = inputs[0] if inputs else None

@@ -1,0 +1,154 @@
+"""Find every node outside attention that mixes different tokens.
+
+In a flat batch the neighbours of a token belong to other sequences, so only attention, which knows
+where a sequence starts, may mix tokens. The search follows shapes: a dimension whose size contains
+T holds tokens, and an operation must keep each token where it is. What is not known to do so is
+reported, so that nothing is generated from a model whose answers would depend on the batch.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from aios_compile.ir import ops
+from aios_compile.ir.module import IRModule, is_region_call
+from aios_compile.ir.symbols import size_names
+from aios_compile.passes.match import END, RESHAPES, SPLITS, is_call, positive, shape_of, value_of
+
+aten = torch.ops.aten
+aios = torch.ops.aios
+assert ops.TABLE
+
+ATTENTION = (aios.attention.default, aios.paged_attention.default, aios.kv_write.default)
+ROWWISE = (
+    aios.linear.default,
+    aios.rms_norm.default,
+    aios.layer_norm.default,
+    aios.rope.default,
+    aios.gated_activation.default,
+    aios.sample.default,
+    aten.embedding.default,
+    aten.native_layer_norm.default,
+)
+LAYOUTS = (
+    *RESHAPES,
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.expand.default,
+    aten.sym_size.int,
+    aten.full.default,
+    aten.arange.default,
+    aten.arange.start_step,
+    aten.scalar_tensor.default,
+    operator.getitem,
+)
+REDUCTIONS = (
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+    aten.amax.default,
+    aten.amin.default,
+    aten.var.correction,
+    aten.var_mean.correction,
+    aten.argmax.default,
+    aten.any.dim,
+    aten.max.dim,
+    aten.min.dim,
+    aten._softmax.default,
+    aten._log_softmax.default,
+    aten.cumsum.default,
+    aten.topk.default,
+    aten.sort.default,
+    aten.cat.default,
+    aten.select.int,
+    aten.gather.default,
+    *SPLITS,
+)
+DIM_ARGUMENT = {aten.topk.default: 2, aten.split_with_sizes.default: 2, aten.split.Tensor: 2}
+
+
+def mixing_nodes(module: IRModule) -> list[fx.Node]:
+    """Return the nodes of all graphs that mix tokens outside attention, in order."""
+    names = size_names(module.mode)
+    symbols = {symbol for symbol, name in names.items() if name == "T"}
+    found = []
+    for graph_module in module.graphs().values():
+        for node in graph_module.graph.nodes:
+            outside = node.op == "call_function" and not is_call(node, *ATTENTION)
+            if outside and node.users and _mixes(node, symbols):
+                found.append(node)
+            elif node.op == "call_module" and not is_region_call(graph_module, node):
+                found.append(node)  # a kernel: the search belongs before them
+    return found
+
+
+def _token_dims(node: Any, symbols: set[str]) -> list[int]:
+    """Return the dimensions of a value whose size contains T."""
+    value = value_of(node)
+    if value is None:
+        return []
+    return [
+        i
+        for i, size in enumerate(value.shape)
+        if not isinstance(size, int) and symbols & {str(s) for s in size.node.expr.free_symbols}
+    ]
+
+
+def _mixes(node: Any, symbols: set[str]) -> bool:
+    inputs = [n for n in node.all_input_nodes if _token_dims(n, symbols)]
+    if len(_token_dims(node, symbols)) > 1:
+        return not any(len(_token_dims(n, symbols)) > 1 for n in inputs) or not _keeps(
+            node, symbols
+        )
+    return bool(inputs) and not _keeps(node, symbols)
+
+
+def _keeps(node: Any, symbols: set[str]) -> bool:
+    """Return whether every token of the inputs stays where it is."""
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()) or is_call(node, *ROWWISE, *LAYOUTS):
+        return True
+    if is_call(node, aten.slice.Tensor):
+        return _keeps_slice(node, symbols)
+    if is_call(node, *REDUCTIONS):
+        return _keeps_reduction(node, symbols)
+    if is_call(node, aten.mm.default, aten.bmm.default, aten.addmm.default):
+        a, b = node.args[-2:]
+        rank = len(shape_of(a))
+        return rank - 1 not in _token_dims(a, symbols) and not _token_dims(b, symbols)
+    if is_call(node, aten.index.Tensor):
+        source, indices = node.args  # rows of a table may be chosen, tokens may not
+        return not _token_dims(source, symbols) and sum(i is not None for i in indices) == 1
+    return False
+
+
+def _keeps_slice(node: Any, symbols: set[str]) -> bool:
+    dim = positive(node.args[1] if len(node.args) > 1 else 0, len(shape_of(node.args[0])))
+    if dim not in _token_dims(node.args[0], symbols):
+        return True
+    start = node.args[2] if len(node.args) > 2 else 0
+    stop = node.args[3] if len(node.args) > 3 else END
+    whole = shape_of(node) == shape_of(node.args[0])
+    return start in (0, None) and (stop in (END, None) or whole)
+
+
+def _keeps_reduction(node: Any, symbols: set[str]) -> bool:
+    """Return whether what is reduced, sorted, cut or joined is no dimension of tokens."""
+    source = node.args[0][0] if is_call(node, aten.cat.default) else node.args[0]
+    default = -1 if node.target in (aten.topk.default, aten.sort.default) else 0
+    index = DIM_ARGUMENT.get(node.target, 1)
+    dims = node.args[index] if len(node.args) > index else node.kwargs.get("dim", default)
+    sources = node.args[0] if is_call(node, aten.cat.default) else [source]
+    rank = len(shape_of(source))
+    every = dims is None or dims == []
+    reduced = range(rank) if every else dims if isinstance(dims, (list, tuple)) else [dims]
+    named = {positive(d, rank) for d in reduced}
+    return not any(named & set(_token_dims(s, symbols)) for s in sources)

@@ -1,0 +1,74 @@
+# ruff: noqa: F722, F821
+"""mixing_nodes: what mixes tokens outside attention is found, what does not is left alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aios_compile.passes.eliminate_views import eliminate_views
+from aios_compile.passes.raise_attention import raise_attention
+from aios_compile.passes.raise_linear import raise_linear
+from aios_compile.passes.token_mixing import mixing_nodes
+from tests.passes.helpers import apply, captured, captured_module, trace
+
+MIXING = {
+    "mean": lambda x, w: x - x.mean(0, keepdim=True),
+    "sum of all": lambda x, w: x * x.sum(),
+    "cumulative sum": lambda x, w: x.cumsum(0),
+    "softmax": lambda x, w: x.softmax(0),
+    "product of tokens": lambda x, w: (x @ x.t()) @ x,
+    "shift": lambda x, w: torch.cat((x[:1] * 0, x[:-1])),
+    "last token": lambda x, w: x[-1:],
+    "first token": lambda x, w: x * x[0],
+    "flip": lambda x, w: x.flip(0),
+    "convolution": lambda x, w: F.conv1d(x.t()[None], w[:, :, None], padding=0),
+    "differences": lambda x, w: (x[:, None, 0] - x[None, :, 0]).exp(),
+    "sort": lambda x, w: x.sort(0).values,
+}
+SEPARATE = {
+    "linear": lambda x, w: F.linear(x, w),
+    "norms": lambda x, w: F.layer_norm(x, (64,)) + F.rms_norm(x, (64,)),
+    "softmax over features": lambda x, w: x.softmax(-1) * x.mean(-1, keepdim=True),
+    "layout": lambda x, w: (
+        x.reshape(-1, 4, 16).transpose(0, 1)[:, :, :8].transpose(0, 1).flatten(1)
+    ),
+    "joined features": lambda x, w: torch.cat((x, x * 2), -1)[:, 3],
+    "top features": lambda x, w: x.topk(2).values + x.cumsum(1)[:, :2],
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_mixing(name):
+    def f(x: "f32[T, 64]", w: "weight f32[64, 64]"):
+        return MIXING[name](x, w)
+
+    assert mixing_nodes(trace(f))
+
+
+@pytest.mark.parametrize("name", SEPARATE)
+def test_separate(name):
+    def f(x: "f32[T, 64]", w: "weight f32[64, 64]"):
+        return SEPARATE[name](x, w)
+
+    assert mixing_nodes(trace(f)) == []
+
+
+def test_captured_decoder_mixes_only_in_attention():
+    module = captured("qwen3")
+    assert [str(n.target) for n in mixing_nodes(module)] == ["aios.sdpa.default"]
+    for function in (raise_linear, raise_attention, eliminate_views):
+        apply(function, module)
+    assert mixing_nodes(module) == []
+
+
+def test_captured_hugging_face_models():
+    import transformers
+
+    sizes = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    gpt2 = transformers.GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    for model in (
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=4)),
+        transformers.PhiForCausalLM(transformers.PhiConfig(**sizes, num_attention_heads=4)),
+        transformers.GPT2LMHeadModel(gpt2),
+    ):
+        assert mixing_nodes(captured_module(model)) == []
