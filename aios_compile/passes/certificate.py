@@ -98,6 +98,7 @@ class _Chain:
     start: IRModule
     text: str
     factor: float = 0.0
+    vocabulary: int = 0  # of the weights that `eager` ran on
     eager: dict[int, tuple[Run, Run]] = field(default_factory=dict)
 
     def fits(self, before: IRModule) -> bool:
@@ -142,6 +143,8 @@ class Certifier:
             whole = self._weights[0]
             weights = replace(whole, vocabulary=vocabulary, _buffers={}, _built={}, _wide={})
             self._weights[vocabulary] = weights
+        if chain.vocabulary != vocabulary:
+            chain.vocabulary = vocabulary
             chain.eager.clear()
         weights.learn(after)
         storage = storage_roundoff(after) if lossy else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -35,7 +36,11 @@ class PassResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON values."""
-        return {**asdict(self), "op_deltas": dict(self.op_deltas or {})}
+        row = {**asdict(self), "op_deltas": dict(self.op_deltas or {})}
+        for name in ("max_error", "error_budget"):  # JSON has no infinity; `reason` tells it
+            value = row[name]
+            row[name] = value if value is None or math.isfinite(value) else None
+        return row
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> PassResult:
