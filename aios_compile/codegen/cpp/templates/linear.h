@@ -16,7 +16,6 @@ constexpr int64_t ITEMS_N = (NUM_BLOCKS + ITEM - 1) / ITEM;
 // Packed tokens stay in the core's L2 (at most 384 KiB) while the weights of a panel pass by.
 constexpr int64_t FITTING = 393216 / (K * TILE * (int64_t)sizeof(float));
 constexpr int64_t CHUNK_TILES = FITTING > 1 ? FITTING : 1;
-constexpr int PREFETCH_BYTES = 2048;  // best of 0, 1, 2 and 4 KiB for two and more tokens (Zen 4)
 
 // Tokens -> tiles of TILE -> chunks of at most CHUNK_TILES tiles, as equal as can be.
 struct Chunks {
@@ -56,21 +55,24 @@ AIOS_INLINE void step(const Weight* w, const float* x, int64_t k,
 // sums[WIDTH][BLOCKS * 16] of x[K][WIDTH] (token fastest) and BLOCKS consecutive blocks at w.
 template <int BLOCKS, int WIDTH>
 AIOS_NOINLINE void tile(const Weight* w, const float* x, float* sums) {
-  constexpr int ROW_BYTES = BLOCK * (int)sizeof(Weight);
-  constexpr int LINE = ROW_BYTES < 64 ? 64 / ROW_BYTES : 1;  // k steps of one cache line
+  constexpr int STEPS = 4, ROW_BYTES = BLOCK * (int)sizeof(Weight);
+  constexpr int64_t AHEAD = BLOCKS * K * BLOCK;  // the blocks that come after these
   vf acc[WIDTH][BLOCKS * VECTORS];
 #pragma GCC unroll 16
   for (int t = 0; t < WIDTH; ++t)
 #pragma GCC unroll 16
     for (int r = 0; r < BLOCKS * VECTORS; ++r) acc[t][r] = splat(0.0f);
   int64_t k = 0;
-  for (; k + LINE <= K; k += LINE) {
-    if (WIDTH > 1)  // one token: the hardware's own prefetch is enough, and the slots are needed
+  for (; k + STEPS <= K; k += STEPS) {
+    // Into L2, a whole group of blocks ahead: the hardware's prefetch loses its way at the start of
+    // each block. One token, K = 1024, bf16: 94 % of the read bandwidth, 66 % without it (Zen 4).
 #pragma GCC unroll 8
-      for (int b = 0; b < BLOCKS; ++b)
-        __builtin_prefetch((const char*)(w + (b * K + k) * BLOCK) + PREFETCH_BYTES, 0, 3);
-#pragma GCC unroll 2
-    for (int i = 0; i < LINE; ++i) step<BLOCKS, WIDTH>(w, x, k + i, acc);
+    for (int b = 0; b < BLOCKS; ++b)
+#pragma GCC unroll 8
+      for (int line = 0; line < STEPS * ROW_BYTES; line += 64)
+        __builtin_prefetch((const char*)(w + AHEAD + (b * K + k) * BLOCK) + line, 0, 2);
+#pragma GCC unroll 4
+    for (int i = 0; i < STEPS; ++i) step<BLOCKS, WIDTH>(w, x, k + i, acc);
   }
   for (; k < K; ++k) step<BLOCKS, WIDTH>(w, x, k, acc);
 #pragma GCC unroll 16
@@ -93,12 +95,13 @@ AIOS_INLINE void panel(const Sizes* n, void* const* p, int64_t block, int64_t fi
   }
 }
 
-// Blocks [block, stop) for one tile of tokens: as many blocks at a time as the registers hold.
+// Blocks [block, stop) for one tile of tokens: as many blocks at a time as the registers hold. One
+// and two tokens are bound by memory, where two streams are faster than four.
 template <int WIDTH>
 AIOS_NOINLINE void panels(const Sizes* n, void* const* p, int64_t block, int64_t stop,
                           int64_t first, int64_t count, const float* x) {
   while (block < stop) {
-    if constexpr (4 * VECTORS * WIDTH <= REGISTERS)
+    if constexpr (WIDTH > 2 && 4 * VECTORS * WIDTH <= REGISTERS)
       if (stop - block >= 4) {
         panel<4, WIDTH>(n, p, block, first, count, x);
         block += 4;
