@@ -19,7 +19,7 @@ from torch import Tensor
 from aios_compile.ir.module import IRModule, placeholders
 from aios_compile.ir.symbols import size_names
 
-MAX_PAGES = 64  # a sampled cache has at most this many pages, whatever the pool will have
+MAX_PAGES = 16  # a sampled cache has at most this many pages, whatever the pool will have
 PAGE_SIZE = 16
 _PERIOD = 999_983  # prime: rows of a table that repeats differ
 

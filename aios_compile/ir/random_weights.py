@@ -21,6 +21,7 @@ from aios_compile.ir.module import IRModule, Recipe, placeholders
 VOCABULARY_ROWS = 64
 _SLACK = 1 << 16  # offsets are spread over this many elements
 _LIMIT = 1 << 26  # larger tensors repeat the buffer
+_KEPT_BYTES = 512 << 20
 
 
 @dataclass
@@ -86,9 +87,11 @@ class RandomWeights:
         return self._wide[key]
 
     def forget(self) -> None:
-        """Free the results of recipes."""
-        self._built.clear()
-        self._wide.clear()
+        """Free the results of recipes when they have become large."""
+        kept = (*self._built.values(), *self._wide.values())
+        if sum(t.numel() * t.element_size() for t in kept) > _KEPT_BYTES:
+            self._built.clear()
+            self._wide.clear()
 
     def tensor(self, name: str, in_float64: bool = False) -> Tensor:
         """Return a checkpoint tensor in its own dtype, or the same values in float64."""

@@ -130,7 +130,8 @@ def run_steps(
     states = {}
     for v in values:
         if v.kind == "state":
-            states[v.name] = _first_state(v, steps, seed, in_float64)
+            live = v.name in used
+            states[v.name] = _first_state(v, steps, seed, in_float64) if live else _UNUSED
     found: list[dict[str, Tensor]] = []
     rows: list[int] | None = []
     offset = 0
