@@ -141,6 +141,20 @@ def test_no_token_differs_in_ten_thousand_draws(target):
         assert draws >= 10_000
 
 
+def test_filters_of_a_large_vocabulary():
+    """From 4096 entries on, top_k first bounds what can be kept by the maxima of groups."""
+    vocabulary, g = 5003, torch.Generator().manual_seed(8)
+    for scale, bias in ((3.0, []), (0.0, []), (3.0, [(t, float("-inf")) for t in range(5000)])):
+        logits = torch.randn(13, vocabulary, generator=g) * scale
+        inputs = inputs_for(
+            13, temperature=torch.linspace(0.2, 3.0, 13), seeds=torch.arange(13),
+            top_k=torch.tensor([1, 2, 50, 1000, 1024, 1025, 5002, 0, 40, 40, 3, 0, 7]),
+            top_p=torch.tensor([1, 1, 1, 1, 1, 1, 1, 0.9, 0.9, 0.1, 0.7, 0.999, 0.5]),
+            bias=[bias] * 13,
+        )  # fmt: skip
+        check(kernel(vocabulary), logits, inputs)
+
+
 def test_lists_penalties_and_ids_outside_the_vocabulary():
     vocabulary, g = 50, torch.Generator().manual_seed(3)
     logits = torch.randn(13, vocabulary, generator=g) * 3

@@ -114,63 +114,107 @@ AIOS_INLINE uint32_t key_of(float s) {  // ascending keys are descending values
 }
 AIOS_INLINE uint64_t mass_of(float s) { return (uint64_t)(exp(s) * MASS_ONE); }
 
+// The mass as high * 2^20 + low, both exact; sums of 1024 vectors fit in 31 bits.
 AIOS_NOINLINE uint64_t total_mass(const float* s) {
   uint64_t total = 0;
-  for (int64_t i = 0; i < V; i += VL) {
-    float mass[VL];
-    store(mass, exp(lanes_or(s, i, -kInfinity)) * MASS_ONE);
-    for (int j = 0; j < VL; ++j) total += (uint64_t)mass[j];
+  for (int64_t first = 0; first < V; first += 1024 * VL) {
+    vi high = splat(0), low = splat(0);
+    for (int64_t i = first; i < V && i < first + 1024 * VL; i += VL) {
+      const vf mass = exp(lanes_or(s, i, -kInfinity)) * 0x1p20f;
+      const vi whole = __builtin_convertvector(mass, vi);
+      high += whole;
+      low += __builtin_convertvector((mass - to_float(whole)) * 0x1p20f, vi);
+    }
+    for (int j = 0; j < VL; ++j) total += ((uint64_t)high[j] << 20) + (uint64_t)low[j];
   }
   return total;
 }
 
-// Keep the shortest prefix of the descending order whose weight (tokens, or their mass) reaches
-// `target`; tokens below `cut` are known not to be in it. A radix selection over the bits of the
-// keys: no sorting, and exact because the weights are integers.
+// The key of the token at which the prefix of the descending order of s[count] reaches the weight
+// `target` (tokens, or their mass), and the weight before that key; NO_KEY when all is needed.
+// Values below `cut` are known to come later. A radix selection over the bits of the keys: no
+// sorting, and exact because the weights are integers.
+constexpr uint32_t NO_KEY = 0xffffffffu;
 template <bool MASS>
-AIOS_NOINLINE void keep_prefix(float* s, double target, float cut) {
+AIOS_NOINLINE uint32_t select_key(const float* s, int64_t count, double target, float cut,
+                                  uint64_t* before) {
   const int shifts[3] = {20, 10, 0}, widths[3] = {11, 10, 10};
-  uint64_t before = 0;
   uint32_t prefix = 0;
+  *before = 0;
   for (int level = 0; level < 3; ++level) {
     const int shift = shifts[level], width = widths[level];
     uint64_t weights[2048] = {};
-    for (int64_t i = 0; i < V; i += VL) {
-      if (!any(lanes_or(s, i, -kInfinity) >= cut)) continue;
-      for (int64_t j = i; j < V && j < i + VL; ++j) {
+    for (int64_t i = 0; i < count; i += VL) {
+      if (i + VL <= count && !any(load(s + i) >= cut)) continue;
+      for (int64_t j = i; j < count && j < i + VL; ++j) {
         const uint32_t key = key_of(s[j]);
         if (s[j] >= cut && key >> (shift + width) == prefix)
           weights[(key >> shift) & ((1u << width) - 1)] += MASS ? mass_of(s[j]) : 1;
       }
     }
     uint32_t bucket = 0;
-    while ((double)(before + weights[bucket]) < target) {
-      before += weights[bucket];
-      if (++bucket == 1u << width) return;  // all of it is needed
+    while ((double)(*before + weights[bucket]) < target) {
+      *before += weights[bucket];
+      if (++bucket == 1u << width) return NO_KEY;
     }
     prefix = prefix << width | bucket;
   }
-  for (int64_t i = 0; i < V; ++i) {
-    const uint32_t key = key_of(s[i]);
-    if (key < prefix) continue;
-    if (key == prefix && (double)before < target) before += MASS ? mass_of(s[i]) : 1;
-    else s[i] = -kInfinity;
+  return prefix;
+}
+
+// Drop what comes after the shortest prefix of the descending order that reaches `target`.
+template <bool MASS>
+AIOS_INLINE void keep_prefix(float* s, double target, float cut) {
+  uint64_t before;
+  const uint32_t last = select_key<MASS>(s, V, target, cut, &before);
+  if (last == NO_KEY) return;
+  for (int64_t i = 0; i < V; i += VL) {
+    const int64_t end = i + VL <= V ? i + VL : V;
+    if (end == i + VL) {
+      const vi key = bits_of(load(s + i)) & 0x7fffffff;
+      if (!any(key == (int32_t)last)) {
+        store(s + i, select(key < (int32_t)last, load(s + i), splat(-kInfinity)));
+        continue;
+      }
+    }
+    for (int64_t j = i; j < end; ++j) {
+      const uint32_t key = key_of(s[j]);
+      if (key < last) continue;
+      if (key == last && (double)before < target) before += MASS ? mass_of(s[j]) : 1;
+      else s[j] = -kInfinity;
+    }
   }
+}
+
+// A value that at least k tokens reach: the k-th highest of the maxima of disjoint groups.
+AIOS_INLINE float reached_by(const float* s, int64_t k) {
+  constexpr int GROUPS = 1024 / VL;  // vectors of maxima
+  if (k > 1024 || V < 4096) return -HIGHEST;
+  vf tops[GROUPS];
+  for (int g = 0; g < GROUPS; ++g) tops[g] = splat(-kInfinity);
+  for (int64_t i = 0; i < V; i += GROUPS * VL)
+    for (int g = 0; g < GROUPS && i + g * VL < V; ++g)
+      tops[g] = max(tops[g], lanes_or(s, i + g * VL, -kInfinity));
+  float values[1024];
+  memcpy(values, tops, sizeof(values));
+  uint64_t before;
+  const uint32_t key = select_key<false>(values, 1024, (double)k, -HIGHEST, &before);
+  float value;
+  memcpy(&value, &key, 4);
+  return key == NO_KEY ? -HIGHEST : -value;  // keys are magnitudes of values that are not positive
 }
 
 AIOS_INLINE void keep_likely(const Sizes* n, void* const* p, int64_t r, float* s) {
   const float least = *min_p_at(n, p, r), share = *top_p_at(n, p, r);
   const int64_t k = *top_k_at(n, p, r);
-  int64_t kept = 0;
-  for (int64_t i = 0; i < V; i += VL) {
-    const vf x = lanes_or(s, i, -kInfinity);
-    const vi stays = (x > -kInfinity) & ~(exp(x) < least);
-    const vf y = select(stays, x, splat(-kInfinity));
-    if (i + VL <= V) store(s + i, y);
-    else store(s + i, y, V - i);
-    for (int j = 0; j < VL; ++j) kept -= stays[j];
+  if (least > 0.0f) {
+    for (int64_t i = 0; i < V; i += VL) {
+      const vf x = lanes_or(s, i, -kInfinity), y = select(exp(x) < least, splat(-kInfinity), x);
+      if (i + VL <= V) store(s + i, y);
+      else store(s + i, y, V - i);
+    }
   }
-  if (k > 0 && k < kept) keep_prefix<false>(s, (double)k, -HIGHEST);
+  if (k > 0 && k < V) keep_prefix<false>(s, (double)k, reached_by(s, k));
   if (share < 1.0f) {
     const double total = (double)total_mass(s);
     // Tokens lighter than half of (1 - share) / V of the total cannot hold (1 - share) together.
@@ -182,26 +226,40 @@ AIOS_INLINE void keep_likely(const Sizes* n, void* const* p, int64_t r, float* s
 
 // ---- the draw ----------------------------------------------------------------------------------
 
+typedef uint64_t vq __attribute__((vector_size(4 * VL)));
+
+// The product of the even 32-bit lanes with m, in 64 bits.
+AIOS_INLINE vq multiply_even(vu a, uint32_t m) {
+#if AIOS_AVX512
+  return (vq)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi32((int)m));
+#elif AIOS_AVX2
+  return (vq)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi32((int)m));
+#else
+  return ((vq)a & 0xffffffffu) * (uint64_t)m;
+#endif
+}
+AIOS_INLINE void multiply(vu a, uint32_t m, vu* high, vu* low) {
+  const vq even = multiply_even(a, m), odd = multiply_even((vu)((vq)a >> 32), m);
+  *high = (vu)((even >> 32) | (odd & 0xffffffff00000000u));
+  *low = (vu)((even & 0xffffffffu) | (odd << 32));
+}
+
 // Word 0 of Philox4x32-10 for the counters (first + lane, position, 0, 0).
 AIOS_INLINE vu philox(uint32_t first, uint32_t position, uint64_t seed) {
-  uint32_t c0[VL], c1[VL], c2[VL], c3[VL], k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-  for (int i = 0; i < VL; ++i) {
-    c0[i] = first + (uint32_t)i;
-    c1[i] = position;
-    c2[i] = c3[i] = 0;
-  }
+  vu c0 = (vu)lanes() + first, c1 = vu{} + position, c2 = vu{}, c3 = vu{};
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < VL; ++i) {
-      const uint64_t p0 = (uint64_t)c0[i] * 0xD2511F53u, p1 = (uint64_t)c2[i] * 0xCD9E8D57u;
-      c0[i] = (uint32_t)(p1 >> 32) ^ c1[i] ^ k0;
-      c1[i] = (uint32_t)p1;
-      c2[i] = (uint32_t)(p0 >> 32) ^ c3[i] ^ k1;
-      c3[i] = (uint32_t)p0;
-    }
+    vu high0, low0, high1, low1;
+    multiply(c0, 0xD2511F53u, &high0, &low0);
+    multiply(c2, 0xCD9E8D57u, &high1, &low1);
+    c0 = high1 ^ c1 ^ k0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ k1;
+    c3 = low0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return load_as<vu>(c0);
+  return c0;
 }
 
 AIOS_INLINE vf gumbel(uint32_t first, uint32_t position, uint64_t seed) {
