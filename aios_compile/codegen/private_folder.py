@@ -122,13 +122,22 @@ def sync_tree(folder: Path) -> None:
         sync(here)
 
 
+# Packed weights are not forced to the disk: that takes seconds a gigabyte, and every start verifies
+# them, so that what a power failure tore is compiled again.
+_LARGE_BYTES = 64 << 20
+
+
 def sync(path: str | Path, *, read_only: bool = False) -> None:
-    """Force one file or folder to the disk; with `read_only` take everybody's right to write it."""
+    """Force a file or folder to the disk; with `read_only` take everybody's right to write it.
+
+    Files of more than 64 MiB are left to the system.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if read_only:
             os.fchmod(fd, 0o400)
-        os.fsync(fd)
+        if os.fstat(fd).st_size <= _LARGE_BYTES:
+            os.fsync(fd)
     finally:
         os.close(fd)
 
