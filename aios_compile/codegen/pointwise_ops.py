@@ -117,7 +117,7 @@ class Builder:
         """Return the dtype in which torch compares the arguments."""
         values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in (x, y)]
         values = [v if isinstance(v, (torch.Tensor, bool, int, float)) else 1 for v in values]
-        dtype = torch.result_type(values[0], values[1])
+        dtype = torch.result_type(*values)
         return wide(DTYPE_NAMES[str(dtype)])
 
 
@@ -207,7 +207,7 @@ def _pow(b: Builder, x: Any, y: Any) -> Expr:
     base, one = b.x(x), b.number(1)
     if isinstance(y, (int, float)) and b.dtype in FLOATS:
         square = b.call("mul", base, base)
-        special = {
+        special: dict[float, Callable[[], Expr]] = {
             0.0: lambda: one,
             1.0: lambda: base,
             2.0: lambda: square,

@@ -1,4 +1,4 @@
-"""Triton reads this when it is first imported, so it is set before any test module imports torch."""
+"""Triton reads this when it is first imported: set before any test module imports torch."""
 
 import os
 

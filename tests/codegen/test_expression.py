@@ -59,7 +59,7 @@ OPS = (
     *("nn.functional.leaky_relu", "nn.functional.softplus", "nn.functional.hardtanh"),
     *("nn.functional.mish", "nn.functional.hardswish", "nn.functional.logsigmoid", "square"),
 )
-DTYPES = (torch.float32, torch.int64, torch.bool, torch.bfloat16)
+DTYPES = (torch.float32, torch.int64, torch.bfloat16)
 
 
 def samples(name: str, dtype: torch.dtype) -> list[tuple[Callable[..., Any], list[Tensor]]]:
@@ -68,7 +68,7 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple[Callable[..., Any], lis
     if dtype not in info.supported_dtypes("cpu"):
         return []
     found = []
-    for sample in list(info.sample_inputs("cpu", dtype, requires_grad=False))[:6]:
+    for sample in list(info.sample_inputs("cpu", dtype, requires_grad=False))[:3]:
         flat, spec = tree_flatten((sample.input, sample.args, sample.kwargs))
         places = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
         tensors = [flat[i] for i in places]

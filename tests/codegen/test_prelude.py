@@ -1,4 +1,4 @@
-"""Vector math of prelude.h against float64: ulp bounds, edges, lanes equal scalars on every target."""
+"""Vector math of prelude.h against float64: ulp bounds, edges, lanes equal scalars everywhere."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from aios_compile.codegen.expression import (
     wide,
 )
 from aios_compile.codegen.operand import dim_text
+from aios_compile.errors import CodegenError
 
 INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">"}
 INFIX.update({"ge": ">=", "eq": "==", "ne": "!=", "and": "&", "or": "|", "xor": "^"})
@@ -106,6 +107,8 @@ class Cpp:
                 for a, t in zip(call.args, texts)
             ]
             return self._narrow(call, f"({texts[0]} {INFIX[call.op]} {texts[1]})")
+        if call.dtype == "f64" and call.op not in ("abs", "max", "min", "select"):
+            raise CodegenError(f"{call.op} in float64 has no C++ function: cast to float32 first")
         args = [self._splat(a, t) for a, t in zip(call.args, texts)]
         name = FUNCTIONS.get(call.op, call.op)
         return f"{name}({', '.join(strip_parentheses(a) for a in args)})"

@@ -1,10 +1,10 @@
 // What every generated kernel includes: sizes, vectors of VL lanes, loads, stores, reductions.
 //
 // Vectors are GCC/Clang vector extensions, so the same text compiles for AVX-512 (VL = 16), AVX2
-// (8), NEON (4) and a target without SIMD flags (4). Values in registers: float32 for f32, bf16 and
-// f16 storage (`vf`), int32 for i32 (`vi`), a mask of 0 / -1 lanes for bool (`vi`). int64 and double
-// are scalar. A scalar function computes lane 0 of the vector function: bitwise the same value.
-// No library headers beyond these: a kernel must compile in well under a second.
+// (8), NEON (4) and a target without SIMD flags (4). Values in registers: float32 for f32, bf16
+// and f16 storage (`vf`), int32 for i32 (`vi`), a mask of 0 / -1 lanes for bool (`vi`). int64 and
+// double are scalar. A scalar function computes lane 0 of the vector function: bitwise the same
+// value. No library headers beyond these: a kernel must compile in well under a second.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -60,7 +60,7 @@ AIOS_INLINE float lane_of(float x) { return x; }
 AIOS_INLINE int32_t lane_of(int32_t x) { return x; }
 AIOS_INLINE int32_t lane_of(bool x) { return -(int32_t)x; }
 
-// ---- choices -------------------------------------------------------------------------------------
+// ---- choices -----------------------------------------------------------------------------------
 AIOS_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 AIOS_INLINE vi select(vi mask, vi a, vi b) { return mask ? a : b; }
 template <class X> AIOS_INLINE X select(bool mask, X a, X b) { return mask ? a : b; }
@@ -83,7 +83,7 @@ AIOS_INLINE vi min(vi a, vi b) { return a < b ? a : b; }
 template <class X> AIOS_INLINE X max(X a, X b) { return ((a > b) | (a != a)) ? a : b; }
 template <class X> AIOS_INLINE X min(X a, X b) { return ((a < b) | (a != a)) ? a : b; }
 
-// ---- fused multiply-add: one rounding on every target -----------------------------------------------
+// ---- fused multiply-add: one rounding on every target ------------------------------------------
 AIOS_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 AIOS_INLINE vf fma(vf a, vf b, vf c) {
 #if AIOS_AVX512
@@ -99,7 +99,7 @@ AIOS_INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-// ---- half precision in storage ------------------------------------------------------------------------
+// ---- half precision in storage -----------------------------------------------------------------
 AIOS_INLINE vf widen_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
 AIOS_INLINE vh narrow_bf16(vf x) {  // round to nearest even; NaN stays NaN
   vu u = (vu)x;
@@ -133,7 +133,7 @@ AIOS_INLINE vh narrow_f16(vf x) {
 #endif
 }
 
-// ---- loads and stores of VL elements, and of the first `count` < VL of them (the rest reads 0) ----------
+// ---- loads and stores of VL elements, and of the first `count` < VL of them (the rest reads 0) -
 template <class V> AIOS_INLINE V load_as(const void* p) {
   V r;
   memcpy(&r, p, sizeof(V));
@@ -171,7 +171,7 @@ AIOS_INLINE void store(f16* p, vf v, int64_t count) { store_as(p, narrow_f16(v),
 AIOS_INLINE void store(bool8* p, vi v, int64_t count) {
   store_as(p, __builtin_convertvector(v & 1, vb), count);
 }
-#if AIOS_AVX512
+#if AIOS_AVX512 && !defined(__SANITIZE_ADDRESS__)  // it does not see masked accesses
 AIOS_INLINE __mmask16 first_lanes(int64_t count) { return (__mmask16)((1u << count) - 1u); }
 AIOS_INLINE vf load(const float* p, int64_t count) {
   return (vf)_mm512_maskz_loadu_ps(first_lanes(count), p);
@@ -255,7 +255,7 @@ AIOS_INLINE vf round_f16(vf x) { return widen_f16(narrow_f16(x)); }
 AIOS_INLINE float round_bf16(float x) { return round_bf16(splat(x))[0]; }
 AIOS_INLINE float round_f16(float x) { return round_f16(splat(x))[0]; }
 
-// ---- horizontal reductions: always the same tree, lane i with lane i + VL/2, and so on -------------------
+// ---- horizontal reductions: always the same tree, lane i with lane i + VL/2, and so on ---------
 #define AIOS_REDUCTION(name, expression)                     \
   AIOS_INLINE float name(vf x) {                             \
     float a[VL];                                             \

@@ -1,9 +1,9 @@
-// Vector math in float32: within 3 ulp of the exact value wherever it is a normal number, right at
-// infinities and NaN, the same bits on every target (only +, -, *, /, sqrt, fma and integer steps).
-// Polynomials: interpolation at Chebyshev nodes in 40 digits, coefficients rounded to float32, over
-// the interval named at each; errors are asserted by tests/codegen/test_prelude.py. Reductions: Cody
-// and Waite, "Software Manual for the Elementary Functions" (1980); log as in Tang, "Table-driven
-// implementation of the logarithm function" (1990), without the table.
+// Vector math in float32: within 3 ulp of the exact value wherever it is a normal number, right
+// at infinities and NaN, the same bits on every target (only +, -, *, /, sqrt, fma and integer
+// steps). Polynomials: interpolation at Chebyshev nodes in 40 digits, coefficients rounded to
+// float32, over the interval named at each; errors are asserted by tests/codegen/test_prelude.py.
+// Reductions: Cody and Waite, "Software Manual for the Elementary Functions" (1980); log as in
+// Tang, "Table-driven implementation of the logarithm function" (1990), without the table.
 #pragma once
 
 #define AIOS_SCALAR(f) \
@@ -51,7 +51,7 @@ AIOS_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
 AIOS_INLINE vf rsqrt(vf x) { return 1.0f / sqrt(x); }
 AIOS_INLINE float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 
-// ---- rounding to whole numbers: |x| >= 2^23 is whole already ------------------------------------------
+// ---- rounding to whole numbers: |x| >= 2^23 is whole already -----------------------------------
 AIOS_INLINE vf round(vf x) {  // halves to even
   vf a = absolute(x);
   return copysign(a < 0x1p23f ? (a + 0x1p23f) - 0x1p23f : a, x);
@@ -70,7 +70,7 @@ AIOS_SCALAR(floor)
 AIOS_SCALAR(ceil)
 AIOS_SCALAR(trunc)
 
-// ---- exponentials -------------------------------------------------------------------------------------
+// ---- exponentials ------------------------------------------------------------------------------
 AIOS_INLINE vf power_of_two(vi k) { return (vf)((k + 127) << 23); }  // -127 < k < 128
 AIOS_INLINE vf exp_tail(vf r) {  // (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2: 1.4e-7
   vf p = splat(0x1.6d117cp-10f);
@@ -120,7 +120,7 @@ AIOS_SCALAR(expm1)
 AIOS_SCALAR(sigmoid)
 AIOS_SCALAR(tanh)
 
-// ---- logarithms ---------------------------------------------------------------------------------------
+// ---- logarithms --------------------------------------------------------------------------------
 // x = 2^e m with m in [sqrt(1/2), sqrt(2)); returns log(m) as f - rest with f = m - 1.
 AIOS_INLINE vf split_log(vf x, vf* e, vf* rest) {
   vi tiny = x < 0x1p-126f;
@@ -164,7 +164,7 @@ AIOS_SCALAR(log2)
 AIOS_SCALAR(log1p)
 AIOS_RARE(log10, __builtin_log10(x))
 
-// ---- sine and cosine: |x| <= 2^20 by three parts of pi/2, beyond by libm's double -------------------------
+// ---- sine and cosine: |x| <= 2^20 by three parts of pi/2, beyond by libm's double --------------
 AIOS_NOINLINE void large_angles(const float* x, float* r, int quarter) {
   for (int i = 0; i < VL; ++i)
     if (!(__builtin_fabsf(x[i]) <= 0x1p20f))
@@ -206,7 +206,7 @@ AIOS_INLINE vf cos(vf x) { return sin_quarter(x, 1); }
 AIOS_SCALAR(sin)
 AIOS_SCALAR(cos)
 
-// ---- error function: |x| <= 1 by x + x E(x^2), beyond by 1 - exp(-Q(|x|)) -----------------------------------
+// ---- error function: |x| <= 1 by x + x E(x^2), beyond by 1 - exp(-Q(|x|)) ----------------------
 AIOS_INLINE vf erf(vf x) {
   vf a = min(absolute(x), splat(4.0f)), z = a * a;  // erf(4) rounds to 1
   vf e = splat(-0x1.445f48p-17f);              // [0, 1]: 5e-8
@@ -230,7 +230,7 @@ AIOS_INLINE vf erf(vf x) {
 }
 AIOS_SCALAR(erf)
 
-// ---- activations ----------------------------------------------------------------------------------------
+// ---- activations -------------------------------------------------------------------------------
 AIOS_INLINE vf silu(vf x) { return x / (1.0f + exp(-x)); }
 AIOS_INLINE vf relu(vf x) { return max(x, vf{}); }
 AIOS_INLINE vf gelu(vf x) { return 0.5f * x * (1.0f + erf(x * 0x1.6a09e6p-1f)); }
@@ -243,7 +243,7 @@ AIOS_SCALAR(relu)
 AIOS_SCALAR(gelu)
 AIOS_SCALAR(gelu_tanh)
 
-// ---- powers, quotients and the rest -------------------------------------------------------------------
+// ---- powers, quotients and the rest ------------------------------------------------------------
 // Two arguments, lane by lane.
 #define AIOS_RARE2(f, expression)                                        \
   AIOS_NOINLINE float f(float p, float q) {                              \
