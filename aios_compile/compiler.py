@@ -38,6 +38,7 @@ from aios_compile.progress import Progress
 from aios_compile.study.dump import Dumper
 
 PAGE_SIZE = 16  # tokens; one AVX-512 vector of keys
+MIN_PAGE_TABLE = 8  # entries; the batches that passes are proven on need 4 (ir/inputs.py: mixed)
 MAX_LOGIT_ROWS = 32  # rows of [R, vocabulary] logits that are planned for at least
 
 
@@ -109,8 +110,12 @@ def _pass_options(
     stored = next((p.dtype for p in model.parameters()), torch.float32)
     name = options.kv_cache_dtype
     kv_dtype = stored if name == "auto" else getattr(torch, name)
-    pages = -(-sizes.max_model_len // PAGE_SIZE)
-    return PassOptions("cpp", PAGE_SIZE, kv_dtype, num_pages=64, max_pages_per_sequence=pages)
+    width = _page_table_width(sizes)
+    return PassOptions("cpp", PAGE_SIZE, kv_dtype, num_pages=64, max_pages_per_sequence=width)
+
+
+def _page_table_width(sizes: ResolvedSizes) -> int:
+    return max(MIN_PAGE_TABLE, -(-sizes.max_model_len // PAGE_SIZE))
 
 
 def _limits(module: IRModule, sizes: ResolvedSizes) -> dict[str, int]:
@@ -127,7 +132,7 @@ def _settings(source: ModelSource, module: IRModule, sizes: ResolvedSizes) -> di
         "name": source.name,
         "page_size": PAGE_SIZE,
         "max_model_len": sizes.max_model_len,
-        "max_pages_per_sequence": -(-sizes.max_model_len // PAGE_SIZE),
+        "max_pages_per_sequence": _page_table_width(sizes),
         "vocab_size": int(logits.shape[-1]),
         "eos_token_ids": list(source.eos_token_ids),
         "generation_config": source.generation_config,
