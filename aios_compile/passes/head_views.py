@@ -1,4 +1,4 @@
-"""Move layout views from behind a norm or rope of heads to before it: view(norm(x)) = norm(view(x)).
+"""Move layout views from behind a norm or rope of heads to before it.
 
 Foreign modules transpose heads and carry a batch dimension of 1 between the ops that
 fuse_qk_norm_rope_kv_write wants side by side. What views do is found out by running them.

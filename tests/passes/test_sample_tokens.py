@@ -1,6 +1,6 @@
 """sample_tokens: outputs, inputs and states after it; near misses; a second run."""
 
-# ruff: noqa: F722, F821, UP037  (annotations are shapes)
+# ruff: noqa: F821, UP037  (annotations are shapes)
 from __future__ import annotations
 
 from typing import Any

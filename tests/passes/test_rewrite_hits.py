@@ -1,0 +1,117 @@
+"""Pinned hits of the rewriting and fusing passes on captured models; level 3 against level 1."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from aios_compile.ir.module import IRModule, Level, is_kernel_call
+from aios_compile.ir.refresh import refresh
+from aios_compile.ir.verifier import verify
+from aios_compile.passes.pipeline import FUSE, RAISE, REWRITE
+from tests.passes import helpers, level2
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 9},
+}
+HITS = {
+    "page_attention": (1, 0),
+    "gather_last_tokens": (0, 1),
+    "sample_tokens": (0, 1),
+    "merge_qkv": (1, 0),
+    "merge_gate_up": (1, 0),
+    "fuse_qk_norm_rope_kv_write": (1, 0),
+    "fuse_add_rms_norm": (1, 0),
+    "fuse_linear_epilogue": (2, 1),  # gated activation, MLP residual; cast of the embedding
+    "fuse_pointwise": (0, 2),  # rotary tables; the final norm of gathered rows
+    "form_kernels": (4, 2),
+}
+LAYER = [
+    *("row_reduction", "linear", "qk_norm_rope_kv_write", "paged_attention", "linear"),
+    *("row_reduction", "linear", "linear"),
+]
+IDS = list(range(3, 43))
+
+
+def lowered(module: IRModule) -> dict[str, tuple[int, int]]:
+    """Take a captured program to level 3, verifying after each pass; return (layer, outer) hits."""
+    hits = {}
+    for stage in (RAISE, REWRITE, FUSE):
+        for function in stage.passes:
+            applied = helpers.apply(function, module).hits
+            refresh(module)
+            verify(module)
+            layers = [n for name, n in applied.items() if name]
+            hits[function.__name__] = (max(layers), applied[""])
+        module.level = stage.level_after
+    verify(module)
+    return hits
+
+
+def kinds(module: IRModule, region: str) -> list[str]:
+    nodes = module.graphs()[region].graph.nodes
+    return [n.meta["kernel"] for n in nodes if is_kernel_call(n)]
+
+
+def paged_logits(module: IRModule) -> torch.Tensor:
+    """Run a sequence in chunks through permuted pages."""
+    caches = level2.empty_caches(module)
+    cuts = (0, 17, 18, 38, 39, 40)
+    parts = [
+        level2.step(module, [(IDS[a:b], a, [9, 2, 5])], caches)["logits"]
+        for a, b in itertools.pairwise(cuts)
+    ]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hits_are_pinned_and_level_3_computes_what_was_captured(family: str) -> None:
+    module = helpers.captured(family, torch.bfloat16, **FAMILIES[family])
+    values = {"token_ids": torch.tensor(IDS), "positions": torch.arange(len(IDS))}
+    (want,) = helpers.evaluate(module, values, len(IDS))
+    hits = lowered(module)
+    assert {name: hits[name] for name in HITS} == HITS
+    assert module.level is Level.KERNELS
+    assert kinds(module, "layer") == LAYER
+    helpers.assert_same([want], [paged_logits(module)])
+
+
+def foreign(name: str) -> Any:
+    """Return a tiny transformers model of a family that no pass was written for."""
+    import transformers
+
+    sizes = {"vocab_size": 67, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0}
+    sizes |= {"bos_token_id": 1, "eos_token_id": 2}
+    if name == "gemma2":
+        more = {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8}
+        config = transformers.Gemma2Config(**sizes, **more, query_pre_attn_scalar=16)
+        return transformers.Gemma2ForCausalLM(config)
+    if name == "neox":
+        return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes))
+    config = transformers.CohereConfig(**sizes, num_key_value_heads=2, use_qk_norm=True)
+    return transformers.CohereForCausalLM(config)
+
+
+FOREIGN = {
+    "gemma2": {"fuse_add_rms_norm": (2, 0), "fuse_linear_epilogue": (1, 2), "merge_qkv": (1, 0)},
+    "neox": {"fuse_qk_norm_rope_kv_write": (1, 0), "fuse_pointwise": (1, 2)},
+    "cohere": {"merge_qkv": (1, 0), "merge_gate_up": (1, 0), "fuse_pointwise": (3, 2)},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_modules_reach_level_3(name: str) -> None:
+    torch.manual_seed(0)
+    module = helpers.captured_module(foreign(name), flat=False)
+    values = {"token_ids": torch.tensor(IDS), "positions": torch.arange(len(IDS))}
+    (want,) = helpers.evaluate(module, values, len(IDS))
+    hits = lowered(module)
+    assert {name: hits[name] for name in FOREIGN[name]} == FOREIGN[name]
+    helpers.assert_same([want], [paged_logits(module)])
