@@ -6,6 +6,7 @@ and a round trip of the hidden state; and a chain of views hides one op from the
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from aios_compile.passes.context import PassContext, fake_value
 from aios_compile.passes.graph_pass import graph_pass
 from aios_compile.passes.match import (
     RESHAPES,
+    SPLITS,
     is_call,
     positive,
     shape_argument,
@@ -64,6 +66,7 @@ def _simplify(graph: fx.Graph, node: fx.Node, context: PassContext) -> int:
         or _compose_reshapes(graph, node, context)
         or _compose_moves(graph, node, context)
         or _sink_permute(graph, node, context)
+        or _sink_below_cut(graph, node, context)
     )
 
 
@@ -213,6 +216,30 @@ def _sink_permute(graph: fx.Graph, node: Any, context: PassContext) -> bool:
     with graph.inserting_before(node):
         args = [permute.args[0] if a is permute else a for a in node.args]
         new = context.call(graph, node.target, *args, source=[node], **node.kwargs)
+        new = context.call(graph, aten.permute.default, new, order, source=[permute])
+    node.replace_all_uses_with(new)
+    return True
+
+
+def _sink_below_cut(graph: fx.Graph, node: Any, context: PassContext) -> bool:
+    """Rewrite a slice or a piece of a split of permute(x) as permute of that part of x."""
+    is_piece = is_call(node, operator.getitem) and is_call(node.args[0], *SPLITS)
+    cut: Any = node.args[0] if is_piece else node
+    if not is_piece and not is_call(cut, aten.slice.Tensor):
+        return False
+    permute: Any = cut.args[0]
+    if not is_call(permute, aten.permute.default):
+        return False
+    order = [positive(d, len(permute.args[1])) for d in permute.args[1]]
+    place = 2 if is_piece else 1
+    dim = order[positive(cut.args[place] if len(cut.args) > place else 0, len(order))]
+    with graph.inserting_before(cut):
+        before, after = cut.args[1:place], cut.args[place + 1 :]
+        arguments = (permute.args[0], *before, dim, *after)
+        new = context.call(graph, cut.target, *arguments, source=[cut])
+    with graph.inserting_before(node):
+        if is_piece:
+            new = context.call(graph, operator.getitem, new, node.args[1], source=[node])
         new = context.call(graph, aten.permute.default, new, order, source=[permute])
     node.replace_all_uses_with(new)
     return True

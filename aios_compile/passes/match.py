@@ -208,6 +208,14 @@ def _keeps_last(node: Any) -> bool:
     return keepdim and is_last(node.args[1], rank_of(node.args[0]))
 
 
+def centred_on_mean(node: Any, context: PassContext) -> Any:
+    """Return x of x - mean(x) over the last dimension."""
+    if not is_call(node, aten.sub.Tensor) or node.kwargs:
+        return None
+    x, mean = node.args
+    return x if mean_of_last(mean, context) is x else None
+
+
 def squared(node: Any) -> Any:
     """Return x of x ** 2 or x * x."""
     if is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == 2:

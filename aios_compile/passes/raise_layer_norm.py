@@ -16,6 +16,7 @@ from aios_compile.ir import provenance
 from aios_compile.passes.context import PassContext, Refusal
 from aios_compile.passes.graph_pass import graph_pass
 from aios_compile.passes.match import (
+    centred_on_mean,
     dtype_of,
     is_call,
     is_last,
@@ -87,7 +88,7 @@ def _match_native(node: Any) -> list[Match | Refusal]:
 def _match_spelled(variance: Any, context: PassContext) -> list[Match | Refusal]:
     """Match (x - mean(x)) / sqrt(variance + eps) from its variance."""
     centred = squared(mean_of_last(variance, context))
-    x = _centred(centred, context)
+    x = centred_on_mean(centred, context)
     if x is None:
         x, centred = _variance(variance), None
     if x is None:
@@ -96,20 +97,12 @@ def _match_spelled(variance: Any, context: PassContext) -> list[Match | Refusal]
         return [Refusal("layer norm with an unbiased variance", provenance.source_line(variance))]
     found: list[Match | Refusal] = []
     for quotient in quotients(variance, context):
-        if not quotient.node.users or _centred(quotient.x, context) is not x:
+        if not quotient.node.users or centred_on_mean(quotient.x, context) is not x:
             continue
         root, weight = _with_weight(quotient.node, product, context)
         root, bias = _with_weight(root, total, context)
         found.append(Match(root, x, weight, bias, quotient.eps))
     return found
-
-
-def _centred(node: Any, context: PassContext) -> Any:
-    """Return x of x - mean(x)."""
-    if not is_call(node, aten.sub.Tensor) or node.kwargs:
-        return None
-    x, mean = node.args
-    return x if mean_of_last(mean, context) is x else None
 
 
 def _variance(node: Any) -> Any:

@@ -16,6 +16,7 @@ from aios_compile.passes.context import PassContext, Refusal
 from aios_compile.passes.graph_pass import graph_pass
 from aios_compile.passes.match import (
     HALF,
+    centred_on_mean,
     dtype_of,
     is_float_cast,
     mean_of_last,
@@ -74,8 +75,8 @@ def raise_rms_norm(graph: fx.Graph, context: PassContext) -> int:
 
 def _match(mean: fx.Node, context: PassContext) -> list[Match | Refusal]:
     x = squared(mean_of_last(mean, context))
-    if x is None:
-        return []
+    if x is None or centred_on_mean(x, context) is not None:
+        return []  # the second is layer normalisation
     found: list[Match | Refusal] = []
     for quotient in quotients(mean, context):
         if not quotient.node.users:

@@ -37,6 +37,16 @@ def test_transposes_sink_below_functions_of_one_value():
     assert "permute" not in targets(check(eliminate_views, f, None))
 
 
+def test_transposes_sink_below_slices_and_splits():
+    def f(x: "f32[1, T, 4, 12]"):
+        q, k = x.transpose(1, 2).split((8, 4), -1)
+        part = x.transpose(1, 2)[..., 2:5]
+        return q.transpose(1, 2), k.transpose(1, 2), part.transpose(1, 2)
+
+    module = check(eliminate_views, f, None)
+    assert "permute" not in targets(module)
+
+
 def test_copies_of_contiguous_values_and_views_that_change_nothing_disappear():
     def f(x: "f32[T, 4, 8]"):
         y = x.transpose(0, 1).transpose(0, 1).contiguous().clone()

@@ -82,6 +82,14 @@ def test_near_miss_another_value_is_divided():
     check(raise_rms_norm, f, 0, reason="another value")
 
 
+def test_near_miss_layer_norm():
+    def f(x: "f32[T, 64]"):
+        c = x - x.mean(-1, keepdim=True)
+        return c * scale(c).rsqrt()
+
+    check(raise_rms_norm, f, 0)
+
+
 def test_near_miss_mean_over_another_dimension():
     def f(x: "f32[4, T, 64]"):
         return x * (x.pow(2).mean(0, keepdim=True) + 1e-6).rsqrt()
