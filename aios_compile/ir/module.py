@@ -201,7 +201,7 @@ def _drop_dead_outputs(module: IRModule, name: str, region: fx.GraphModule) -> N
     region.graph.output_node().args = (tuple(values[i] for i in kept),)
     for call in module.calls(name):
         call.meta["val"] = tuple(call.meta["val"][i] for i in kept)
-        for user in call.users:
+        for user in list(call.users):
             user.args = (call, kept.index(int(user.args[1])))  # type: ignore[arg-type]
 
 

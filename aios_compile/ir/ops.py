@@ -3,7 +3,7 @@
 The reference is the definition of correct for each pass, kernel and fuzz test. Shapes: T tokens,
 H query heads, G key/value heads, D head width, R logit rows, S sequences, N pages. All ops are
 functional; `kv_write` returns new caches and only `plan_memory` makes it write in place. Half
-precision inputs are multiplied in float32 and rounded once at the end.
+precision inputs are multiplied in float32 and rounded once at the end. Results are contiguous.
 """
 
 from __future__ import annotations
@@ -53,9 +53,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, scale_in_float32: boo
     h = x.to(wide(x.dtype))
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
     if weight is None:
-        return h.to(x.dtype)
+        return h.to(x.dtype).contiguous()
     w = weight.to(wide(x.dtype))
-    return (h * w).to(x.dtype) if scale_in_float32 else (w * h.to(x.dtype)).to(x.dtype)
+    h = h * w if scale_in_float32 else w * h.to(x.dtype)
+    return h.to(x.dtype).contiguous()
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -63,7 +64,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     centred = h - h.mean(-1, keepdim=True)
     h = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
     h = h if weight is None else h * weight.to(h.dtype)
-    return (h if bias is None else h + bias.to(h.dtype)).to(x.dtype)
+    return (h if bias is None else h + bias.to(h.dtype)).to(x.dtype).contiguous()
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -74,11 +75,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     else:
         turned = torch.cat((-head[..., width // 2 :], head[..., : width // 2]), -1)
     rotated = head * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)
-    return torch.cat((rotated, tail), -1).to(x.dtype)
+    return torch.cat((rotated, tail), -1).to(x.dtype).contiguous()
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    return ACTIVATIONS[activation](gate) * up
+    return (ACTIVATIONS[activation](gate) * up).contiguous()
 
 
 def sdpa(
