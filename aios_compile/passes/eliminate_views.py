@@ -222,24 +222,25 @@ def _sink_permute(graph: fx.Graph, node: Any, context: PassContext) -> bool:
 
 
 def _sink_below_cut(graph: fx.Graph, node: Any, context: PassContext) -> bool:
-    """Rewrite a slice or a piece of a split of permute(x) as permute of that part of x."""
-    is_piece = is_call(node, operator.getitem) and is_call(node.args[0], *SPLITS)
-    cut: Any = node.args[0] if is_piece else node
-    if not is_piece and not is_call(cut, aten.slice.Tensor):
+    """Rewrite a slice or the pieces of a split of permute(x) as permutes of those parts of x."""
+    is_split = is_call(node, *SPLITS)
+    if not is_split and not is_call(node, aten.slice.Tensor):
         return False
-    permute: Any = cut.args[0]
+    permute: Any = node.args[0]
     if not is_call(permute, aten.permute.default):
         return False
     order = [positive(d, len(permute.args[1])) for d in permute.args[1]]
-    place = 2 if is_piece else 1
-    dim = order[positive(cut.args[place] if len(cut.args) > place else 0, len(order))]
-    with graph.inserting_before(cut):
-        before, after = cut.args[1:place], cut.args[place + 1 :]
-        arguments = (permute.args[0], *before, dim, *after)
-        new = context.call(graph, cut.target, *arguments, source=[cut])
+    place = 2 if is_split else 1
+    dim = order[positive(node.args[place] if len(node.args) > place else 0, len(order))]
+    arguments = (permute.args[0], *node.args[1:place], dim, *node.args[place + 1 :])
     with graph.inserting_before(node):
-        if is_piece:
-            new = context.call(graph, operator.getitem, new, node.args[1], source=[node])
-        new = context.call(graph, aten.permute.default, new, order, source=[permute])
-    node.replace_all_uses_with(new)
+        new = context.call(graph, node.target, *arguments, source=[node])
+        for part in list(node.users) if is_split else [node]:
+            value = new
+            if is_split:
+                value = context.call(graph, operator.getitem, new, part.args[1], source=[part])
+            value = context.call(graph, aten.permute.default, value, order, source=[permute])
+            part.replace_all_uses_with(value)
+            if is_split:
+                graph.erase_node(part)
     return True
