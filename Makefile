@@ -9,10 +9,8 @@ BIN := $(VENV)/bin
 WORKERS ?= 1
 MODEL ?= examples/shakespeare
 PROMPT ?= ROMEO:
-# On a machine without an NVIDIA GPU, torch's CPU wheels save a download of gigabytes.
-CPU_INDEX := https://download.pytorch.org/whl/cpu
-PIP_FLAGS ?= $(shell command -v nvidia-smi >/dev/null || \
-	{ curl -sfIm 3 $(CPU_INDEX)/ >/dev/null && echo --extra-index-url $(CPU_INDEX); })
+# Extra arguments of pip, e.g. where to find torch's CPU build (it saves gigabytes without a GPU).
+PIP_FLAGS ?=
 
 .PHONY: demo test lint format docs clean
 

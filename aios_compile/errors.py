@@ -1,7 +1,8 @@
 """Every error a user can meet, one class a kind of mistake.
 
-A message is lower case without a full stop and says what, where, got and expected; the advice and the
-model's source line follow on lines of their own. Broken invariants inside the system are asserts, not these.
+A message is lower case without a full stop and says what, where, got and expected; the advice and
+the model's source line follow on lines of their own. Broken invariants inside the system are
+asserts, not these.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class CheckpointError(AiosError):
 
 
 class UnsupportedModelError(AiosError):
-    """The checkpoint or module asks for mathematics that is not implemented; named, never guessed."""
+    """The model asks for mathematics that is not implemented; named, never guessed."""
 
 
 class CaptureError(AiosError):

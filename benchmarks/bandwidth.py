@@ -33,7 +33,7 @@ def read_bandwidth(num_threads: int, num_bytes: int = 1 << 30, repeats: int = 7)
     with tempfile.TemporaryDirectory() as folder:
         target = build.Target.host()
         objects = build.build_objects([("read_all", SOURCE)], Path(folder), target)
-        library = build.load(build.link(objects, Path(folder) / "read.so") or Path(folder) / "read.so")
+        library = build.load(build.link(objects, Path(folder) / "read.so", target))
     library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.read_all.restype = ctypes.c_uint64
     count = num_bytes // 8 // num_threads // 64 * 64

@@ -63,7 +63,7 @@ def transformers_decode(peer: Any, ids: list[int]) -> float:
 
 
 def check_correct(model: Any, peer: Any, ids: list[int]) -> float:
-    """Return the largest logit difference to float32 transformers, relative to the largest logit."""
+    """Return the largest logit difference to float32 transformers over the largest logit."""
     with torch.no_grad():
         want = peer(input_ids=torch.tensor([ids])).logits[0]
     got = model(torch.tensor(ids))

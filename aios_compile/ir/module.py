@@ -65,7 +65,7 @@ class Recipe:
             inner.update({h: env[name] for h, name in zip(holders, source.names)})
             values.append(graph.graph_copy(source.graph, inner))
         tracer = fx.proxy.GraphAppendingTracer(graph)
-        result = build(*(fx.Proxy(value, tracer) for value in values))
+        result = build(*(fx.Proxy(value, tracer) for value in values))  # type: ignore[arg-type]
         graph.output(result.node)
         return Recipe(graph, tuple(names))
 
@@ -119,7 +119,7 @@ class IRModule:
         found: dict[str, fx.GraphModule] = {}
         for node in self.root.graph.nodes:
             if node.op == "call_module" and is_region_call(self.root, node):
-                found[str(node.target)] = self.root.get_submodule(str(node.target))
+                found[str(node.target)] = body_of(node)
         return found
 
     def calls(self, region: str) -> list[fx.Node]:
@@ -133,9 +133,10 @@ class IRModule:
 
 def is_region_call(owner: fx.GraphModule, node: fx.Node) -> bool:
     """Return whether a call_module node calls a region (and not a kernel body)."""
-    return node.op == "call_module" and bool(
-        owner.get_submodule(str(node.target)).meta.get("aios_region")
-    )
+    if node.op != "call_module":
+        return False
+    body = owner.get_submodule(str(node.target))
+    return isinstance(body, fx.GraphModule) and bool(body.meta.get("aios_region"))
 
 
 def is_kernel_call(node: fx.Node) -> bool:

@@ -90,7 +90,12 @@ def sdpa(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
+    if softcap is not None or sinks is not None:
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        return attention_reference.masked(q, k, v, mask, is_causal, factor, softcap, sinks)
     return F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     ).contiguous()
@@ -160,10 +165,11 @@ OPS: tuple[Op, ...] = (
     Op(
         "sdpa",
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale, "
-        "bool enable_gqa) -> Tensor",
+        "bool enable_gqa, float? softcap=None, Tensor? sinks=None) -> Tensor",
         sdpa,
         _fake_attention,
-        "scaled_dot_product_attention as the model called it; level 1 only",
+        "scaled_dot_product_attention as the model called it, or a foreign attention with a soft "
+        "cap or sinks; level 1 only",
     ),
     Op(
         "attention",
@@ -197,10 +203,10 @@ OPS: tuple[Op, ...] = (
     ),
 )
 
-_LIBRARY = torch.library.Library("aios", "DEF")
+_LIBRARY = torch.library.Library("aios", "DEF")  # type: ignore[no-untyped-call]
 for _op in OPS:
-    _LIBRARY.define(_op.name + _op.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_op.name, _op.reference, "CompositeExplicitAutograd")
+    _LIBRARY.define(_op.name + _op.schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(_op.name, _op.reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"aios::{_op.name}", _op.fake, lib=_LIBRARY)
 
 TABLE: dict[str, Op] = {op.name: op for op in OPS}

@@ -39,14 +39,11 @@ class Region:
         if guarded:
             _protect(base, PAGE)
             _protect(base + guard + whole, PAGE)
-            self._ends = (base, base + guard + whole)
-        else:
-            self._ends = ()
 
     def array(self) -> NDArray[np.uint8]:
         """Return the bytes as an array (valid until close)."""
         raw = (ctypes.c_uint8 * self.num_bytes).from_address(self.address)
-        return np.frombuffer(raw, np.uint8)
+        return np.ctypeslib.as_array(raw)
 
     def poison(self) -> None:
         """Fill the region with bytes that are NaN as floats and -1 as indices."""
