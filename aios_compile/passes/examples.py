@@ -35,6 +35,7 @@ from aios_compile.ir.module import (
 )
 from aios_compile.ir.symbols import new_fake, new_fake_mode, new_size
 from aios_compile.passes.context import PassContext, PassOptions
+from aios_compile.passes.example_reader import ExampleFunction, read
 from aios_compile.passes.graph_pass import PassFunction, info_of
 
 assert ops.TABLE, "the op table must be registered"
@@ -131,8 +132,7 @@ def build(source: str) -> IRModule:
         "aios": torch.ops.aios,
         "kernel": recorder.kernel,
     }
-    exec(compile(source, "<docstring>", "exec"), scope)  # our own docstrings, never a user's text
-    return recorder.module(scope["f"])
+    return recorder.module(read(source, scope))
 
 
 class _Recorder:
@@ -144,12 +144,12 @@ class _Recorder:
         self.root = fx.GraphModule(torch.nn.Module(), self.graph)
         self.result = IRModule(self.root, Level.SEMANTIC)
 
-    def module(self, function: Callable[..., Any]) -> IRModule:
+    def module(self, function: ExampleFunction) -> IRModule:
         graph = self.root.graph
         tracer = _FakeTracer(graph, self.mode)
         values = [
-            self._parameter(tracer, name, str(parameter.annotation))
-            for name, parameter in inspect.signature(function).parameters.items()
+            self._parameter(tracer, name, annotation)
+            for name, annotation in function.parameters.items()
         ]
         value = function(*values)
         results = value if isinstance(value, tuple) else (value,)
@@ -164,7 +164,7 @@ class _Recorder:
         return self.result
 
     def _parameter(self, tracer: _FakeTracer, name: str, annotation: str) -> fx.Proxy:
-        found = _ANNOTATION.fullmatch(annotation.strip("\"' "))
+        found = _ANNOTATION.fullmatch(annotation.strip())
         assert found, f"cannot read the annotation {annotation!r} of {name}"
         kind, dtype, sizes = found.groups()
         shape = [self._size(s.strip()) for s in sizes.split(",") if s.strip()]
