@@ -13,9 +13,10 @@ from torch import fx
 from aios_compile.capture import torch_private
 from aios_compile.errors import CaptureError
 from aios_compile.ir import provenance
-from aios_compile.ir.module import IRModule, Level, Recipe, drop_dead, placeholders
+from aios_compile.ir.module import IRModule, Level, Recipe, drop_dead, outputs, placeholders
 
 aten = torch.ops.aten
+BATCHED = "aios_batched"  # root.meta: the model's own code takes [1, T]
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -27,6 +28,7 @@ def assemble(
     module = IRModule(root, Level.CAPTURED)
     _own_regions(module, traced)
     _bind_inputs(module, bindings)
+    _flatten_tokens(module)
     for graph_module in module.graphs().values():
         _free_of_sizes(graph_module)
     _drop_size_inputs(module)
@@ -102,6 +104,36 @@ def _bind_inputs(module: IRModule, bindings: list[Any]) -> None:
             module.tensors[name] = tensor
     for node in list(module.root.graph.find_nodes(op="get_attr")):
         _constant_to_weight(module, node)
+
+
+def _flatten_tokens(module: IRModule) -> None:
+    """Take and give [T, ...] where the model's code has [1, T, ...]: a step is one flat batch."""
+    graph = module.root.graph
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    for node in placeholders(graph):
+        value = node.meta["val"]
+        if node.name not in module.inputs or value.dim() == 1:
+            continue
+        users = list(node.users)
+        with graph.inserting_before(first):
+            batched = graph.call_function(aten.unsqueeze.default, (node, 0))
+        batched.meta["val"] = value
+        provenance.inherit(batched, users)
+        for user in users:
+            user.replace_input_with(node, batched)
+        with module.mode:
+            node.meta["val"] = value.new_empty(value.shape[1:])
+        module.root.meta[BATCHED] = True
+    output = graph.output_node()
+    logits = outputs(graph)[0]
+    value = logits.meta["val"]
+    if value.dim() == 3 and value.shape[0] == 1:
+        with graph.inserting_before(output):
+            flat = graph.call_function(aten.squeeze.dim, (logits, 0))
+        with module.mode:
+            flat.meta["val"] = value[0]
+        provenance.inherit(flat, [logits])
+        output.args = ((flat,),)
 
 
 def _constant_to_weight(module: IRModule, node: fx.Node) -> None:

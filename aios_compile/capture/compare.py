@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from aios_compile.capture import foreign, regions
+from aios_compile.capture.assemble import BATCHED
 from aios_compile.errors import CaptureError
 from aios_compile.ir import evaluate, random_weights
 from aios_compile.ir.module import IRModule, placeholders
@@ -33,7 +34,7 @@ def compare_with_eager(
     names the first layer whose result differs.
     """
     if flat is None:
-        flat = _token_ids(module).meta["val"].dim() == 1
+        flat = not module.root.meta.get(BATCHED, False)
     layers = [layer for group in regions.layer_lists(model).values() for layer in group]
     calls = [n for n in module.root.graph.nodes if n.op == "call_module"]
     active = _first_of_each_kind(module, calls, len(layers))
@@ -47,14 +48,11 @@ def compare_with_eager(
     for num_tokens in TOKENS:
         ids, positions = _batch(num_tokens, weights, seed, flat)
         seen, eager = _run_eager(model, module, weights, layers, active, (ids, positions), skips)
-        found, logits = _run_captured(module, weights, skips, ids, positions)
+        found, logits = _run_captured(
+            module, weights, skips, ids.reshape(-1), positions.reshape(-1)
+        )
         worst = max(worst, _check(list(zip(found, seen)), (logits, eager), num_tokens))
     return worst
-
-
-def _token_ids(module: IRModule) -> fx.Node:
-    names = {n.name: n for n in placeholders(module.root.graph)}
-    return next(names[name] for name, kind in module.inputs.items() if kind == "token_ids")
 
 
 def _first_of_each_kind(module: IRModule, calls: Sequence[fx.Node], count: int) -> set[int]:

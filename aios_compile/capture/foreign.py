@@ -1,7 +1,8 @@
 """Adapters for modules that were not written for this compiler: Hugging Face causal LMs.
 
-Their attention is redirected to `aios::attention` through transformers' own registries, so that no
-dense mask enters the graph; everything else is captured as it is.
+Their attention is redirected to `aios::sdpa` through transformers' own registries. The mask is the
+one that transformers would make, as tensor code in the graph: raise_attention finds out by running
+it whether it is causal, a window or a chunk, and no dense mask is left.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ from torch import nn
 
 from aios_compile.errors import UnsupportedModelError
 
-_KNOWN_ARGUMENTS = {"dropout", "position_ids", "output_attentions", "use_cache", "cache_position"}
+# Arguments that change nothing in a forward pass without a cache; is_causal is looked at.
+_KNOWN_ARGUMENTS = {
+    "dropout",
+    "position_ids",
+    "output_attentions",
+    "use_cache",
+    "cache_position",
+    "is_causal",
+}
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -29,11 +38,13 @@ def adapted(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     if not is_hugging_face(model):
         yield model, {}
         return
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers import masking_utils
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register("aios", _attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("aios", _no_mask)
+    masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.register("aios", _mask)
+    find_packed = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = _one_sequence
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = {key: getattr(c, "_attn_implementation", None) for key, c in configs.items()}
     for config in configs.values():
@@ -41,6 +52,7 @@ def adapted(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     try:
         yield _LogitsOnly(model), {}
     finally:
+        masking_utils.find_packed_sequence_indices = find_packed
         for key, config in configs.items():
             config._attn_implementation = before[key]
 
@@ -62,8 +74,30 @@ class _LogitsOnly(nn.Module):
         return self.model.named_buffers(*args, **kwargs)
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
+def _one_sequence(position_ids: torch.Tensor) -> None:
+    """Say that positions never start again: a step's sequences are told apart by the runtime."""
     return None
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    **others: Any,
+) -> torch.Tensor:
+    """Return transformers' mask, additive [1, 1, T, T]: 0 where a query sees a key."""
+    if attention_mask is not None:
+        raise UnsupportedModelError("the model makes a padding mask of its own")
+    queries = torch.arange(q_length)[None, None, :, None] + q_offset
+    keys = torch.arange(kv_length)[None, None, None, :] + kv_offset
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.long)
+    seen = mask_function(zero, zero, queries, keys)
+    return torch.where(seen, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
 
 
 def _attention(
@@ -73,30 +107,23 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend query [1, H, T, D] to key and value [1, G, T, D]; return [1, T, H, Dv]."""
-    unknown = {
-        k
-        for k, v in others.items()
-        if k not in _KNOWN_ARGUMENTS and v is not None and v is not False
-    }
-    unknown -= {"is_causal"} if others.get("is_causal", True) else set()
-    if unknown or not getattr(module, "is_causal", True) or attention_mask is not None:
-        what = ", ".join(sorted(unknown)) or "a mask or a bidirectional layer"
-        raise UnsupportedModelError(f"attention of {type(module).__name__} with {what}")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = torch.ops.aios.attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        scale,
-        sliding_window,
-        softcap,
-        None,
-        s_aux,
+    """Attend query [1, H, T, D] to key and value [1, G, T, D]; return [1, T, H, Dv].
+
+    The mask says what a window says too; a window without a mask would be lost, and is refused.
+    """
+    given = {k for k, v in others.items() if v is not None and v is not False}
+    unknown = (
+        given - _KNOWN_ARGUMENTS - ({"sliding_window"} if attention_mask is not None else set())
     )
-    return out[None], None
+    if unknown or not others.get("is_causal", getattr(module, "is_causal", True)):
+        what = ", ".join(sorted(unknown)) or "tokens that see later ones"
+        raise UnsupportedModelError(f"attention of {type(module).__name__} with {what}")
+    causal = attention_mask is None
+    out = torch.ops.aios.sdpa(
+        query, key, value, attention_mask, causal, scaling, True, softcap, s_aux
+    )
+    return out.transpose(1, 2), None

@@ -50,6 +50,41 @@ def attend(
     return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype).contiguous()
 
 
+def masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend q[..., H, T, D] to k, v[..., G, T, D] under a bool or additive mask; [..., H, T, Dv].
+
+    What scaled_dot_product_attention would do if it knew soft caps and sinks.
+    """
+    wide = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
+    groups = q.shape[-3] // k.shape[-3]
+    keys = k.to(wide).repeat_interleave(groups, -3)
+    values = v.to(wide).repeat_interleave(groups, -3)
+    scores = q.to(wide) @ keys.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if is_causal:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask
+    if sinks is not None:
+        column = sinks.to(wide)[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, -1)
+    return (weights @ values).to(q.dtype).contiguous()
+
+
 def attention(
     q: Tensor,
     k: Tensor,

@@ -3,7 +3,7 @@
 A mask is written in too many ways to match its graph: comparisons of positions, triangles of ones,
 minus infinity or the smallest float, tables of the whole context. Its values are few: causal,
 causal within a window, causal within a chunk. It is run at two sizes that go beyond every constant
-in it, so that a window shows, and anything else is refused.
+in it (or to the end of its table), so that a window shows, and anything else is refused.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from aios_compile.ir.symbols import new_size
 from aios_compile.passes.concrete import Concrete, Unknown, ancestors
 from aios_compile.passes.context import PassContext
-from aios_compile.passes.match import aten
+from aios_compile.passes.match import aten, is_call
 
 HIDDEN = -1e4  # an additive mask at most this hides a key: its weight is zero in float32
 LARGEST = 4608  # tokens up to which a mask over all keys is run; 170 MB an intermediate
+
+ARANGES = (aten.arange.default, aten.arange.start_step)
 
 
 class Mask(NamedTuple):
@@ -41,27 +44,34 @@ def find_mask(masks: Sequence[MaskNode], context: PassContext) -> Mask | str:
     nodes = [n for mask in masks for n in ancestors(mask.node, context)]
     constants = sorted(set(_constants(nodes)))
     calls = len(context.module.calls(context.region)) if context.region else 1
+    counters = [n for n in nodes if _is_token_index(n, context)]
+    samples = _positions(nodes, counters, constants, context)
+    if isinstance(samples, str):
+        return samples
     found: set[Mask | str] = set()
     try:
         for call in range(calls if _differs_by_call(nodes, context) else 1):
-            for positions in _positions(nodes, constants):
-                seen = _visible(masks, Concrete(context, positions, call=call))
+            for positions in samples:
+                given = {n: positions.to(n.meta["val"].dtype) for n in counters}
+                seen = _visible(masks, Concrete(context, positions, given, call=call))
                 found.add(seen if isinstance(seen, str) else _known(seen, positions, constants))
     except Unknown as unknown:
         return f"the attention mask depends on {unknown}"
     reasons = [f for f in found if isinstance(f, str)]
     if reasons:
         return reasons[0]
-    return found.pop() if len(found) == 1 else "the attention mask changes with the token count"
+    differ = "the attention mask changes with the token count, or from layer to layer"
+    return found.pop() if len(found) == 1 else differ
 
 
-def _constants(nodes: Iterable[fx.Node]) -> Iterable[int]:
+def _constants(nodes: Iterable[fx.Node]) -> Iterable[float]:
+    """Yield the numbers that a mask may compare with; whole floats too, which often only fill."""
     for node in nodes:
         values: tuple[Any, ...] = (*node.args, *node.kwargs.values())
         for value in values:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if number and 1 < abs(value) < 2**20 and value == int(value):
-                yield abs(int(value))
+                yield abs(value)
 
 
 def _differs_by_call(nodes: Iterable[fx.Node], context: PassContext) -> bool:
@@ -75,21 +85,57 @@ def _differs_by_call(nodes: Iterable[fx.Node], context: PassContext) -> bool:
     return any(len({call.args[i] for call in calls}) > 1 for i in used)
 
 
-def _positions(nodes: Sequence[fx.Node], constants: Sequence[int]) -> list[Tensor]:
-    """Return two position vectors that reach beyond every constant.
+def _is_token_index(node: fx.Node, context: PassContext) -> bool:
+    """Return whether a node is arange(T): of a whole sequence, the same as its positions."""
+    if not is_call(node, aten.arange.default, aten.arange.start_step):
+        return False
+    first, *rest = node.args if len(node.args) > 1 else (0, *node.args)
+    tokens = new_size(context.module.mode, "T").node.expr
+    whole = node.meta["val"].shape[0]
+    return (
+        first == 0
+        and rest[1:] in ([], [1])
+        and not isinstance(whole, int)
+        and (whole.node.expr == tokens)
+    )
 
-    A mask of positions only is sampled around the constants; one that counts tokens is run in full.
+
+def _positions(
+    nodes: Sequence[fx.Node],
+    counters: Sequence[fx.Node],
+    constants: Sequence[float],
+    context: PassContext,
+) -> list[Tensor] | str:
+    """Return two position vectors that reach beyond every constant, or to the end of a table.
+
+    A mask of positions only is sampled around the constants; one that counts tokens in another way
+    is run in full.
     """
+    table = min((s for n in nodes for s in _table_sizes(n, context)), default=None)
+    if table is not None:
+        if table > LARGEST:
+            return f"the attention mask comes from a table of {table} tokens, too large to be run"
+        return [torch.arange(max(1, table - 7)), torch.arange(table)]
+    inside = set(nodes)
     counts = any(
-        n.target in (aten.arange.start_step, aten.arange.default)
-        or isinstance(n.meta.get("val"), torch.SymInt)
+        isinstance(n.meta.get("val"), torch.SymInt) and set(n.users) & inside - set(counters)
         for n in nodes
     )
-    if counts:
-        largest = max([c for c in constants if c <= LARGEST], default=8)
+    if counts or any(n.target in ARANGES and n not in counters for n in nodes):
+        largest = max((c for c in constants if isinstance(c, int)), default=8)
+        if largest > LARGEST:
+            return f"the attention mask compares token counts with {largest}, too large to be run"
         return [torch.arange(largest + 5), torch.arange(largest + 12)]
-    near = {m * c + d for c in constants for m in (1, 2) for d in (-1, 0, 1)}
+    near = {m * int(c) + d for c in constants for m in (1, 2) for d in (-1, 0, 1)}
     return [torch.tensor(sorted(near | set(range(count)))) for count in (9, 14)]
+
+
+def _table_sizes(node: fx.Node, context: PassContext) -> list[int]:
+    """Return the tokens that a table of queries and keys (a stored triangle) was made for."""
+    shape = node.meta["val"].shape if isinstance(node.meta.get("val"), Tensor) else ()
+    fixed = len(shape) > 1 and all(isinstance(s, int) for s in shape[-2:])
+    square = fixed and shape[-1] == shape[-2] and shape[-1] > 1
+    return [int(shape[-1])] if square and node.op == "placeholder" else []
 
 
 def _visible(masks: Sequence[MaskNode], values: Concrete) -> Tensor | str:
@@ -113,7 +159,7 @@ def _visible(masks: Sequence[MaskNode], values: Concrete) -> Tensor | str:
     return result
 
 
-def _known(seen: Tensor, positions: Tensor, constants: Sequence[int]) -> Mask | str:
+def _known(seen: Tensor, positions: Tensor, constants: Sequence[float]) -> Mask | str:
     distance = positions[:, None] - positions[None]
     causal = distance >= 0
     if bool((seen & ~causal).any()):
@@ -123,7 +169,7 @@ def _known(seen: Tensor, positions: Tensor, constants: Sequence[int]) -> Mask | 
     window = int(distance[seen].max()) + 1 if bool(seen.any()) else 0
     if torch.equal(seen, causal & (distance < window)):
         return Mask(window=window)
-    for chunk in constants:
+    for chunk in map(int, constants):
         same = positions[:, None] // chunk == positions[None] // chunk
         if torch.equal(seen, causal & same):
             return Mask(chunk=chunk)

@@ -60,10 +60,10 @@ class Scores(NamedTuple):
 
 
 def called(node: Any) -> Attention | str | None:
-    """Read a call of scaled_dot_product_attention."""
+    """Read a call of scaled_dot_product_attention (or of the op that adds a soft cap and sinks)."""
     if not is_call(node, aios.sdpa.default):
         return None
-    q, k, v, mask, is_causal, scale, _ = node.args
+    q, k, v, mask, is_causal, scale, _, softcap, sinks = (*node.args, None, None)[:9]
     rank = rank_of(q)
     if rank not in (3, 4) or (rank == 4 and any(shape_of(x)[0] != 1 for x in (q, k, v))):
         return "attention on a batch of sequences"
@@ -81,6 +81,8 @@ def called(node: Any) -> Attention | str | None:
         width**-0.5 if scale is None else scale,
         is_causal and not masks,
         tuple(masks),
+        softcap,
+        sinks,
     )
 
 

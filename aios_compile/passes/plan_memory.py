@@ -49,7 +49,7 @@ def plan_memory(lifetimes: Sequence[Lifetime]) -> Placement:
 
 
 def _lowest_gap(taken: Sequence[tuple[int, int]], size: int) -> int:
-    """Return the lowest offset where `size` bytes fit between sorted, possibly overlapping spans."""
+    """Return the lowest offset where `size` bytes fit between sorted spans, which may overlap."""
     end = 0
     for begin, stop in taken:
         if begin - end >= size:

@@ -55,7 +55,14 @@ int main(int, char **argv) {
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("threads")
     (folder / "pool.cpp").write_text(PROGRAM)
-    command = [build.find_compiler().path, "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-Wno-psabi"]
+    command = [
+        build.find_compiler().path,
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-fsanitize=thread",
+        "-Wno-psabi",
+    ]
     command += ["-pthread", "-I", str(build.HEADER_FOLDER), str(folder / "pool.cpp")]
     subprocess.run([*command, "-o", str(folder / "pool")], check=True)
     return folder / "pool"

@@ -22,9 +22,7 @@ from aios_compile.codegen.pack_weights import pack_weights, to_numpy
 from aios_compile.codegen.program import Program
 from aios_compile.ir.module import IRModule
 from aios_compile.passes.context import PassOptions
-try:
-    from aios_compile.passes.pipeline import FUSE, RAISE
-except ImportError: FUSE=RAISE=None
+from aios_compile.passes.pipeline import FUSE, RAISE
 from aios_compile.passes.plan_memory import plan_memory
 from aios_compile.passes.runner import Stage, run_pipeline
 from aios_compile.runtime.program_runner import ProgramRunner

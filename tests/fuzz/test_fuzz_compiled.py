@@ -32,7 +32,7 @@ def check(program: Program, num_tokens: int, seed: int) -> None:
     shape = (num_tokens, program.width)
     free = {n: torch.randn(shape, generator=generator) for n in ("x", "y")}
     wide, errors = reference_error(program, {**free, **weights})
-    got = compiled({"T": num_tokens}, **{n: t for n, t in free.items()})
+    got = compiled({"T": num_tokens}, **free)
     compiled.runner.close()
     for i, (result, want, error) in enumerate(zip(got, wide, errors)):
         magnitude = max(1.0, float(want.abs().max()))

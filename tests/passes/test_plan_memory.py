@@ -1,4 +1,3 @@
-# ruff: noqa: F722, F821
 """The planner never lets two living buffers share a byte, and stays near the lower bound."""
 
 from __future__ import annotations
