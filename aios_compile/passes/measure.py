@@ -150,7 +150,7 @@ def run_steps(
     joined = {
         n: torch.cat([f[n] for f in found]) if len(found) > 1 else t for n, t in found[0].items()
     }
-    return Run(joined, states, rows)
+    return Run(joined, {n: s for n, s in states.items() if n in used}, rows)
 
 
 _UNUSED = torch.empty(0)
