@@ -1,18 +1,19 @@
 # make demo    install into .venv, compile the bundled model, print its passes, stream text
 # make test    install the test tools too, then ruff, mypy --strict and all CPU tests
+# make nightly random graphs by the thousand (an hour or more)
 # make docs    write docs/passes.md and docs/env.md anew
 # make format  put the tree into ruff's format
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 1
+WORKERS ?= 2
 MODEL ?= examples/shakespeare
 PROMPT ?= ROMEO:
 # Extra arguments of pip, e.g. where to find torch's CPU build (it saves gigabytes without a GPU).
 PIP_FLAGS ?=
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test nightly lint format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/aios report $(MODEL)
@@ -20,6 +21,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python tests/run_groups.py --workers $(WORKERS)
+
+# The slower suites, by hand: random graphs by the thousand.
+nightly: $(VENV)/.installed-test
+	FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest -q -n $(WORKERS) tests/fuzz
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from tests.compiled.harness import compile_graph
 from tests.fuzz.graphs import Program, programs
 from tests.passes.helpers import trace
 
-EXAMPLES = int(os.environ.get("AIOS_FUZZ_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
 TOKENS = st.sampled_from([1, 2, 3, 15, 16, 17, 40])
 
 
