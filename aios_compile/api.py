@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from aios_compile import env
 from aios_compile.codegen.artefact import ArtefactWriter, verify_weights
 from aios_compile.codegen.cache import ArtefactCache, default_root
 from aios_compile.codegen.cache_key import CacheKey, compute_key, hash_files
 from aios_compile.codegen.manifest import write_manifest
-from aios_compile.compiled_model import CompiledModel
+from aios_compile.compiled_model import CompiledModel, MakeExecutor
 from aios_compile.config import CompileOptions
 from aios_compile.errors import CacheError
 from aios_compile.model_source import ModelSource, open_source
@@ -36,30 +37,39 @@ def load_and_compile(model: Any, **keywords: Any) -> CompiledModel:
         root = default_root(options.cache_dir)
         cache = ArtefactCache(root)
 
-    def build(staging: Path) -> None:
-        compile_into(staging, source, options, progress, root)
+    def build(staging: Path) -> Any:
+        return compile_into(staging, source, options, progress, root)
 
-    if not source.files:  # a module in memory has no files to be keyed by: used once, then removed
+    eager: MakeExecutor | None = None
+    if env.EAGER.get_int(0, 1):
+        path, release, eager = _eager_artefact(cache, source, build)
+    elif not source.files:  # a module in memory has no files to be keyed by: used once
         path, release = _private_artefact(cache, build)
     else:
         path, release = _cached_artefact(cache, source, options, progress, build)
-    loaded = _start(path, options, progress, release)
-    with progress.stage("warm up"):
-        loaded.warm_up()
+    loaded = _start(path, options, progress, release, eager)
+    try:
+        with progress.stage("warm up"):
+            loaded.warm_up()
+        if env.VERIFY.get_int(0, 2) == 2:
+            _verify(loaded, source, progress)
+    except BaseException:
+        loaded.close()
+        raise
     progress.finish()
     return loaded
 
 
 def compile_into(
     staging: Path, source: ModelSource, options: CompileOptions, progress: Progress, root: Path
-) -> None:
-    """Fill an artefact folder; torch is imported here and not before."""
+) -> Any:
+    """Fill an artefact folder, return compiler.Compiled; torch is imported here, not before."""
     with progress.stage("import torch"):
         from aios_compile.compiler import compile_model
 
     writer = ArtefactWriter(staging)
     try:
-        compile_model(source, options, writer, progress, root)
+        return compile_model(source, options, writer, progress, root)
     finally:
         writer.close()
 
@@ -92,7 +102,7 @@ def _cached_artefact(
 
 
 def _private_artefact(
-    cache: ArtefactCache, build: Callable[[Path], None]
+    cache: ArtefactCache, build: Callable[[Path], Any]
 ) -> tuple[Path, Callable[[], None]]:
     folder = cache.scratch()  # goes with the cache object; a later process collects a dead one's
     build(folder)
@@ -100,11 +110,33 @@ def _private_artefact(
     return folder, cache.close
 
 
+def _eager_artefact(
+    cache: ArtefactCache, source: ModelSource, build: Callable[[Path], Any]
+) -> tuple[Path, Callable[[], None], MakeExecutor]:
+    """Compile up to the last level; the executor runs it in PyTorch. Never from the cache."""
+    found: list[Any] = []
+    path, release = _private_artefact(cache, lambda folder: found.append(build(folder)))
+    from aios_compile.study.eager_executor import EagerExecutor
+
+    return path, release, lambda limits: EagerExecutor(found[0].module, source.read, limits)
+
+
+def _verify(model: CompiledModel, source: ModelSource, progress: Progress) -> None:
+    with progress.stage("verify"):
+        from aios_compile.study.verify_logits import verify_logits
+
+        progress.note(verify_logits(model, source))
+
+
 def _start(
-    path: Path, options: CompileOptions, progress: Progress, release: Callable[[], None]
+    path: Path,
+    options: CompileOptions,
+    progress: Progress,
+    release: Callable[[], None],
+    eager: MakeExecutor | None,
 ) -> CompiledModel:
     try:
-        model = CompiledModel(path, options, progress)
+        model = CompiledModel(path, options, progress, eager)
     except BaseException:
         release()
         raise

@@ -6,7 +6,8 @@ Owns the engine, the executor behind it, the mapped artefact and the cache's use
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from aios_compile.codegen.program import MemoryPlan, Program
 from aios_compile.config import CompileOptions
 from aios_compile.errors import ConfigError
 from aios_compile.progress import Progress
-from aios_compile.runtime.batch import Limits
+from aios_compile.runtime.batch import Executor, Limits
 from aios_compile.runtime.engine import Engine
 from aios_compile.runtime.executor import CpuExecutor
 from aios_compile.runtime.outputs import RequestOutput, StreamChunk
@@ -29,13 +30,24 @@ from aios_compile.study.report import Report
 if TYPE_CHECKING:
     import torch
 
+MakeExecutor = Callable[[Limits], Executor]
+MAX_TIMED_STEP_US = 50_000.0  # a longer step is bound by memory: all threads, and a quicker start
 DEFAULT_KV_SHARE = 0.4  # of the memory that is free at the start, when no size was given
 
 
 class CompiledModel:
-    """See interfaces: generate, stream, __call__, report, dump, memory_plan, close."""
+    """See interfaces: generate, stream, __call__, report, dump, memory_plan, close.
 
-    def __init__(self, path: Path, options: CompileOptions, progress: Progress) -> None:
+    make_executor: runs the steps instead of the artefact's kernels (AIOS_EAGER).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        options: CompileOptions,
+        progress: Progress,
+        make_executor: MakeExecutor | None = None,
+    ) -> None:
         self.artefact_path = path
         self.options = options
         self.progress = progress
@@ -43,18 +55,9 @@ class CompiledModel:
         with progress.stage("load"):
             self._artefact = Artefact.open(path)
             self.program = Program.from_json(self._artefact.program)
-            library = build.load(self._artefact.library)
-            weights = {w.name: self._artefact.tensor(w.name) for w in self.program.weights}
             self.limits = make_limits(self.program, options)
-            self.runner = ProgramRunner(
-                self.program,
-                library,
-                weights,
-                options.threads(),
-                num_pages=self.limits.num_pages,
-                page_table_width=self.limits.max_pages_per_sequence,
-            )
-            executor = CpuExecutor(self.runner, self.limits)
+            self.runner: ProgramRunner | None = None
+            executor = (make_executor or self._kernels)(self.limits)
             self.tokenizer = _load_tokenizer(self._artefact)
             settings = self.program.settings
             self.engine = Engine(
@@ -64,6 +67,20 @@ class CompiledModel:
                 defaults=SamplingParams.defaults_from(settings["generation_config"]),
                 seed=options.seed,
             )
+
+    def _kernels(self, limits: Limits) -> Executor:
+        library = build.load(self._artefact.library)
+        self._closing.callback(build.unload, library)
+        self._closing.callback(self._artefact.close)  # first: callbacks run last in, first out
+        self.runner = ProgramRunner(
+            self.program,
+            library,
+            {w.name: self._artefact.tensor(w.name) for w in self.program.weights},
+            self.options.threads(),
+            num_pages=limits.num_pages,
+            page_table_width=limits.max_pages_per_sequence,
+        )
+        return CpuExecutor(self.runner, limits)
 
     @property
     def memory_plan(self) -> MemoryPlan:
@@ -135,8 +152,40 @@ class CompiledModel:
         return dump_artefact(self.artefact_path, Path(folder))
 
     def warm_up(self) -> None:
-        """Run one prefill and one decode, so that the first request finds everything in place."""
-        self.engine.generate([[0]], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+        """Run a few steps, so that the first request finds everything in place; choose threads.
+
+        Without the option num_threads, one thread is kept where all of them measure slower.
+        """
+        self._time_step()
+        runner = self.runner
+        if runner is None or self.options.num_threads is not None or runner.num_threads == 1:
+            return
+        every, slow = runner.num_threads, self._time_step()
+        if slow > MAX_TIMED_STEP_US:
+            self.progress.note(f"{every} threads: {slow:.0f} us a step")
+            return
+        runner.set_num_threads(1)
+        one = self._time_step()
+        if one > slow:
+            runner.set_num_threads(every)
+        self.progress.note(
+            f"{runner.num_threads} of {every} threads: a step takes {slow:.0f} us with {every}, "
+            f"{one:.0f} us with one"
+        )
+
+    def _time_step(self) -> float:
+        """Return the microseconds of a decode step: the quickest of some pairs of steps."""
+        stats, params = (
+            self.engine.stats,
+            SamplingParams(max_tokens=2, temperature=0, ignore_eos=True),
+        )
+        best, end = float("inf"), time.perf_counter() + 0.02
+        while True:
+            steps, executor_us = stats.num_steps, stats.executor_us
+            self.engine.generate([[0]], params)  # a prompt of one token is a decode step too
+            best = min(best, (stats.executor_us - executor_us) / (stats.num_steps - steps))
+            if time.perf_counter() > end:
+                return best
 
     def close(self) -> None:
         """Free threads, memory and locks; idempotent. Requests that run get EngineClosedError."""

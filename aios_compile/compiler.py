@@ -84,17 +84,16 @@ def compile_model(
         limits = _limits(module, sizes)
         program = lower(module, emitted, limits, _settings(source, module, sizes), plan_memory)
         step = emit_step(program, tuple(emitted.sources))
-    with ThreadPoolExecutor(1) as pool:  # the compiler runs in processes: packing overlaps it
-        with progress.stage("build"):
-            library = pool.submit(
-                _build, emitted.sources, step, writer.folder, cache_root, progress
-            )
-            if not program.weights:
+    if env.EAGER.get_int(0, 1):  # PyTorch runs level 3: nothing to build, weights as they are
+        writer.write_bytes(artefact.LIBRARY, b"")
+    else:
+        with ThreadPoolExecutor(1) as pool:  # the compiler runs in processes: packing overlaps it
+            texts = (emitted.sources, step)
+            library = pool.submit(_build, *texts, writer.folder, cache_root, progress)
+            with progress.stage("pack"):
+                pack_weights(program, module, source.read, writer)
+            with progress.stage("build"):
                 library.result()
-        with progress.stage("pack"):
-            pack_weights(program, module, source.read, writer)
-        with progress.stage("build"):
-            library.result()
     _write_texts(writer, program, emitted.sources, step, results, options, source)
     if source.tokenizer is not None:
         folder = writer.folder / artefact.TOKENIZER

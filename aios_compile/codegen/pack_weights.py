@@ -29,7 +29,7 @@ class TensorWriter(Protocol):
     def add_tensor(self, name: str, array: Array, dtype: str | None = None) -> Any: ...
 
 
-class _Tensors(Mapping[str, Tensor]):
+class CheckpointTensors(Mapping[str, Tensor]):
     """Checkpoint tensors by name, read when they are asked for; aliases are followed."""
 
     def __init__(self, module: IRModule, read: Read) -> None:
@@ -65,7 +65,7 @@ def pack_weights(
 
     Raises CheckpointError naming the tensor for NaN or Inf values.
     """
-    tensors = _Tensors(module, read)
+    tensors = CheckpointTensors(module, read)
     for i, entry in enumerate(program.weights):
         recipe = module.weights[entry.name.removesuffix(f".{entry.packed}")]
         array, dtype = _packed(entry, recipe, tensors)

@@ -6,13 +6,14 @@ replaced by its body's reference. Slow; keeps every weight in memory unpacked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from aios_compile.codegen.pack_weights import CheckpointTensors
 from aios_compile.ir.module import IRModule, placeholders
 from aios_compile.runtime.batch import Batch, Limits, StepResult
 
@@ -20,15 +21,16 @@ from aios_compile.runtime.batch import Batch, Limits, StepResult
 class EagerExecutor:
     """An Executor over an IRModule at any level after paging. Owns its KV caches.
 
-    tensors: checkpoint name -> tensor, as the weight recipes ask for them.
+    read: checkpoint name -> tensor or KeyError, as the weight recipes ask for them.
     """
 
     usable = True
 
-    def __init__(self, module: IRModule, tensors: Mapping[str, Tensor], limits: Limits) -> None:
+    def __init__(self, module: IRModule, read: Callable[[str], Tensor], limits: Limits) -> None:
         self.limits = limits
         self.module = module
         self._values: dict[str, Any] = {}
+        tensors = CheckpointTensors(module, read)
         values = {n.name: n.meta["val"] for n in placeholders(module.root.graph)}
         with torch.no_grad():
             for name, recipe in module.weights.items():

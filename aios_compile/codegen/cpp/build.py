@@ -7,6 +7,7 @@ write the same bytes and rename them into place.
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import functools
 import hashlib
@@ -226,6 +227,11 @@ def link(
         _run(command, f"linking {out_path.name}", "free disk space, or remove the cache folder")
         os.replace(built, out_path)
     return out_path
+
+
+def unload(library: ctypes.CDLL) -> None:
+    """Unmap a library. Nothing may hold a pointer into it, and its threads must have ended."""
+    _ctypes.dlclose(library._handle)
 
 
 def load(path: Path) -> ctypes.CDLL:

@@ -1,0 +1,44 @@
+"""Compiled zoo models. Artefacts and objects are cached for the whole run: a model costs g++ once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import aios_compile
+from tests import zoo
+
+torch.set_num_threads(1)
+Load = Callable[..., aios_compile.CompiledModel]
+# A prefill of 48 tokens takes three steps, none of which ends at a page border (16).
+SMALL_STEPS = {"max_num_batched_tokens": 21, "max_num_seqs": 8}
+MODELS = "zoo-models"
+
+
+@pytest.fixture(scope="session")
+def zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the models; the same in every worker of a run."""
+    folder = tmp_path_factory.getbasetemp() / MODELS
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def load(zoo_folder: Path) -> Iterator[Load]:
+    """Return a function that loads a zoo model by name (or a folder), closed after the test."""
+    loaded: list[aios_compile.CompiledModel] = []
+
+    def load_one(source: str | Path, dtype: str = "float32", **options: Any) -> Any:
+        path = zoo.make(source, zoo_folder, dtype) if isinstance(source, str) else source
+        given = {**SMALL_STEPS, "num_threads": 1, "progress": False, **options}
+        model = aios_compile.load_and_compile(path, **given)
+        loaded.append(model)
+        return model
+
+    yield load_one
+    for model in loaded:
+        model.close()
