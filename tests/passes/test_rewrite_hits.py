@@ -62,7 +62,7 @@ def kinds(module: IRModule, region: str) -> list[str]:
 def paged_logits(module: IRModule) -> torch.Tensor:
     """Run a sequence in chunks through permuted pages."""
     caches = level2.empty_caches(module)
-    cuts = (0, 17, 18, 38, 39, 40)
+    cuts = (0, 17, 18, 40)
     parts = [
         level2.step(module, [(IDS[a:b], a, [9, 2, 5])], caches)["logits"]
         for a, b in itertools.pairwise(cuts)
@@ -102,7 +102,7 @@ def foreign(name: str) -> Any:
 FOREIGN = {
     "gemma2": {"fuse_add_rms_norm": (2, 0), "fuse_linear_epilogue": (1, 2), "merge_qkv": (1, 0)},
     "neox": {"fuse_qk_norm_rope_kv_write": (1, 0), "fuse_pointwise": (1, 2)},
-    "cohere": {"merge_qkv": (1, 0), "merge_gate_up": (1, 0), "fuse_pointwise": (3, 2)},
+    "cohere": {"merge_qkv": (1, 0), "merge_gate_up": (1, 0), "fuse_linear_epilogue": (2, 1)},
 }
 
 
