@@ -10,6 +10,8 @@ tier, never to a pass. Passes in a row share one program before (see _Chain).
 
 A pass that pages the KV cache is proven by running the program after it in two chunks over permuted
 pages against one whole sequence; from then on the samples are mixed batches over filled caches.
+Not seen here: what needs more tokens than the samples have (a window of thousands of keys); the
+tests of the passes use small windows for that.
 """
 
 from __future__ import annotations
