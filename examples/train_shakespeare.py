@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
@@ -256,14 +257,37 @@ def nats_per_character(model: Decoder, ids: Tensor, characters: int, low: bool =
     return total / characters
 
 
-def save_state(path: Path, state: dict[str, object]) -> None:
-    """Write the training state aside and rename it, so that a kill leaves the old or the new
-    one.
-    """
+Optimisers = list[torch.optim.Optimizer]
+
+
+def save_state(path: Path, model: Decoder, optimisers: Optimisers, step: int, best: float) -> None:
+    """Write the training state aside and rename it: a kill leaves the old or the new one."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    for i, optimiser in enumerate(optimisers):
+        for j, values in optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{i}.{j}.{k}": torch.as_tensor(v) for k, v in values.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
+    save_file(tensors, str(temporary), metadata={"step": str(step), "best": repr(best)})
     os.replace(temporary, path)
+
+
+def load_state(path: Path, model: Decoder, optimisers: Optimisers) -> tuple[int, float]:
+    """Restore what save_state wrote; return the step and the best validation loss."""
+    with safe_open(path, framework="pt") as file:
+        about, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    model.load_state_dict(
+        {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        | {"lm_head.weight": tensors["model.model.embed_tokens.weight"]}
+    )
+    for i, optimiser in enumerate(optimisers):
+        saved = optimiser.state_dict()
+        for name, value in tensors.items():
+            if name.startswith(f"optimiser.{i}."):
+                _, _, j, key = name.split(".", 3)
+                saved["state"].setdefault(int(j), {})[key] = value
+        optimiser.load_state_dict(saved)
+    return int(about["step"]), float(about["best"])
 
 
 def weights_of(model: Decoder) -> dict[str, Tensor]:
@@ -291,11 +315,7 @@ def train(
     optimisers = make_optimisers(model, args)
     first, best = 0, math.inf
     if args.state.exists():
-        state = torch.load(args.state, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimiser, saved in zip(optimisers, state["optimisers"]):
-            optimiser.load_state_dict(saved)
-        first, best = state["step"], state["best"]
+        first, best = load_state(args.state, model, optimisers)
         print(f"resumed at step {first}", flush=True)
     size = sum(p.numel() for p in model.parameters())
     print(f"{size:,} parameters, {len(streams[0]):,} training tokens", flush=True)
@@ -330,13 +350,7 @@ def train(
                 save_weights(args.out, weights_of(model))
             note = "  (kept)" if kept else ""
             print(f"step {done}  validation {validation:.4f} nats/character{note}", flush=True)
-            state = {
-                "model": model.state_dict(),
-                "optimisers": [o.state_dict() for o in optimisers],
-                "step": done,
-                "best": best,
-            }
-            save_state(args.state, state)
+            save_state(args.state, model, optimisers, done, best)
 
 
 def validate(folder: Path, held_out: tuple[Tensor, int]) -> float:

@@ -11,7 +11,7 @@ class KernelSource:
     """One generated kernel.
 
     `symbol` is the C (or Triton) function. Operands are the body's inputs in placeholder order,
-    then its outputs. `inplace` lists (output index, input index) pairs that may share memory because
+    then its outputs. `inplace` lists (output index, input index) pairs that may share memory:
     the kernel reads and writes them at the same index only. `model_lines` are the model's source
     lines that the kernel computes, for people.
     """

@@ -203,10 +203,10 @@ OPS: tuple[Op, ...] = (
     ),
 )
 
-_LIBRARY = torch.library.Library("aios", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY: Any = torch.library.Library("aios", "DEF")  # noqa: B009: it has no types
 for _op in OPS:
-    _LIBRARY.define(_op.name + _op.schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(_op.name, _op.reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _LIBRARY.define(_op.name + _op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_op.name, _op.reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"aios::{_op.name}", _op.fake, lib=_LIBRARY)
 
 TABLE: dict[str, Op] = {op.name: op for op in OPS}

@@ -100,7 +100,7 @@ struct Worker {
 typedef int64_t (*Items)(const Sizes *);
 typedef void (*Kernel)(const Sizes *, void *const *, int64_t, int64_t);
 
-/* Run a kernel's items. Chunks are claimed as workers get free; no result depends on who runs what. */
+/* Run a kernel's items. Free workers claim chunks; no result depends on who runs what. */
 static inline void launch(Worker *w, const Run *r, Items items, Kernel kernel, void *const *p) {
     const int64_t total = items(&r->n);
     const int workers = w->pool->num_workers;
@@ -118,7 +118,9 @@ static inline void launch(Worker *w, const Run *r, Items items, Kernel kernel, v
     }
 }
 
-static inline void barrier(Worker *w) { w->pool->barrier.wait(w->pool->num_workers, w->pool->spins); }
+static inline void barrier(Worker *w) {
+    w->pool->barrier.wait(w->pool->num_workers, w->pool->spins);
+}
 
 }  // namespace aios
 
