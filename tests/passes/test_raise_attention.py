@@ -128,6 +128,10 @@ REFUSED = {
         "differs between heads",
     ),
     "ids": (lambda i, j, ids, table, n: (j <= i) & (ids[:, None] == ids), "depends on ids"),
+    "counted": (
+        lambda i, j, ids, table, n: torch.ones(n, n, dtype=torch.bool).tril().triu(-131071),
+        "too large to be run",
+    ),
     "prefix": (lambda i, j, ids, table, n: (j <= i) & ((j < 2) | (i - j < 3)), "neither causal"),
 }
 
