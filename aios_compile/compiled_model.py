@@ -66,6 +66,7 @@ class CompiledModel:
                 eos_token_ids=settings["eos_token_ids"],
                 defaults=SamplingParams.defaults_from(settings["generation_config"]),
                 seed=options.seed,
+                why_not=settings.get("why_not", ""),
             )
 
     def _kernels(self, limits: Limits) -> Executor:
@@ -175,14 +176,16 @@ class CompiledModel:
 
     def _time_step(self) -> float:
         """Return the microseconds of a decode step: the quickest of some pairs of steps."""
-        stats, params = (
-            self.engine.stats,
-            SamplingParams(max_tokens=2, temperature=0, ignore_eos=True),
-        )
+        params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
+        generates = self.program.settings.get("generatable", True)
+        stats = self.engine.stats
         best, end = float("inf"), time.perf_counter() + 0.02
         while True:
             steps, executor_us = stats.num_steps, stats.executor_us
-            self.engine.generate([[0]], params)  # a prompt of one token is a decode step too
+            if generates:
+                self.engine.generate([[0]], params)  # a prompt of one token is a decode step too
+            else:
+                self.engine.logits([0])
             best = min(best, (stats.executor_us - executor_us) / (stats.num_steps - steps))
             if time.perf_counter() > end:
                 return best

@@ -72,4 +72,5 @@ def run(module: nn.Module, ids: Tensor, flat: bool | None) -> Tensor:
     result: Any = module(input_ids=batch[0], position_ids=batch[1])
     result = getattr(result, "logits", result)
     result = result[0] if isinstance(result, (tuple, list)) else result
-    return result.reshape(len(ids), -1).double()
+    logits: Tensor = result.reshape(len(ids), -1).double()
+    return logits

@@ -1,4 +1,4 @@
-"""Compiled zoo models. Artefacts and objects are cached for the whole run: a model costs g++ once."""
+"""Compiled zoo models. Artefacts and objects are cached for the run: a kernel costs g++ once."""
 
 from __future__ import annotations
 
