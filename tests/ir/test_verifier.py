@@ -111,7 +111,7 @@ BROKEN_LEVEL_2: dict[str, tuple[Callable[[IRModule], None], str]] = {
     "no_model_line": (no_model_line, "lost the model's source line"),
     "not_an_operator": (not_an_operator, "is not an operator"),
     "sdpa_left": (sdpa_left, "attention was not recognised"),
-    "wrong_dtype": (wrong_dtype, "argument x is float32"),
+    "wrong_dtype": (wrong_dtype, r"argument \w+ is float32"),
     "missing_argument": (missing_argument, "arguments, expected"),
     "bare_output": (bare_output, "a graph returns a tuple"),
     "read_before_write": (read_before_write, "the old cache is used by"),

@@ -67,10 +67,13 @@ class Model(nn.Module):
         frequencies = 100.0 ** -(torch.arange(WIDTH // 2) / (WIDTH // 2))
         angles = position_ids[:, None] * torch.cat((frequencies, frequencies))
         cos, sin = angles.cos(), angles.sin()
-        x = self.embed(input_ids)
+        x = self.run_layers(self.embed(input_ids), cos, sin)
+        return linear(self.head, aios.rms_norm(x, self.norm, 1e-6, True))
+
+    def run_layers(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x, cos, sin)
-        return linear(self.head, aios.rms_norm(x, self.norm, 1e-6, True))
+        return x
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ IDS = list(range(3, 43))
 
 
 def lowered(module: IRModule) -> dict[str, tuple[int, int]]:
-    """Take a captured program to level 3, verifying after each pass; return (layer, outer) hits."""
+    """Take a program to level 3, verifying after each pass; return (layer, outer) hits a pass."""
     hits = {}
     for stage in (RAISE, REWRITE, FUSE):
         for function in stage.passes:
@@ -48,7 +48,7 @@ def lowered(module: IRModule) -> dict[str, tuple[int, int]]:
             refresh(module)
             verify(module)
             layers = [n for name, n in applied.items() if name]
-            hits[function.__name__] = (max(layers), applied[""])
+            hits[function.__name__] = (max(layers, default=0), applied[""])
         module.level = stage.level_after
     verify(module)
     return hits
@@ -114,4 +114,30 @@ def test_foreign_modules_reach_level_3(name: str) -> None:
     (want,) = helpers.evaluate(module, values, len(IDS))
     hits = lowered(module)
     assert {name: hits[name] for name in FOREIGN[name]} == FOREIGN[name]
+    helpers.assert_same([want], [paged_logits(module)])
+
+
+class Unrolled(level2.Model):
+    """Two layers that are no ModuleList: no region is found, all is one graph."""
+
+    def __init__(self) -> None:
+        super().__init__(2, qk_norm=True, bias=True, window=None)
+        self.first, self.second = self.layers
+        del self.layers
+
+    def run_layers(self, x: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x, *tables), *tables)
+
+
+def test_a_model_without_regions_gathers_rows_before_its_last_mlp() -> None:
+    torch.manual_seed(0)
+    module = helpers.captured_module(Unrolled(), flat=True)
+    values = {"token_ids": torch.tensor(IDS), "positions": torch.arange(len(IDS))}
+    (want,) = helpers.evaluate(module, values, len(IDS))
+    hits = lowered(module)
+    assert list(module.graphs()) == [""]
+    names = ("page_attention", "merge_qkv", "merge_gate_up", "fuse_qk_norm_rope_kv_write")
+    assert [hits[name][1] for name in names] == [2, 2, 2, 2]
+    calls = [str(n.target) for n in module.root.graph.nodes if is_kernel_call(n)]
+    assert calls.index("paged_attention_1") < calls.index("index_select") < calls.index("linear_4")
     helpers.assert_same([want], [paged_logits(module)])
