@@ -9,7 +9,7 @@ from aios_compile.passes.eliminate_views import eliminate_views
 from aios_compile.passes.raise_attention import raise_attention
 from aios_compile.passes.raise_linear import raise_linear
 from aios_compile.passes.token_mixing import mixing_nodes
-from tests.passes.helpers import apply, captured, captured_module, trace
+from tests.passes.helpers import apply, captured, trace
 
 MIXING = {
     "mean": lambda x, w: x - x.mean(0, keepdim=True),
@@ -59,16 +59,3 @@ def test_captured_decoder_mixes_only_in_attention():
     for function in (raise_linear, raise_attention, eliminate_views):
         apply(function, module)
     assert mixing_nodes(module) == []
-
-
-def test_captured_hugging_face_models():
-    import transformers
-
-    sizes = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    gpt2 = transformers.GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    for model in (
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=4)),
-        transformers.PhiForCausalLM(transformers.PhiConfig(**sizes, num_attention_heads=4)),
-        transformers.GPT2LMHeadModel(gpt2),
-    ):
-        assert mixing_nodes(captured_module(model)) == []
