@@ -6,7 +6,7 @@ capture -> passes (raise, rewrite, fuse) -> emit -> plan -> step -> build and pa
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,8 @@ def compile_model(
     with progress.stage("generate"):
         refresh(module)
         emitted = emit_kernels(module, EMITTERS, progress.update)
+        if module.not_generatable:  # one whole sequence a step, all of its logits
+            sizes = replace(sizes, max_num_seqs=1)
         limits = _limits(module, sizes)
         program = lower(module, emitted, limits, _settings(source, module, sizes), plan_memory)
         step = emit_step(program, tuple(emitted.sources))
@@ -120,6 +122,7 @@ def _page_table_width(sizes: ResolvedSizes) -> int:
 def _limits(module: IRModule, sizes: ResolvedSizes) -> dict[str, int]:
     tokens = sizes.max_num_batched_tokens
     rows = min(max(MAX_LOGIT_ROWS, sizes.max_num_seqs), max(tokens, sizes.max_num_seqs))
+    rows = tokens if module.not_generatable else rows
     return {"T": tokens, "S": sizes.max_num_seqs, "R": rows, "P": 0, "NP": 0, "NB": 0, "NA": 0}
 
 
@@ -136,6 +139,8 @@ def _settings(source: ModelSource, module: IRModule, sizes: ResolvedSizes) -> di
         "eos_token_ids": list(source.eos_token_ids),
         "generation_config": source.generation_config,
         "notes": list(source.notes),
+        "generatable": not module.not_generatable,
+        "why_not": module.not_generatable,
         "target": build.Target.host().name,
     }
 

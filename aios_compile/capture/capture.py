@@ -23,6 +23,7 @@ from aios_compile.ir import ops
 from aios_compile.ir.module import IRModule
 from aios_compile.ir.symbols import adopt_size
 
+CLAMPS = ("clamp_", "clamp_min_", "clamp_max_", "clip_")
 TRACE_SIZES = (37, 41, 43, 47, 53, 59, 61, 67, 71, 73)  # primes: no multiple of a tile or a head
 
 
@@ -114,7 +115,17 @@ def keep_composites(outer: fx.GraphModule) -> None:
         for node in module.graph.nodes:
             if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
                 node.target = _sdpa
+            elif node.op == "call_method" and node.target in CLAMPS:
+                _out_of_place(node)
         module.recompile()
+
+
+def _out_of_place(node: fx.Node) -> None:
+    """x.clamp_(a, b) -> x.copy_(x.clamp(a, b)): torch 2.13 cannot functionalize the first with T."""
+    with node.graph.inserting_before(node):
+        new = node.graph.call_method(str(node.target).rstrip("_"), node.args, node.kwargs)
+    new.meta = dict(node.meta)
+    node.target, node.args, node.kwargs = "copy_", (node.args[0], new), {}
 
 
 def _sdpa(

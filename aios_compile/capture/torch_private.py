@@ -10,6 +10,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo as dynamo
@@ -22,6 +23,12 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+try:  # torch 2.13
+    from torch._dynamo.variables import invoke_subgraph
+except ImportError:  # torch 2.11: it has no reuse that could fail
+    invoke_subgraph = None  # type: ignore[assignment]
+
+_ELIGIBLE = "is_reuse_eligible"
 INVOKE_SUBGRAPH = torch.ops.higher_order.invoke_subgraph
 
 # Composites that passes want whole, or that core ATen would only make longer.
@@ -57,12 +64,24 @@ def full_graph(model: torch.nn.Module, kwargs: dict[str, Any]) -> Any:
     spaces = {id(g): g for g in _global_spaces(model)}
     before = {key: set(space) for key, space in spaces.items()}
     try:
-        return fullgraph_capture(model, (), kwargs).backend_input
+        return _traced(model, kwargs)
     finally:  # dynamo leaves helper names in the model's module globals
         for key, space in spaces.items():
             for name in set(space) - before[key]:
                 if name.startswith(("__compiled_fn_", "__builtins_dict_")):
                     del space[name]
+
+
+def _traced(model: torch.nn.Module, kwargs: dict[str, Any]) -> Any:
+    try:
+        return fullgraph_capture(model, (), kwargs).backend_input
+    except AssertionError as error:
+        # torch 2.13: a region that reads an attribute of a weight (`weight.T`) cannot be reused,
+        # and saving it for reuse asserts. Traced a call at a time, equal regions are still one.
+        if "Freevar has no source" not in str(error) or not hasattr(invoke_subgraph, _ELIGIBLE):
+            raise
+    with mock.patch.object(invoke_subgraph, _ELIGIBLE, lambda *args, **kwargs: False):
+        return fullgraph_capture(model, (), kwargs).backend_input
 
 
 def _global_spaces(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
@@ -74,13 +93,34 @@ def _global_spaces(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def decompositions() -> dict[Any, Any]:
-    """Return the core ATen table without the ops that stay whole."""
+    """Return the core ATen table without the ops that stay whole.
+
+    Ops that write in place are left to functionalization: decomposed, they fail on symbolic sizes.
+    """
     table = dict(core_aten_decompositions())
     for overload in list(table):
-        name = getattr(overload, "_schema", None)
-        if name is not None and name.name.removeprefix("aten::") in KEPT:
+        schema = getattr(overload, "_schema", None)
+        kept = schema is not None and schema.name.removeprefix("aten::") in KEPT
+        if kept or (schema is not None and schema.is_mutable):
             del table[overload]
+    table[torch.ops.aten.cumsum.default] = _cumsum
     return table
+
+
+def _cumsum(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Sum up along a dimension as a product with a triangle of ones: there is no scan kernel.
+
+    T * T products for a cumulative sum over tokens; whole numbers are exact up to 2**24.
+    """
+    result = dtype or (x.dtype if x.is_floating_point() else torch.int64)
+    if x.dim() == 0:
+        return x.to(result)
+    size = x.shape[dim]
+    row = torch.arange(size, device=x.device)
+    ones = (row[:, None] >= row[None]).to(torch.float32)
+    wide = x.to(torch.float32).movedim(dim, -1)
+    flat = torch.mm(wide.reshape(-1, size), ones.t())
+    return flat.reshape(wide.shape).movedim(-1, dim).to(result)
 
 
 def lower(graph_module: fx.GraphModule, fakes: list[Any], mode: Any) -> fx.GraphModule:

@@ -98,7 +98,8 @@ class IRModule:
     states: placeholder name -> index of the output that is its next value (KV caches).
     outputs: names of the leading outputs, e.g. ("logits",). aliases: checkpoint name -> all names
     of the same tensor (tied weights). tensors: values that are known already (buffers, and
-    tensors that the code made while it was traced).
+    tensors that the code made while it was traced). not_generatable: why a batch of sequences would
+    give wrong logits (tokens mix outside attention, see passes/token_mixing.py), or "".
     """
 
     root: fx.GraphModule
@@ -109,6 +110,7 @@ class IRModule:
     outputs: tuple[str, ...] = ("logits",)
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    not_generatable: str = ""
 
     @property
     def mode(self) -> FakeTensorMode:

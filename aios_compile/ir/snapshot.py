@@ -24,6 +24,7 @@ def take(module: IRModule) -> IRModule:
         module.outputs,
         dict(module.aliases),
         dict(module.tensors),
+        module.not_generatable,
     )
 
 

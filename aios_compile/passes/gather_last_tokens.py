@@ -26,6 +26,7 @@ from aios_compile.passes.fusion_groups import (
     shape_of,
 )
 from aios_compile.passes.graph_pass import graph_pass
+from aios_compile.passes.token_mixing import mixing_nodes
 
 aten = torch.ops.aten
 aios = torch.ops.aios
@@ -48,7 +49,10 @@ def _match(graph: fx.Graph, context: PassContext) -> Match | Refusal | None:
         line = provenance.source_line(logits)
         return Refusal("the logits have no token axis", line)
     inside: set[fx.Node] = set()
+    mixing = set(mixing_nodes(context.module)) if context.module.not_generatable else set()
     for node in reversed(graph.nodes):
+        if node in mixing:
+            continue
         feeds_tail = all(u in inside or (node is logits and u.op == "output") for u in node.users)
         if node.users and feeds_tail and _is_token_wise(node, tokens):
             inside.add(node)

@@ -74,7 +74,12 @@ def rows_between(
 def choose_steps(
     before: IRModule, after: IRModule, num_tokens: int
 ) -> tuple[list[Step], list[Step]]:
-    """Choose the batches: whole sequences until the program is paged, mixed batches afterwards."""
+    """Choose the batches: whole sequences until the program is paged, mixed batches afterwards.
+
+    Where tokens mix outside attention, a step is one whole sequence for ever.
+    """
+    if before.not_generatable:
+        return [inputs.whole(num_tokens)], [inputs.whole(num_tokens)]
     paged = ["slots" in m.inputs.values() for m in (before, after)]
     if all(paged) and state_shapes(before) == state_shapes(after):
         return [inputs.mixed(num_tokens)], [inputs.mixed(num_tokens)]
@@ -126,7 +131,7 @@ def run_steps(
         for v in values
         if v.kind == "weight"
     }
-    vocabulary = random_weights.VOCABULARY_ROWS if weights.vocabulary else _table_rows(values)
+    vocabulary = random_weights.VOCABULARY_ROWS if weights.vocabulary else _table_rows(weights)
     states = {}
     for v in values:
         if v.kind == "state":
@@ -165,9 +170,10 @@ def _weights_in_use(module: IRModule, skips: evaluate.Skips) -> set[str]:
     }
 
 
-def _table_rows(values: Sequence[inputs.Value]) -> int:
-    rows = [v.shape[0] for v in values if v.kind == "weight" and len(v.shape) == 2]
-    return min((r for r in rows if isinstance(r, int)), default=2)
+def _table_rows(weights: RandomWeights) -> int:
+    """Return a bound for token ids. It is the checkpoint's, not the program's: merging weights must
+    not change the samples."""
+    return min((shape[0] for shape in weights.shapes.values() if len(shape) == 2), default=2)
 
 
 def _first_state(value: inputs.Value, steps: Sequence[Step], seed: int, in_float64: bool) -> Tensor:

@@ -25,6 +25,7 @@ from aios_compile.passes.raise_rope import raise_rope
 from aios_compile.passes.raise_sequence_lengths import raise_sequence_lengths
 from aios_compile.passes.runner import Stage
 from aios_compile.passes.sample_tokens import sample_tokens
+from aios_compile.passes.token_mixing import note_token_mixing
 from aios_compile.passes.widen_activations import widen_activations
 
 RAISE = Stage(
@@ -42,6 +43,7 @@ RAISE = Stage(
         raise_sequence_lengths,
         eliminate_views,  # last: the raised ops dictate the layouts, most transposes cancel
     ),
+    note_token_mixing,  # now that attention is one op: what else mixes tokens
 )
 REWRITE = Stage(
     Level.SEMANTIC,

@@ -7,7 +7,7 @@ of every region and of the outer graph, dead code, structural checks, the certif
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -23,10 +23,14 @@ from aios_compile.passes.result import PassResult
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive passes, and the level that the program has reached when they are done."""
+    """Consecutive passes, and the level that the program has reached when they are done.
+
+    analysis: reads the program after them; it may set `not_generatable` or raise, nothing else.
+    """
 
     level_after: Level
     passes: tuple[PassFunction, ...]
+    analysis: Callable[[IRModule, Sequence[PassResult]], None] | None = None
 
 
 class Dumper(Protocol):
@@ -66,7 +70,7 @@ def run_pipeline(
     optional rewrites; the rewrites of one pass count together: one that would pass n is left out.
     Raises ConfigError for an unknown name, PassError when a required pass fails.
     """
-    stages = [Stage(s.level_after, _for_target(s.passes, options.target)) for s in stages]
+    stages = [replace(s, passes=_for_target(s.passes, options.target)) for s in stages]
     left_out = _left_out(
         [p for s in stages for p in s.passes], (*disabled, *env.DISABLE.get_names())
     )
@@ -89,6 +93,8 @@ def run_pipeline(
                 dump.level(info.name, module)
             if progress is not None:
                 progress.update(len(results), total)
+        if stage.analysis is not None:
+            stage.analysis(module, results)
         module.level = stage.level_after
         _check(module)
     return results

@@ -9,20 +9,24 @@ reported, so that nothing is generated from a model whose answers would depend o
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from aios_compile.ir import ops
+from aios_compile.errors import UnsupportedModelError
+from aios_compile.ir import ops, provenance
 from aios_compile.ir.module import IRModule, is_region_call
 from aios_compile.ir.symbols import size_names
 from aios_compile.passes.match import END, RESHAPES, SPLITS, is_call, positive, shape_of, value_of
+from aios_compile.passes.result import PassResult
 
 aten = torch.ops.aten
 aios = torch.ops.aios
 assert ops.TABLE
 
+ATTENTION_PASS = "raise_attention"
 ATTENTION = (aios.attention.default, aios.paged_attention.default, aios.kv_write.default)
 ROWWISE = (
     aios.linear.default,
@@ -74,6 +78,34 @@ REDUCTIONS = (
     *SPLITS,
 )
 DIM_ARGUMENT = {aten.topk.default: 2, aten.split_with_sizes.default: 2, aten.split.Tensor: 2}
+
+
+def note_token_mixing(module: IRModule, results: Sequence[PassResult]) -> None:
+    """Record why a program cannot generate: where tokens mix, and why no attention was found there.
+
+    Raises UnsupportedModelError for a scaled_dot_product_attention that was not recognised: it has
+    no other form at the next level.
+    """
+    reasons = [r for result in results if result.name == ATTENTION_PASS for r in result.refusals]
+    left = [
+        n
+        for graph_module in module.graphs().values()
+        for n in graph_module.graph.find_nodes(op="call_function", target=aios.sdpa.default)
+        if n.users
+    ]
+    if left:
+        raise UnsupportedModelError(
+            reasons[0] if reasons else "an attention that is not recognised",
+            source_line=provenance.source_line(left[0]),
+            advice="attention must be causal, or causal within a window or a chunk",
+        )
+    mixing = mixing_nodes(module)
+    if mixing:
+        line = provenance.source_line(mixing[0])
+        why = "; ".join(dict.fromkeys(reasons))
+        module.not_generatable = f"{line} mixes tokens outside attention" + (
+            f" ({why})" if why else ""
+        )
 
 
 def mixing_nodes(module: IRModule) -> list[fx.Node]:

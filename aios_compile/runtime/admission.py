@@ -38,9 +38,15 @@ class Admission:
     limits: Limits
     tokenizer: Tokenizer | None
     eos_token_ids: frozenset[int]
+    why_not: str = ""  # why the model can be called but not generated from
 
     def admit(self, prompt: Prompt, params: SamplingParams) -> Admitted:
         """Return the request ready to run; raise RequestError or PromptTooLongError."""
+        if self.why_not:
+            raise RequestError(
+                f"this model cannot generate: {self.why_not}",
+                advice="call it for logits, model(input_ids)",
+            )
         ids = self._prompt_ids(prompt)
         max_tokens = self._max_tokens(len(ids), params)
         self._check_ids("stop_token_ids", params.stop_token_ids)
@@ -73,6 +79,12 @@ class Admission:
     def admit_for_logits(self, token_ids: Sequence[int]) -> Admitted:
         """Return a request for the logits of all positions of one sequence; nothing is sampled."""
         ids = self._prompt_ids(token_ids)
+        if self.why_not and len(ids) > self.limits.max_num_batched_tokens:
+            raise PromptTooLongError(
+                f"the input has {len(ids)} tokens, expected at most "
+                f"{self.limits.max_num_batched_tokens}: {self.why_not}, so it runs in one step",
+                advice="a larger max_num_batched_tokens",
+            )
         if len(ids) > self.limits.max_model_len:
             raise _too_long(len(ids), self.limits.max_model_len, "max_model_len")
         if len(ids) > self.limits.capacity_tokens:

@@ -34,7 +34,8 @@ class Engine:
     """Runs requests on an executor, which it owns from now on.
 
     seed: requests without a seed get one from this and their number. decision_sink: a file that
-    receives every event and decision of the scheduler as JSON lines.
+    receives every event and decision of the scheduler as JSON lines. why_not: the reason why the
+    model can be called for logits only.
     Safe to use from several threads. After a fork the child gets EngineClosedError: threads and
     locks do not survive a fork.
     """
@@ -48,6 +49,7 @@ class Engine:
         defaults: SamplingDefaults | None = None,
         seed: int = 0,
         decision_sink: Path | None = None,
+        why_not: str = "",
     ) -> None:
         limits, eos = executor.limits, frozenset(eos_token_ids)
         wrong = [token_id for token_id in eos if not 0 <= token_id < limits.vocab_size]
@@ -57,7 +59,7 @@ class Engine:
             )
         self.tokenizer = tokenizer
         self.defaults = defaults or SamplingDefaults({}, {})
-        self.admission = Admission(limits, tokenizer, eos)
+        self.admission = Admission(limits, tokenizer, eos, why_not)
         self.log = DecisionLog(sink=decision_sink, echo=env.DEBUG.get_int(0, 5) >= 5)
         self._core = EngineCore(executor, tokenizer, seed, self.log)
         self._pid = os.getpid()
