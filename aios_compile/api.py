@@ -5,6 +5,7 @@ open the source -> look in the cache -> (capture -> passes -> code -> build -> p
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def load_and_compile(model: Any, **keywords: Any) -> CompiledModel:
     except BaseException:
         loaded.close()
         raise
+    if env.DUMP.get():
+        loaded.dump(env.DUMP.get())
     progress.finish()
     return loaded
 
@@ -70,6 +73,10 @@ def compile_into(
     writer = ArtefactWriter(staging)
     try:
         return compile_model(source, options, writer, progress, root)
+    except BaseException:
+        if env.DUMP.get():  # what was reached is what one wants to see when a pass fails
+            shutil.copytree(staging, env.DUMP.get(), dirs_exist_ok=True)
+        raise
     finally:
         writer.close()
 

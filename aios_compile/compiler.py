@@ -35,6 +35,7 @@ from aios_compile.passes.pipeline import STAGES
 from aios_compile.passes.plan_memory import plan_memory
 from aios_compile.passes.runner import run_pipeline
 from aios_compile.progress import Progress
+from aios_compile.study import debug
 from aios_compile.study.dump import Dumper
 
 PAGE_SIZE = 16  # tokens; one AVX-512 vector of keys
@@ -78,6 +79,8 @@ def compile_model(
             progress=progress,
             certificates=CertificateCache(cache_root / "certificates"),
         )
+    debug.show_passes(results)
+    debug.show_level(dumper.folder)
     with progress.stage("generate"):
         refresh(module)
         emitted = emit_kernels(module, EMITTERS, progress.update)
@@ -86,6 +89,7 @@ def compile_model(
         limits = _limits(module, sizes)
         program = lower(module, emitted, limits, _settings(source, module, sizes), plan_memory)
         step = emit_step(program, tuple(emitted.sources))
+    debug.show_kernels(emitted.sources, step)
     if env.EAGER.get_int(0, 1):  # PyTorch runs level 3: nothing to build, weights as they are
         writer.write_bytes(artefact.LIBRARY, b"")
     else:
