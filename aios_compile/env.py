@@ -33,8 +33,8 @@ class Variable:
 DEBUG = Variable(
     "AIOS_DEBUG",
     "0",
-    "0..5: 1 prints the passes, 2 adds op deltas and refusals, 3 the last level, 4 all levels and kernels, "
-    "5 the decisions of the scheduler; from 1 on a user's mistake shows its traceback",
+    "0..5: 1 prints the passes, 2 adds op deltas and refusals, 3 the last level, 4 all levels and "
+    "kernels, 5 the decisions of the scheduler; from 1 on a user's mistake shows its traceback",
 )
 DUMP = Variable("AIOS_DUMP", "", "folder that receives every level, kernel, plan and certificate")
 DISABLE = Variable("AIOS_DISABLE", "", "passes to leave out, separated by commas")

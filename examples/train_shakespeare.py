@@ -275,7 +275,8 @@ def save_state(path: Path, model: Decoder, optimisers: Optimisers, step: int, be
 def load_state(path: Path, model: Decoder, optimisers: Optimisers) -> tuple[int, float]:
     """Restore what save_state wrote; return the step and the best validation loss."""
     with safe_open(path, framework="pt") as file:
-        about, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        names = file.keys()  # a list: the file is no mapping
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in names}
     model.load_state_dict(
         {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         | {"lm_head.weight": tensors["model.model.embed_tokens.weight"]}

@@ -124,7 +124,7 @@ class Lowering:
                 if base.node.op == "placeholder":
                     key = (base.node.name, self.emitted.packed.get((node, i), ""))
                     graph.arguments.setdefault(key, len(graph.arguments))
-        for value in outputs(self.module.root.get_submodule(graph.name).graph):  # type: ignore[arg-type]
+        for value in outputs(self.module.regions()[graph.name].graph):
             base = base_of(value)
             if base.node.op != "placeholder" and base not in graph.results:
                 graph.results[base] = len(graph.arguments) + len(graph.results)

@@ -33,10 +33,14 @@ class Mask(NamedTuple):
 
 
 class MaskNode(NamedTuple):
-    """A value of the graph that masks scores: kind "visible", "hidden" (bool) or "additive"."""
+    """A value of the graph that masks scores: kind "visible", "hidden" (bool) or "additive".
+
+    hidden: an additive mask at most this hides a key.
+    """
 
     node: fx.Node
     kind: str
+    hidden: float = HIDDEN
 
 
 def find_mask(masks: Sequence[MaskNode], context: PassContext) -> Mask | str:
@@ -145,7 +149,7 @@ def _visible(masks: Sequence[MaskNode], values: Concrete) -> Tensor | str:
     for mask in masks:
         value = values.value(mask.node)
         if mask.kind == "additive":
-            seen, gone = value == 0, value <= HIDDEN
+            seen, gone = value == 0, value <= mask.hidden
             if not bool((seen | gone).all()):
                 return "the attention mask adds a bias that is neither 0 nor minus infinity"
         else:

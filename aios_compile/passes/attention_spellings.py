@@ -29,6 +29,9 @@ aten = torch.ops.aten
 aios = torch.ops.aios
 
 
+LOWEST = -1e30
+
+
 class Operand(NamedTuple):
     """A value and its token, head and width dimensions; all others have size 1."""
 
@@ -133,14 +136,16 @@ def _read_scores(node: Any, context: PassContext) -> Scores | str:
             node = node.args[0]
         elif (step := scaled(node, context)) is not None:
             node, found = _scale(step, found, context)
+        elif is_call(node, aten.maximum.default) and _is_lowest(node.args[1], context):
+            node = node.args[0]  # a mask plus a score may not become minus infinity
         elif is_call(node, aten.sub.Tensor) and _is_row_maximum(node.args[1], node.args[0]):
             node = node.args[0]
         elif (joined := _sinks(node, context)) is not None:
             node, sinks = joined
             found = found._replace(sinks=sinks)
-        elif (masked := _mask(node, context)) is not None:
-            if found.softcap is not None or found.scale != 1.0:
-                return "attention whose mask comes before its scale or soft cap"
+        elif (masked := _mask(node, context, found.scale)) is not None:
+            if found.softcap is not None:
+                return "attention whose mask comes before its soft cap"
             node, mask = masked
             found = found._replace(masks=(*found.masks, mask))
         if node is before:
@@ -174,19 +179,28 @@ def _sinks(node: Any, context: PassContext) -> tuple[Any, fx.Node] | None:
     return (scores, sinks) if context.is_weight(sinks) and shape_of(sinks) == heads else None
 
 
-def _mask(node: Any, context: PassContext) -> tuple[Any, MaskNode] | None:
-    """Read scores + mask, or where(condition, scores, minus infinity)."""
+def _is_lowest(node: Any, context: PassContext) -> bool:
+    """Return whether a value is so low that only masked scores are below it."""
+    value = scalar(node, context)
+    return value is not None and value <= LOWEST
+
+
+def _mask(node: Any, context: PassContext, scale: float = 1.0) -> tuple[Any, MaskNode] | None:
+    """Read scores + mask, or where(condition, scores, minus infinity); `scale` comes after it."""
+    if scale <= 0:
+        return None
+    hidden = HIDDEN / min(scale, 1.0)
     if is_call(node, aten.where.self):
         condition, first, second = node.args
         for scores, fill, kind in ((first, second, "visible"), (second, first, "hidden")):
             value = scalar(fill, context)
-            if value is not None and value <= HIDDEN:
+            if value is not None and value <= hidden:
                 return scores, MaskNode(condition, kind)
     operands = total(node)
     if operands is not None and all(isinstance(o, fx.Node) for o in operands):
         for scores, mask in (operands, operands[::-1]):
             if shape_of(scores) == shape_of(node) and _is_scores(scores, context):
-                return scores, MaskNode(mask, "additive")
+                return scores, MaskNode(mask, "additive", hidden)
     return None
 
 

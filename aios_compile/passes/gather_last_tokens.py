@@ -82,7 +82,8 @@ def _is_token_wise(node: fx.Node, tokens: Any) -> bool:
             if shape_of(node) == shape_of(source):
                 return True  # of all tokens
             axis = node.args[1] if len(node.args) > 1 else 0
-            return int(axis) % source.meta["val"].dim() != _token_dim(source, tokens)  # type: ignore
+            assert isinstance(axis, int)
+            return axis % source.meta["val"].dim() != _token_dim(source, tokens)
         return _token_dim(source, tokens) is not None
     if is_call(node, *NORMS, *PRODUCTS):
         rows = node.args[1 if is_call(node, aten.addmm.default) else 0]

@@ -36,9 +36,7 @@ def graph_pass(
     """Declare a pass: function(graph, context) -> number of rewrites."""
 
     def declare(function: PassFunction) -> PassFunction:
-        info = PassInfo(
-            function.__name__, numerics, required, target, function.__doc__ or ""
-        )
+        info = PassInfo(function.__name__, numerics, required, target, function.__doc__ or "")
         cast(Any, function).info = info
         return function
 

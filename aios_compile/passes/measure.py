@@ -78,7 +78,7 @@ def choose_steps(
 
     Where tokens mix outside attention, a step is one whole sequence for ever.
     """
-    if before.not_generatable:
+    if after.not_generatable:  # known from the end of the first stage on
         return [inputs.whole(num_tokens)], [inputs.whole(num_tokens)]
     paged = ["slots" in m.inputs.values() for m in (before, after)]
     if all(paged) and state_shapes(before) == state_shapes(after):

@@ -46,7 +46,7 @@ def merge(graph: fx.Graph, linears: Sequence[fx.Node], name: str, context: PassC
     x = linears[0].args[0]
     weights = [n.args[1] for n in linears]
     sizes = [int(w.meta["val"].shape[0]) for w in weights]  # type: ignore[union-attr]
-    weight = context.add_weight(graph, f"{name}_weight", weights, lambda *w: torch.cat(w))  # type: ignore[arg-type]
+    weight = context.add_weight(graph, f"{name}_weight", weights, _stacked)
     bias = _merge_biases(graph, linears, sizes, f"{name}_bias", context)
     with graph.inserting_before(linears[0]):
         merged = context.call(graph, aios.linear.default, x, weight, bias, source=linears)
@@ -102,3 +102,7 @@ def _layout(value: Any) -> Any:
         return value
     sizes = [*value.shape, *value.stride(), value.storage_offset()]
     return [s if isinstance(s, int) else s.node.expr for s in sizes]
+
+
+def _stacked(*weights: Tensor) -> Tensor:
+    return torch.cat(weights)

@@ -1,8 +1,8 @@
 /* The step's runtime: a thread pool with spin-then-park barriers, and work shared by chunks.
  *
  * One parallel region a step: the engine's thread is worker 0, the others wait for the next step.
- * A waiting worker spins, then spins and yields in turn, and after about a millisecond sleeps in the
- * kernel. With six other programs on two cores, 53 barriers a step: a token took 46 ms without the
+ * A waiting worker spins, then spins and yields in turn, and after about a millisecond sleeps in
+ * the kernel. With six other programs on two cores, 53 barriers a step: a token took 46 ms without the
  * yields, 1.3 to 3 ms with them, 0.9 ms on one worker.
  */
 #pragma once
