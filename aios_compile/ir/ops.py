@@ -203,7 +203,7 @@ OPS: tuple[Op, ...] = (
     ),
 )
 
-_LIBRARY: Any = torch.library.Library("aios", "DEF")  # noqa: B009: it has no types
+_LIBRARY: Any = torch.library.Library("aios", "DEF")  # type: ignore[no-untyped-call]
 for _op in OPS:
     _LIBRARY.define(_op.name + _op.schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(_op.name, _op.reference, "CompositeExplicitAutograd")

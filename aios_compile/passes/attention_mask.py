@@ -96,7 +96,7 @@ def _is_token_index(node: fx.Node, context: PassContext) -> bool:
     first, *rest = node.args if len(node.args) > 1 else (0, *node.args)
     tokens = new_size(context.module.mode, "T").node.expr
     whole = node.meta["val"].shape[0]
-    return (
+    return bool(
         first == 0
         and rest[1:] in ([], [1])
         and not isinstance(whole, int)
@@ -136,7 +136,8 @@ def _positions(
 
 def _table_sizes(node: fx.Node, context: PassContext) -> list[int]:
     """Return the tokens that a table of queries and keys (a stored triangle) was made for."""
-    shape = node.meta["val"].shape if isinstance(node.meta.get("val"), Tensor) else ()
+    value = node.meta.get("val")
+    shape = tuple(value.shape) if isinstance(value, Tensor) else ()
     fixed = len(shape) > 1 and all(isinstance(s, int) for s in shape[-2:])
     square = fixed and shape[-1] == shape[-2] and shape[-1] > 1
     return [int(shape[-1])] if square and node.op == "placeholder" else []

@@ -83,7 +83,7 @@ def _is_token_wise(node: fx.Node, tokens: Any) -> bool:
                 return True  # of all tokens
             axis = node.args[1] if len(node.args) > 1 else 0
             assert isinstance(axis, int)
-            return axis % source.meta["val"].dim() != _token_dim(source, tokens)
+            return bool(axis % source.meta["val"].dim() != _token_dim(source, tokens))
         return _token_dim(source, tokens) is not None
     if is_call(node, *NORMS, *PRODUCTS):
         rows = node.args[1 if is_call(node, aten.addmm.default) else 0]

@@ -44,8 +44,9 @@ def merge(graph: fx.Graph, linears: Sequence[fx.Node], name: str, context: PassC
     Weights and biases are concatenated by the loader (missing biases are zeros).
     """
     x = linears[0].args[0]
-    weights = [n.args[1] for n in linears]
-    sizes = [int(w.meta["val"].shape[0]) for w in weights]  # type: ignore[union-attr]
+    weights = [w for n in linears if isinstance(w := n.args[1], fx.Node)]
+    assert len(weights) == len(linears)
+    sizes = [int(w.meta["val"].shape[0]) for w in weights]
     weight = context.add_weight(graph, f"{name}_weight", weights, _stacked)
     bias = _merge_biases(graph, linears, sizes, f"{name}_bias", context)
     with graph.inserting_before(linears[0]):
