@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,22 +52,31 @@ class CompiledModel:
         self.options = options
         self.progress = progress
         self._closing = ExitStack()
-        with progress.stage("load"):
-            self._artefact = Artefact.open(path)
-            self.program = Program.from_json(self._artefact.program)
-            self.limits = make_limits(self.program, options)
-            self.runner: ProgramRunner | None = None
-            executor = (make_executor or self._kernels)(self.limits)
-            self.tokenizer = _load_tokenizer(self._artefact)
-            settings = self.program.settings
-            self.engine = Engine(
-                executor,
-                self.tokenizer,
-                eos_token_ids=settings["eos_token_ids"],
-                defaults=SamplingParams.defaults_from(settings["generation_config"]),
-                seed=options.seed,
-                why_not=settings.get("why_not", ""),
-            )
+        try:
+            with progress.stage("load"):
+                self._load(make_executor)
+        except BaseException:
+            with suppress(BufferError):  # the error's frames may hold arrays of the weights
+                self._closing.close()
+            raise
+
+    def _load(self, make_executor: MakeExecutor | None) -> None:
+        self._artefact = Artefact.open(self.artefact_path)
+        self.program = Program.from_json(self._artefact.program)
+        self.limits = make_limits(self.program, self.options)
+        self.runner: ProgramRunner | None = None
+        executor = (make_executor or self._kernels)(self.limits)
+        self._closing.callback(executor.close)  # again, and should the engine not start
+        self.tokenizer = _load_tokenizer(self._artefact)
+        settings = self.program.settings
+        self.engine = Engine(
+            executor,
+            self.tokenizer,
+            eos_token_ids=settings["eos_token_ids"],
+            defaults=SamplingParams.defaults_from(settings["generation_config"]),
+            seed=self.options.seed,
+            why_not=settings.get("why_not", ""),
+        )
 
     def _kernels(self, limits: Limits) -> Executor:
         library = build.load(self._artefact.library)
