@@ -104,6 +104,9 @@ def _bind_inputs(module: IRModule, bindings: list[Any]) -> None:
             module.tensors[name] = tensor
     for node in list(module.root.graph.find_nodes(op="get_attr")):
         _constant_to_weight(module, node)
+    for name, region in module.regions().items():
+        for node in list(region.graph.find_nodes(op="get_attr")):
+            _region_constant_to_weight(module, name, node)
 
 
 def _flatten_tokens(module: IRModule) -> None:
@@ -141,7 +144,28 @@ def _constant_to_weight(module: IRModule, node: fx.Node) -> None:
     value = getattr(module.root, str(node.target), None)
     if not isinstance(value, torch.Tensor):
         return
-    name = f"constant.{node.target}"
+    node.replace_all_uses_with(_constant(module, f"constant.{node.target}", value, node))
+    module.root.graph.erase_node(node)
+
+
+def _region_constant_to_weight(module: IRModule, region: str, node: fx.Node) -> None:
+    """Do the same inside a region: an input of it, bound to one weight in every call."""
+    value = getattr(module.root.get_submodule(region), str(node.target), None)
+    if not isinstance(value, torch.Tensor):
+        return
+    outer = _constant(module, f"constant.{region}.{node.target}", value, node)
+    first = next(n for n in node.graph.nodes if n.op != "placeholder")
+    with node.graph.inserting_before(first):
+        inner = node.graph.placeholder(outer.name)
+    inner.target = inner.name
+    inner.meta = dict(outer.meta)
+    for call in module.calls(region):
+        call.args = (*call.args, outer)
+    node.replace_all_uses_with(inner)
+    node.graph.erase_node(node)
+
+
+def _constant(module: IRModule, name: str, value: torch.Tensor, node: fx.Node) -> fx.Node:
     with module.root.graph.inserting_before(next(iter(module.root.graph.nodes))):
         holder = module.root.graph.placeholder(name.replace(".", "_"))
     holder.target = holder.name
@@ -149,8 +173,7 @@ def _constant_to_weight(module: IRModule, node: fx.Node) -> None:
     holder.meta["val"] = module.mode.from_tensor(value, static_shapes=True)
     module.weights[holder.name] = Recipe.identity(name)
     module.tensors[name] = value
-    node.replace_all_uses_with(holder)
-    module.root.graph.erase_node(node)
+    return holder
 
 
 def _free_of_sizes(graph_module: fx.GraphModule) -> None:
@@ -224,6 +247,12 @@ def _name_region_inputs(module: IRModule, layer_paths: list[str]) -> None:
 def _check_provenance(module: IRModule) -> None:
     for graph_module in module.graphs().values():
         for node in graph_module.graph.nodes:
+            namespace = getattr(node.target, "namespace", "aten")
+            if namespace not in ("aten", "aios", "prims"):
+                raise CaptureError(
+                    f"the model calls {node.target}, an operator outside of PyTorch's core",
+                    source_line=provenance.source_line(node) or None,
+                )
             traced = node.op == "call_function" and "getitem" not in str(node.target)
             if traced and node.target is not aten.sym_size.int and not node.meta.get("stack_trace"):
                 raise CaptureError(f"node {node.name} ({node.target}) lost the model's source line")

@@ -8,8 +8,10 @@ bound to parameter names by identity, so that the module may live on the meta de
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +20,14 @@ from torch import fx, nn
 
 from aios_compile.capture import foreign, regions, torch_private
 from aios_compile.capture.assemble import assemble
-from aios_compile.errors import CaptureError
+from aios_compile.errors import CaptureError, UnsupportedModelError
 from aios_compile.ir import ops
 from aios_compile.ir.module import IRModule
 from aios_compile.ir.symbols import adopt_size
 
+IN_PLACE = ("setitem", *(f"i{op}" for op in ("add", "sub", "mul", "truediv", "pow", "and", "or")))
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
+_OWN = str(Path(__file__).parents[1])
 CLAMPS = ("clamp_", "clamp_min_", "clamp_max_", "clip_")
 TRACE_SIZES = (37, 41, 43, 47, 53, 59, 61, 67, 71, 73)  # primes: no multiple of a tile or a head
 
@@ -57,6 +62,7 @@ def _capture(model: nn.Module, flat: bool, max_tokens: int) -> IRModule:
                 wrapped, {"input_ids": ids, "position_ids": positions, **kwargs}
             )
         outer, examples = graph_input.graph_module, graph_input.example_inputs
+        examples = _drop_unused(outer, examples)
         holders = [n for n in outer.graph.nodes if n.op == "placeholder"]
         fakes = [n.meta["example_value"] for n in holders]
         mode = next(f.fake_mode for f in fakes if hasattr(f, "fake_mode"))
@@ -68,6 +74,30 @@ def _capture(model: nn.Module, flat: bool, max_tokens: int) -> IRModule:
     names = _names(wrapped)
     bindings = [_binding(h, e, names) for h, e in zip(holders, examples)]
     return assemble(outer, lowered, bindings, list(lists))
+
+
+def _drop_unused(outer: fx.GraphModule, examples: Sequence[Any]) -> list[Any]:
+    """Erase inputs that nothing reads: positions nobody uses would bring a second token count."""
+    for node in reversed(outer.graph.nodes):
+        if not node.users and not _has_effect(node):
+            outer.graph.erase_node(node)
+    holders = [n for n in outer.graph.nodes if n.op == "placeholder"]
+    kept = []
+    for holder, example in zip(holders, examples):
+        if holder.users:
+            kept.append(example)
+        else:
+            outer.graph.erase_node(holder)
+    return kept
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Return whether a node of dynamo's graph does more than make its value."""
+    if node.op not in ("call_function", "call_method") or node.is_impure():
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
+    given = {"inplace", "out"} & set(node.kwargs)
+    return name.endswith("_") or name in IN_PLACE or bool(given)
 
 
 def _trace_size(model: nn.Module) -> int:
@@ -84,13 +114,25 @@ def _captured_errors() -> Iterator[None]:
     except CaptureError:
         raise
     except Exception as error:
+        refused = foreign.refusal_in(str(error))
+        if refused is not None:
+            raise UnsupportedModelError(refused, source_line=_frame_in(error)) from error
         text = str(error).strip().split("\n\n")[0].replace("\n", " ")
-        frames = [line for line in str(error).splitlines() if line.strip().startswith("File ")]
         raise CaptureError(
             f"the forward pass does not capture as one graph: {type(error).__name__}: {text[:400]}",
-            source_line=frames[-1].strip() if frames else None,
+            source_line=_frame_in(error),
             advice="data-dependent Python (.item(), loops over tokens) must become tensor code",
         ) from error
+
+
+def _frame_in(error: Exception) -> str | None:
+    """Return the innermost line of user code that dynamo's message names."""
+    frames = _FRAME.findall(str(error))
+    frames = [f for f in frames if not f[0].startswith(_OWN)] or frames
+    if not frames:
+        return None
+    path, line, function, text = frames[-1]
+    return f"{path.rsplit('/', 1)[-1]}:{line} in {function}: {text.strip()}"
 
 
 def _adopt_token_count(mode: Any, holders: list[fx.Node], fakes: list[Any]) -> None:
@@ -121,7 +163,7 @@ def keep_composites(outer: fx.GraphModule) -> None:
 
 
 def _out_of_place(node: fx.Node) -> None:
-    """x.clamp_(a, b) -> x.copy_(x.clamp(a, b)): torch 2.13 cannot functionalize the first with T."""
+    """x.clamp_(a) -> x.copy_(x.clamp(a)): torch 2.13 cannot functionalize the first with T."""
     with node.graph.inserting_before(node):
         new = node.graph.call_method(str(node.target).rstrip("_"), node.args, node.kwargs)
     new.meta = dict(node.meta)
@@ -156,8 +198,15 @@ def _check_guards(mode: Any, max_tokens: int) -> None:
         if not all(holds):
             raise CaptureError(
                 f"the model specialises on the token count: {expr}",
+                source_line=_line_of(getattr(guard, "sloc", None)),
                 advice="remove the branch on the sequence length, or lower max_num_batched_tokens",
             )
+
+
+def _line_of(place: Any) -> str | None:
+    """Return the model line of a guard."""
+    text, _, where = (getattr(place, "maybe_user_loc", None) or "").rpartition("  # ")
+    return f"{where}: {text}" if where else None
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from aios_compile.errors import UnsupportedModelError
-
+# What a config is set to while it is captured: experts as tensor code instead of a loop or an op
+# of transformers.
+_IMPLEMENTATIONS = {"_attn_implementation": "aios", "_experts_implementation": "batched_mm"}
+# Dynamo traces the functions below and cannot make our errors: a reason travels in its message.
+_REFUSED, _END = "[refused: ", "]"
 # Arguments that change nothing in a forward pass without a cache; is_causal is looked at.
 _KNOWN_ARGUMENTS = {
     "dropout",
@@ -25,6 +28,12 @@ _KNOWN_ARGUMENTS = {
     "cache_position",
     "is_causal",
 }
+
+
+def refusal_in(message: str) -> str | None:
+    """Return the reason of a refusal from the message of the error that it became, or None."""
+    _, found, rest = message.partition(_REFUSED)
+    return rest.partition(_END)[0] if found else None
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -46,15 +55,17 @@ def adapted(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     find_packed = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = _one_sequence
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = {key: getattr(c, "_attn_implementation", None) for key, c in configs.items()}
+    before = {(key, a): getattr(c, a, None) for key, c in configs.items() for a in _IMPLEMENTATIONS}
     for config in configs.values():
-        config._attn_implementation = "aios"
+        for attribute, name in _IMPLEMENTATIONS.items():
+            setattr(config, attribute, name)
     try:
         yield _LogitsOnly(model), {}
     finally:
         masking_utils.find_packed_sequence_indices = find_packed
         for key, config in configs.items():
-            config._attn_implementation = before[key]
+            for attribute in _IMPLEMENTATIONS:
+                setattr(config, attribute, before[key, attribute])
 
 
 class _LogitsOnly(nn.Module):
@@ -91,12 +102,12 @@ def _mask(
     **others: Any,
 ) -> torch.Tensor:
     """Return transformers' mask, additive [1, 1, T, T]: 0 where a query sees a key."""
-    if attention_mask is not None:
-        raise UnsupportedModelError("the model makes a padding mask of its own")
     queries = torch.arange(q_length)[None, None, :, None] + q_offset
     keys = torch.arange(kv_length)[None, None, None, :] + kv_offset
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.long)
     seen = mask_function(zero, zero, queries, keys)
+    if attention_mask is not None:
+        seen = seen & attention_mask[:, None, None, :].to(torch.bool)
     return torch.where(seen, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
 
 
@@ -121,7 +132,9 @@ def _attention(
     )
     if unknown or not others.get("is_causal", getattr(module, "is_causal", True)):
         what = ", ".join(sorted(unknown)) or "tokens that see later ones"
-        raise UnsupportedModelError(f"attention of {type(module).__name__} with {what}")
+        raise NotImplementedError(
+            f"{_REFUSED}attention of {type(module).__name__} with {what}{_END}"
+        )
     causal = attention_mask is None
     out = torch.ops.aios.sdpa(
         query, key, value, attention_mask, causal, scaling, True, softcap, s_aux

@@ -8,22 +8,30 @@ from collections.abc import Iterable
 from torch import fx
 
 KEYS = ("stack_trace", "nn_module_stack")
+_TORCH = re.compile(r"[/\\\\](site|dist)-packages[/\\\\]torch[/\\\\]")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
+
+
+def _frame(node: fx.Node) -> tuple[str, str, str, str] | None:
+    """Return the innermost frame that is not torch's own (its functional.py says nothing)."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [f for f in frames if not _TORCH.search(f[0])]
+    return (own or frames or [None])[-1]
 
 
 def source_line(node: fx.Node) -> str:
     """Return `file.py:123 in forward: the source text` of the innermost model frame, or ""."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    if not frames:
+    frame = _frame(node)
+    if frame is None:
         return ""
-    path, line, function, text = frames[-1]
+    path, line, function, text = frame
     return f"{path.rsplit('/', 1)[-1]}:{line} in {function}: {text.strip()}"
 
 
 def source_file(node: fx.Node) -> tuple[str, int] | None:
     """Return (path, line) of the innermost model frame."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    return (frames[-1][0], int(frames[-1][1])) if frames else None
+    frame = _frame(node)
+    return (frame[0], int(frame[1])) if frame else None
 
 
 def module_path(node: fx.Node) -> str:
