@@ -28,8 +28,12 @@ def zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def load(zoo_folder: Path) -> Iterator[Load]:
-    """Return a function that loads a zoo model by name (or a folder), closed after the test."""
+def load(zoo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    """Return a function that loads a zoo model by name (or a folder), closed after the test.
+
+    Passes are not certified again (they have their own tests) unless a test sets AIOS_VERIFY.
+    """
+    monkeypatch.setenv("AIOS_VERIFY", "0")
     loaded: list[aios_compile.CompiledModel] = []
 
     def load_one(source: str | Path, dtype: str = "float32", **options: Any) -> Any:

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from aios_compile.codegen.cache import ArtefactCache, default_root
 from tests import zoo
 from tests.compiled.conftest import Load
@@ -66,10 +64,7 @@ def test_cached_start_and_generation_need_no_torch(load: Load, zoo_folder: Path)
     assert report == str(model.report())
 
 
-def test_the_first_start_says_why_and_the_second_that_it_hit(
-    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AIOS_VERIFY", "0")
+def test_the_first_start_says_why_and_the_second_that_it_hit(load: Load, tmp_path: Path) -> None:
     path = zoo.make("qwen3_gqa", tmp_path)
     first = load(path)
     assert any("cache miss" in note for note in first.progress.notes)

@@ -43,11 +43,8 @@ def cached_greedy(path: Path, ids: list[int], num_tokens: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_and_greedy_tokens(
-    name: str, load: Load, zoo_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_and_greedy_tokens(name: str, load: Load, zoo_folder: Path) -> None:
     """48 tokens in chunks of at most 21: they cross pages of 16, windows and trained lengths."""
-    monkeypatch.setenv("AIOS_VERIFY", "0")  # the passes have their own tests
     model = load(name)
     path = zoo.make(name, zoo_folder)
     ids = zoo.token_ids(path)
