@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 MakeExecutor = Callable[[Limits], Executor]
-MAX_TIMED_STEP_US = 50_000.0  # a longer step is bound by memory: all threads, and a quicker start
+MAX_TIMED_STEP_US = 20_000.0  # a longer step is bound by memory: all threads, and a quicker start
 DEFAULT_KV_SHARE = 0.4  # of the memory that is free at the start, when no size was given
 
 
