@@ -43,8 +43,8 @@ def layer_kernels(model: CompiledModel) -> list[str]:
 def test_hits_and_launches_are_pinned(
     name: str, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Merged q, k and v have as many rows here as the vocabulary: passes that were right were refused,
-    because the samples before and after them had different token ids.
+    """Merged q, k and v have as many rows here as the vocabulary. Passes that were right were
+    refused, because the samples before and after them had different token ids.
     """
     monkeypatch.setenv("AIOS_VERIFY", "1")
     model = load(name)
