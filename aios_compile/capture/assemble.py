@@ -253,6 +253,31 @@ def _check_provenance(module: IRModule) -> None:
                     f"the model calls {node.target}, an operator outside of PyTorch's core",
                     source_line=provenance.source_line(node) or None,
                 )
+            _check_value(node)
+            if node.target is aten._local_scalar_dense.default:
+                raise CaptureError(
+                    "a value of a tensor becomes a Python number",
+                    source_line=provenance.source_line(node) or None,
+                    advice="data-dependent Python (.item()) must become tensor code",
+                )
             traced = node.op == "call_function" and "getitem" not in str(node.target)
             if traced and node.target is not aten.sym_size.int and not node.meta.get("stack_trace"):
                 raise CaptureError(f"node {node.name} ({node.target}) lost the model's source line")
+
+
+def _check_value(node: fx.Node) -> None:
+    """Refuse numbers and sizes that nothing later knows, where the model's line is at hand."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return
+    line = provenance.source_line(node) or None
+    if value.is_complex():
+        raise CaptureError(f"the model computes with {value.dtype}", source_line=line)
+    for size in value.shape:
+        if isinstance(size, torch.SymInt):
+            expr = size.node.expr
+            if not expr.is_polynomial(*expr.free_symbols):
+                raise CaptureError(
+                    f"a tensor has the size {expr}, expected sums and products of the token count",
+                    source_line=line,
+                )

@@ -8,6 +8,7 @@ bound to parameter names by identity, so that the module may live on the meta de
 from __future__ import annotations
 
 import contextlib
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -39,15 +40,15 @@ def capture(model: nn.Module, *, flat: bool | None = None, max_tokens: int = 819
     first). max_tokens: the largest T that will run; a guard below it is an error. Raises
     CaptureError with the model's source line when the forward does not capture as one graph.
     """
-    first = flat is True
-    try:
-        return _capture(model, first, max_tokens)
-    except CaptureError:
-        if flat is not None:
+    with foreign.evaluating(model):
+        try:
+            return _capture(model, flat is True, max_tokens)
+        except CaptureError as error:
+            if flat is not None or error.__cause__ is None:  # it ran, and was refused by its graph
+                raise
+            with contextlib.suppress(CaptureError):
+                return _capture(model, True, max_tokens)
             raise
-        with contextlib.suppress(CaptureError):
-            return _capture(model, True, max_tokens)
-        raise
 
 
 def _capture(model: nn.Module, flat: bool, max_tokens: int) -> IRModule:
@@ -142,6 +143,13 @@ def _adopt_token_count(mode: Any, holders: list[fx.Node], fakes: list[Any]) -> N
         for size in fake.shape if isinstance(fake, torch.Tensor) else [fake]:
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                 symbols[str(size.node.expr)] = size
+    if not symbols:
+        lines = [_line_of(guard.sloc) for guard in mode.shape_env.guards]
+        raise CaptureError(
+            "the model fixes the token count while it runs",
+            source_line=next((line for line in reversed(lines) if line), None),
+            advice="Python loops over tokens must become tensor code",
+        )
     if len(symbols) != 1:
         raise CaptureError(
             f"the captured graph has {len(symbols)} symbolic sizes ({', '.join(symbols) or 'none'})"
@@ -159,7 +167,23 @@ def keep_composites(outer: fx.GraphModule) -> None:
                 node.target = _sdpa
             elif node.op == "call_method" and node.target in CLAMPS:
                 _out_of_place(node)
+            elif node.target is operator.getitem:
+                node.args = (node.args[0], _as_slices(node.args[1]))
         module.recompile()
+
+
+def _as_slices(index: Any) -> Any:
+    """Return x[..., [i], :] as x[..., i:i+1, :]: a view, and not a gather by a constant tensor."""
+    if not isinstance(index, tuple) or sum(isinstance(i, (list, fx.Node)) for i in index) != 1:
+        return index
+    return tuple(
+        slice(i[0], i[0] + 1 or None) if _is_one_int(i) else i  # -1 + 1 would be an empty slice
+        for i in index
+    )
+
+
+def _is_one_int(item: Any) -> bool:
+    return isinstance(item, list) and len(item) == 1 and type(item[0]) is int
 
 
 def _out_of_place(node: fx.Node) -> None:

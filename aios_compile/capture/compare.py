@@ -91,10 +91,11 @@ def _run_eager(
     if foreign.is_hugging_face(model):
         kwargs["use_cache"] = False
     seen: list[Tensor] = []
-    with torch.no_grad(), _passed_through(layers, active, seen):
+    with torch.no_grad(), foreign.evaluating(model), _passed_through(layers, active, seen):
         result = torch.func.functional_call(model, given, (), kwargs, tie_weights=False)
     logits = getattr(result, "logits", result)
-    assert isinstance(logits, Tensor)
+    if not isinstance(logits, Tensor):
+        raise CaptureError(f"forward returns a {type(result).__name__}, expected the logits")
     return seen, logits
 
 

@@ -42,6 +42,18 @@ def is_hugging_face(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode and give every module its own mode back afterwards."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
 def adapted(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     """Yield (module to trace, extra keyword arguments) and undo every change afterwards."""
     if not is_hugging_face(model):

@@ -104,7 +104,13 @@ def decompositions() -> dict[Any, Any]:
         if kept or (schema is not None and schema.is_mutable):
             del table[overload]
     table[torch.ops.aten.cumsum.default] = _cumsum
+    table[torch.ops.aten.copy.default] = _copy
     return table
+
+
+def _copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """Return what x holds after x.copy_(source)."""
+    return source.to(x.dtype).expand(x.shape).clone()
 
 
 def _cumsum(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -91,6 +91,9 @@ def _match(node: fx.Node, context: PassContext) -> Match | str | None:
     found = Match(attention, mask, *sources)  # type: ignore[arg-type]
     if found.q.groups != head:
         return "attention whose query heads are repeated"
+    if found.k.groups != found.v.groups:  # one was repeated before it was rotated
+        near = [source_of(x.node, x.dims, context, far=False) for x in (k, v)]
+        found = found._replace(k=near[0] or found.k, v=near[1] or found.v)
     groups = max(found.k.groups, found.v.groups)
     if found.k.groups == found.v.groups and head % groups == 0:
         return found

@@ -71,12 +71,15 @@ def keeps_order(node: fx.Node, base: fx.Node, context: PassContext, columns: int
         return False
 
 
-def source_of(node: fx.Node, dims: tuple[int, int, int], context: PassContext) -> Source | None:
+def source_of(
+    node: fx.Node, dims: tuple[int, int, int], context: PassContext, *, far: bool = True
+) -> Source | None:
     """Return the farthest source of a value whose token, head and width dims are `dims`.
 
     The other dims have size 1. Fewer groups than heads means that consecutive heads were equal.
+    far: look behind moves; else the value itself is taken, with all of its heads.
     """
-    for base in reversed(chain(node)):
+    for base in reversed(chain(node)) if far else [node]:
         if not shape_of(base):
             continue
         values = Concrete(context, TOKENS)

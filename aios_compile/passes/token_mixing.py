@@ -157,9 +157,24 @@ def _keeps(node: Any, symbols: set[str]) -> bool:
         rank = len(shape_of(a))
         return rank - 1 not in _token_dims(a, symbols) and not _token_dims(b, symbols)
     if is_call(node, aten.index.Tensor):
-        source, indices = node.args  # rows of a table may be chosen, tokens may not
-        return not _token_dims(source, symbols) and sum(i is not None for i in indices) == 1
+        return _keeps_index(node, symbols)
+    if is_call(node, aten.index_select.default):
+        source, dim, index = node.args
+        at = positive(dim, len(shape_of(source)))
+        return _keeps_choice(source, at, index, symbols)
     return False
+
+
+def _keeps_index(node: Any, symbols: set[str]) -> bool:
+    source, indices = node.args
+    chosen = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    return len(chosen) == 1 and _keeps_choice(source, *chosen[0], symbols)
+
+
+def _keeps_choice(source: Any, dim: int, index: Any, symbols: set[str]) -> bool:
+    """Return whether entries are looked up by token in a table, or the same ones for each token."""
+    tokens = _token_dims(source, symbols)
+    return not tokens or (dim not in tokens and not _token_dims(index, symbols))
 
 
 def _keeps_slice(node: Any, symbols: set[str]) -> bool:

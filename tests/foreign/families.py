@@ -44,8 +44,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {**SIZES, **GROUPED}),
     "qwen3": ("Qwen3", {**SIZES, **GROUPED, **NARROW}),
     "gemma": ("Gemma", {**SIZES, **GROUPED, **NARROW}),
-    "gemma2": ("Gemma2", {**SIZES, **GROUPED, **NARROW, "sliding_window": 7, "query_pre_attn_scalar": 16}),
-    "gemma3": ("Gemma3", {**SIZES, **GROUPED, **NARROW, "sliding_window": 7, "layer_types": LAYERS}),
+    "gemma2": (
+        "Gemma2",
+        {**SIZES, **GROUPED, **NARROW, "sliding_window": 7, "query_pre_attn_scalar": 16},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {**SIZES, **GROUPED, **NARROW, "sliding_window": 7, "layer_types": LAYERS},
+    ),
     "gpt2": ("GPT2", GPT2),
     "gpt_neox": ("GPTNeoX", {**SIZES, "rotary_pct": 0.5}),
     "gpt_neox_serial": ("GPTNeoX", {**SIZES, "use_parallel_residual": False}),
@@ -60,16 +66,46 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("Falcon", {**SIZES, "alibi": False, "new_decoder_architecture": False}),
     "falcon_new": ("Falcon", {**SIZES, "num_kv_heads": 2, "new_decoder_architecture": True}),
     "falcon_alibi": ("Falcon", {**SIZES, "alibi": True, "new_decoder_architecture": False}),
-    "stablelm": ("StableLm", {**SIZES, **GROUPED, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
-    "stablelm_qk": ("StableLm", {**SIZES, **GROUPED, "qk_layernorm": True, "partial_rotary_factor": 0.5}),
+    "stablelm": (
+        "StableLm",
+        {**SIZES, **GROUPED, "use_qkv_bias": True, "partial_rotary_factor": 0.5},
+    ),
+    "stablelm_qk": (
+        "StableLm",
+        {**SIZES, **GROUPED, "qk_layernorm": True, "partial_rotary_factor": 0.5},
+    ),
     "starcoder2": ("Starcoder2", {**SIZES, **GROUPED, "sliding_window": 7}),
-    "granite": ("Granite", {**SIZES, **GROUPED, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "embedding_multiplier": 3.0, "logits_scaling": 2.0}),
+    "granite": (
+        "Granite",
+        {
+            **SIZES,
+            **GROUPED,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.7,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+        },
+    ),
     "opt": ("OPT", {**SIZES, "ffn_dim": 80, "word_embed_proj_dim": 48}),
     "smollm3": ("SmolLM3", {**SIZES, **GROUPED, "no_rope_layers": [1, 0]}),
-    "gpt_oss": ("GptOss", {**SIZES, **GROUPED, **NARROW, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7, "layer_types": LAYERS}),
+    "gpt_oss": (
+        "GptOss",
+        {
+            **SIZES,
+            **GROUPED,
+            **NARROW,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 7,
+            "layer_types": LAYERS,
+        },
+    ),
     "mixtral": ("Mixtral", {**SIZES, **GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "bloom": ("Bloom", {"vocab_size": VOCABULARY, "hidden_size": 48, "n_layer": 2, "n_head": 4}),
-    "mpt": ("Mpt", {"vocab_size": VOCABULARY, "d_model": 48, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}),
+    "mpt": (
+        "Mpt",
+        {"vocab_size": VOCABULARY, "d_model": 48, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+    ),
     "glm": ("Glm", {**SIZES, **GROUPED, "head_dim": 16}),
     "glm4": ("Glm4", {**SIZES, **GROUPED, "head_dim": 16}),
     "nemotron": ("Nemotron", {**SIZES, **GROUPED}),
@@ -78,15 +114,53 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "helium": ("Helium", {**SIZES, **GROUPED, "head_dim": 12}),
     "codegen": ("CodeGen", {**GPT2, "rotary_dim": 4}),
     "gpt_bigcode": ("GPTBigCode", GPT2),
-    "gpt_neo": ("GPTNeo", {"vocab_size": VOCABULARY, "hidden_size": 48, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 7, "max_position_embeddings": 128}),
-    "llama4": ("Llama4", {**SIZES, **GROUPED, **NARROW, "attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 80, "moe_layers": [], "no_rope_layers": [1, 0]}),
+    "gpt_neo": (
+        "GPTNeo",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 7,
+            "max_position_embeddings": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "llama4": (
+        "Llama4",
+        {
+            **SIZES,
+            **GROUPED,
+            **NARROW,
+            "attention_chunk_size": 8,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 80,
+            "moe_layers": [],
+            "no_rope_layers": [1, 0],
+        },
+    ),
     "arcee": ("Arcee", {**SIZES, **GROUPED}),
     "seed_oss": ("SeedOss", {**SIZES, **GROUPED, "head_dim": 12}),
     "ernie4_5": ("Ernie4_5", {**SIZES, **GROUPED, "head_dim": 12}),
     "hunyuan": ("HunYuanDenseV1", {**SIZES, **GROUPED, "head_dim": 12}),
     "biogpt": ("BioGpt", SIZES),
-    "xglm": ("XGLM", {"vocab_size": VOCABULARY, "d_model": 48, "ffn_dim": 80, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 128}),
-    "mamba": ("Mamba", {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "state_size": 4}),
+    "xglm": (
+        "XGLM",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 48,
+            "ffn_dim": 80,
+            "num_layers": 2,
+            "attention_heads": 4,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "mamba": (
+        "Mamba",
+        {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "state_size": 4},
+    ),
 }
 
 
@@ -107,13 +181,17 @@ def build(name: str) -> nn.Module:
 def config_class(stem: str) -> Callable[..., Any]:
     import transformers
 
-    return getattr(transformers, f"{stem}TextConfig", None) or getattr(transformers, f"{stem}Config")
+    return getattr(transformers, f"{stem}TextConfig", None) or getattr(
+        transformers, f"{stem}Config"
+    )
 
 
 def model_class(stem: str) -> Callable[..., nn.Module]:
     import transformers
 
-    return getattr(transformers, f"{stem}ForCausalLM", None) or getattr(transformers, f"{stem}LMHeadModel")
+    return getattr(transformers, f"{stem}ForCausalLM", None) or getattr(
+        transformers, f"{stem}LMHeadModel"
+    )
 
 
 def scale_up(model: nn.Module) -> None:
