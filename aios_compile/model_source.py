@@ -124,7 +124,6 @@ def _open_module(model: Any, options: CompileOptions) -> ModelSource:
             f"dtype={options.dtype!r} with an nn.Module",
             advice=f"call model.to(torch.{options.dtype})",
         )
-    model.eval()
     config = getattr(model, "config", None)
     length = getattr(config, "max_position_embeddings", None) or getattr(
         config, "n_positions", None

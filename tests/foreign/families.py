@@ -166,8 +166,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def build(name: str) -> nn.Module:
     """Return a family's tiny model in eval mode, float32, seeded."""
-    import transformers
-
     stem, arguments = FAMILIES[name]
     make = config_class(stem)
     config = make(**arguments)
@@ -198,7 +196,7 @@ def scale_up(model: nn.Module) -> None:
     """Give matrices unit gain, biases and norm weights values that matter."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             noise = torch.randn(p.shape, generator=generator)
             if p.dim() > 1:
                 p.copy_(noise / p.shape[-1] ** 0.5)

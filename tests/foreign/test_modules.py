@@ -49,20 +49,20 @@ def test_callable_only(name, compiled):
         check_logits(model, found)
         with pytest.raises(RequestError, match=f"modules.py:.*{line}"):
             found.generate([3, 4, 5], max_tokens=4)
-        with pytest.raises(PromptTooLongError, match="at most 64.*one step"):
+        with pytest.raises(PromptTooLongError, match=r"at most 64.*one step"):
             found(torch.zeros(65, dtype=torch.long))
         check_logits(model, found, (5,))  # a refusal leaves the model in order
 
 
 def test_alibi_given_to_sdpa(compiled):
     model = build(lambda: Model(blocks(lambda: Alibi(True))))
-    with pytest.raises(UnsupportedModelError, match="adds a bias.*modules.py:.*bias"):
+    with pytest.raises(UnsupportedModelError, match=r"adds a bias.*modules.py:.*bias"):
         compiled(model)
 
 
 def test_attention_in_both_directions(compiled):
     model = build(lambda: Model(blocks(lambda: Called("bidirectional"))))
-    with pytest.raises(UnsupportedModelError, match="later ones.*modules.py:"):
+    with pytest.raises(UnsupportedModelError, match=r"later ones.*modules.py:"):
         compiled(model)
 
 
