@@ -22,8 +22,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float32") for name in BAD), (next(iter(BAD)), "bfloat16")]
+)
 def test_bad_weights_are_refused_by_name(name: str, dtype: str, tmp_path: Path, load: Load) -> None:
     path = zoo.make("qwen3_gqa", tmp_path, dtype)
     file = path / "model.safetensors"

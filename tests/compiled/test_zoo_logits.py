@@ -17,12 +17,12 @@ from tests.compiled.conftest import Load
 NUM_GREEDY = 64
 PROMPT = 8
 NAMES = (
-    "llama_gqa", "llama_mha", "llama_mqa", "llama_tied", "llama_attention_bias", "llama_mlp_bias",
-    "llama_head_dim", "llama_odd_sizes", "llama_theta", "llama_gelu_tanh", "llama_linear",
+    "llama_gqa", "llama_mqa", "llama_tied", "llama_attention_bias", "llama_mlp_bias",
+    "llama_head_dim", "llama_odd_sizes", "llama_gelu_tanh", "llama_linear",
     "llama_llama3", "llama_yarn", "llama_dynamic", "llama_partial_rotary",
-    "mistral_full", "mistral_window", "mistral_window_page", "mistral_head_dim", "mistral_yarn",
+    "mistral_window", "mistral_window_page", "mistral_head_dim", "mistral_yarn",
     "qwen2_gqa", "qwen2_tied", "qwen2_layer_types", "qwen2_yarn", "qwen2_dynamic",
-    "qwen3_gqa", "qwen3_tied", "qwen3_bias", "qwen3_window", "qwen3_layer_types", "qwen3_mqa",
+    "qwen3_gqa", "qwen3_tied", "qwen3_bias", "qwen3_window", "qwen3_layer_types",
 )  # fmt: skip
 
 
