@@ -13,7 +13,15 @@ from torch import fx
 from aios_compile.capture import torch_private
 from aios_compile.errors import CaptureError
 from aios_compile.ir import provenance
-from aios_compile.ir.module import IRModule, Level, Recipe, drop_dead, outputs, placeholders
+from aios_compile.ir.module import (
+    IRModule,
+    Level,
+    Recipe,
+    body_of,
+    drop_dead,
+    outputs,
+    placeholders,
+)
 
 aten = torch.ops.aten
 BATCHED = "aios_batched"  # root.meta: the model's own code takes [1, T]
@@ -59,8 +67,7 @@ def _own_regions(module: IRModule, traced: fx.GraphModule) -> None:
         with graph.inserting_before(call):
             new = graph.call_module(name, tuple(call.args[2:]))
         new.meta = dict(call.meta)
-        region_values = module.root.get_submodule(name).graph.output_node().args[0]  # type: ignore[union-attr]
-        new.meta["val"] = tuple(n.meta["val"] for n in region_values)  # type: ignore[union-attr]
+        new.meta["val"] = tuple(n.meta["val"] for n in outputs(body_of(new).graph))
         call.replace_all_uses_with(new)
         graph.erase_node(call)
     graph.eliminate_dead_code()

@@ -237,8 +237,8 @@ def _names(model: nn.Module) -> dict[int, list[str]]:
     names: dict[int, list[str]] = defaultdict(list)
     for name, tensor in model.named_parameters(remove_duplicate=False):
         names[id(tensor)].append(name)
-    for name, tensor in model.named_buffers(remove_duplicate=False):
-        names[id(tensor)].append(name)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        names[id(buffer)].append(name)
     return names
 
 

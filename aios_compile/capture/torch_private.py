@@ -26,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 try:  # torch 2.13
     from torch._dynamo.variables import invoke_subgraph
 except ImportError:  # torch 2.11: it has no reuse that could fail
-    invoke_subgraph = None  # type: ignore[assignment]
+    invoke_subgraph = None
 
 _ELIGIBLE = "is_reuse_eligible"
 INVOKE_SUBGRAPH = torch.ops.higher_order.invoke_subgraph

@@ -15,8 +15,8 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 def _frame(node: fx.Node) -> tuple[str, str, str, str] | None:
     """Return the innermost frame that is not torch's own (its functional.py says nothing)."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [f for f in frames if not _TORCH.search(f[0])]
-    return (own or frames or [None])[-1]
+    own = [f for f in frames if not _TORCH.search(f[0])] or frames
+    return own[-1] if own else None
 
 
 def source_line(node: fx.Node) -> str:

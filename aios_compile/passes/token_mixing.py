@@ -156,6 +156,17 @@ def _keeps(node: Any, symbols: set[str]) -> bool:
         a, b = node.args[-2:]
         rank = len(shape_of(a))
         return rank - 1 not in _token_dims(a, symbols) and not _token_dims(b, symbols)
+    if is_call(node, aten.repeat.default):
+        counts, tokens = node.args[1], _token_dims(node.args[0], symbols)
+        before = len(counts) - len(shape_of(node.args[0]))
+        return all(counts[before + dim] == 1 for dim in tokens)
+    if is_call(node, aten.flip.default):
+        rank = len(shape_of(node))
+        return not {positive(d, rank) for d in node.args[1]} & set(_token_dims(node, symbols))
+    if is_call(node, aten.constant_pad_nd.default):
+        pads, rank = node.args[1], len(shape_of(node))
+        padded = {rank - 1 - i // 2 for i, count in enumerate(pads) if count != 0}
+        return not padded & set(_token_dims(node.args[0], symbols))
     if is_call(node, aten.index.Tensor):
         return _keeps_index(node, symbols)
     if is_call(node, aten.index_select.default):

@@ -20,6 +20,7 @@ MIXING = {
     "shift": lambda x, w: torch.cat((x[:1] * 0, x[:-1])),
     "last token": lambda x, w: x[-1:],
     "first token": lambda x, w: x * x[0],
+    "repeat": lambda x, w: x.repeat(2, 1),
     "flip": lambda x, w: x.flip(0),
     "convolution": lambda x, w: F.conv1d(x.t()[None], w[:, :, None], padding=0),
     "differences": lambda x, w: (x[:, None, 0] - x[None, :, 0]).exp(),
@@ -33,6 +34,9 @@ SEPARATE = {
         x.reshape(-1, 4, 16).transpose(0, 1)[:, :, :8].transpose(0, 1).flatten(1)
     ),
     "joined features": lambda x, w: torch.cat((x, x * 2), -1)[:, 3],
+    "repeated features": lambda x, w: x.repeat(1, 3)[:, 5:],
+    "padded features": lambda x, w: F.pad(x, (1, 2)).flip(1),
+    "chosen features": lambda x, w: x[:, [3, 1]] + x.index_select(1, torch.tensor([0, 2])),
     "top features": lambda x, w: x.topk(2).values + x.cumsum(1)[:, :2],
 }
 
