@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from tests.compiled.harness import compile_graph
@@ -13,6 +14,7 @@ from tests.fuzz.graphs import Program, programs
 from tests.passes.helpers import trace
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
+PARTS = 4
 TOKENS = st.sampled_from([1, 2, 3, 15, 16, 17, 40])
 
 
@@ -24,11 +26,11 @@ def reference_error(program: Program, inputs: dict[str, torch.Tensor]) -> tuple[
     return list(wide), [float((e.double() - w).abs().max()) for e, w in zip(eager, wide)]
 
 
-def check(program: Program, num_tokens: int, seed: int) -> None:
-    module = trace(program.function(), seed)
+def check(program: Program, num_tokens: int, values: int) -> None:
+    module = trace(program.function(), values)
     weights = dict(module.tensors)
     compiled = compile_graph(module, {"T": 40})
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(values)
     shape = (num_tokens, program.width)
     free = {n: torch.randn(shape, generator=generator) for n in ("x", "y")}
     wide, errors = reference_error(program, {**free, **weights})
@@ -42,9 +44,19 @@ def check(program: Program, num_tokens: int, seed: int) -> None:
         assert worst <= budget, f"output {i}: error {worst:.3g}, budget {budget:.3g}"
 
 
-@settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
-@given(programs, TOKENS, st.integers(0, 1000))
-def test_compiled_equals_eager(program: Program, num_tokens: int, seed: int) -> None:
-    check(program, num_tokens, seed)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_compiled_equals_eager(part: int) -> None:
+    """Each part draws its own examples from its own seed, so that parts can run side by side."""
+
+    @seed(part)
+    @settings(
+        max_examples=EXAMPLES // PARTS,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(programs, TOKENS, st.integers(0, 1000))
+    def run(program: Program, num_tokens: int, values: int) -> None:
+        check(program, num_tokens, values)
+
+    run()
