@@ -2,8 +2,8 @@
  *
  * One parallel region a step: the engine's thread is worker 0, the others wait for the next step.
  * A waiting worker spins, then spins and yields in turn, and after about a millisecond sleeps in
- * the kernel. With six other programs on two cores, 53 barriers a step: a token took 46 ms without the
- * yields, 1.3 to 3 ms with them, 0.9 ms on one worker.
+ * the kernel. With six other programs on two cores and 53 barriers a step, a token took 46 ms
+ * without the yields, 1.3 to 3 ms with them, and 0.9 ms on one worker.
  */
 #pragma once
 #include <atomic>
