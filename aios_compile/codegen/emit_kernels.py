@@ -143,8 +143,11 @@ def _emit(call: fx.Node, operands: list[Operand], emitters: Sequence[ModuleType]
 def _named(source: KernelSource, call: fx.Node) -> KernelSource:
     """Name a kernel after what it computes, with eight digits of its text: add_rms_norm_1f0c..."""
     title = re.sub(r"_\d+$", "", str(call.target))
-    symbol = f"{title}_{source.digest()[:8]}"
-    text = re.sub(rf"\b{re.escape(source.symbol)}(?=\b|_items\b)", symbol, source.text)
+    own = re.compile(rf"\b{re.escape(source.symbol)}(?=\b|_items\b)")
+    # the emitter's symbol may tell of names in the body, which are no part of what is computed
+    neutral = dataclasses.replace(source, text=own.sub(title, source.text))
+    symbol = f"{title}_{neutral.digest()[:8]}"
+    text = own.sub(symbol, source.text)
     return dataclasses.replace(
         source, name=symbol, symbol=symbol, text=text, model_lines=provenance.source_lines(call)
     )

@@ -10,13 +10,14 @@ from tests.foreign import families
 
 TOLERANCE = 1e-4
 TESTED = (
-    "gemma", "gemma2", "gemma3", "gpt2", "gpt_neox", "phi", "olmo", "cohere", "falcon", "opt",
-    "stablelm_qk", "starcoder2", "granite", "smollm3", "gptj", "exaone4", "codegen",
+    "gemma2", "gemma3", "gpt2", "gpt_neox", "phi", "olmo", "cohere", "falcon_new", "opt",
+    "stablelm_qk", "granite", "smollm3", "codegen",
 )  # fmt: skip
-OTHERS = (
-    "llama", "mistral", "qwen2", "qwen3", "gpt_neox_serial", "phi3", "olmo2", "olmo3", "cohere2",
-    "falcon_new", "stablelm", "xglm", "glm", "glm4", "nemotron", "persimmon", "helium",
-    "gpt_bigcode", "arcee", "seed_oss", "ernie4_5", "hunyuan", "biogpt",
+OTHERS = (  # FOREIGN_FAMILIES=all
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gpt_neox_serial", "gptj", "phi3", "olmo2",
+    "olmo3", "cohere2", "falcon", "stablelm", "starcoder2", "exaone4", "xglm", "glm", "glm4",
+    "nemotron", "persimmon", "helium", "gpt_bigcode", "arcee", "seed_oss", "ernie4_5", "hunyuan",
+    "biogpt",
 )  # fmt: skip
 CHOSEN = (*TESTED, *OTHERS) if os.environ.get("FOREIGN_FAMILIES") == "all" else TESTED
 CALLED = {"bloom": "adds a bias"}  # ALiBi: right logits, no generation
