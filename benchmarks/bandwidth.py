@@ -28,25 +28,34 @@ extern "C" uint64_t read_all(const uint64_t *p, int64_t count) {
 """
 
 
-def read_bandwidth(num_threads: int, num_bytes: int = 1 << 30, repeats: int = 7) -> float:
-    """Return bytes a second of reading memory far larger than the caches, median of `repeats`."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = build.Target.host()
-        objects = build.build_objects([("read_all", SOURCE)], Path(folder), target)
-        library = build.load(build.link(objects, Path(folder) / "read.so", target))
-    library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    library.read_all.restype = ctypes.c_uint64
-    count = num_bytes // 8 // num_threads // 64 * 64
-    data = np.arange(count * num_threads + 8, dtype=np.uint64)
-    begin = -(-data.ctypes.data // 64) * 64
-    times = []
-    with ThreadPoolExecutor(num_threads) as pool:
-        for _ in range(repeats):
-            start = time.perf_counter()
-            starts = [begin + i * count * 8 for i in range(num_threads)]
-            list(pool.map(lambda address: library.read_all(address, count), starts))
-            times.append(time.perf_counter() - start)
-    return count * num_threads * 8 / statistics.median(times)
+class BandwidthProbe:
+    """A read-only kernel over memory far larger than the caches; `measure` can be interleaved."""
+
+    def __init__(self, num_threads: int, num_bytes: int = 1 << 30) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            target = build.Target.host()
+            objects = build.build_objects([("read_all", SOURCE)], Path(folder), target)
+            self._library = build.load(build.link(objects, Path(folder) / "read.so", target))
+        self._library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        self._library.read_all.restype = ctypes.c_uint64
+        self._count = num_bytes // 8 // num_threads // 64 * 64
+        self._threads = num_threads
+        self._data = np.arange(self._count * num_threads + 8, dtype=np.uint64)
+        self._pool = ThreadPoolExecutor(num_threads)
+
+    def measure(self) -> float:
+        """Return bytes a second of one read of everything."""
+        begin = -(-self._data.ctypes.data // 64) * 64
+        starts = [begin + i * self._count * 8 for i in range(self._threads)]
+        start = time.perf_counter()
+        list(self._pool.map(lambda address: self._library.read_all(address, self._count), starts))
+        return self._count * self._threads * 8 / (time.perf_counter() - start)
+
+
+def read_bandwidth(num_threads: int, repeats: int = 7) -> float:
+    """Return bytes a second of reading memory, median of `repeats`."""
+    probe = BandwidthProbe(num_threads)
+    return statistics.median(probe.measure() for _ in range(repeats))
 
 
 if __name__ == "__main__":

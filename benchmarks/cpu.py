@@ -1,9 +1,10 @@
 """Decode, prefill and starts on this machine, side by side with transformers, one run.
 
-    python -m benchmarks.cpu --shape qwen3-0.6b [--pairs 9] [--json out.json]
+    python -m benchmarks.cpu --shape qwen3-0.6b [--rounds 9] [--json out.json]
 
-Correctness is checked before any time is printed; pairs are interleaved and the median ratio is
-reported with its spread. Shares are of the read bandwidth measured in the same run.
+Correctness is checked before any time is printed. Bandwidth, ours and the peer take turns; median
+ratios and shares are reported with their spread. The bandwidth is the better of the readings just
+before and just after, so that a share is never flattered by a machine that was busy at the probe.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 
 import aios_compile
-from benchmarks.bandwidth import read_bandwidth
+from benchmarks.bandwidth import BandwidthProbe
 from benchmarks.shapes import make
 
 PROMPT_TOKENS, DECODE_TOKENS = 64, 16
@@ -70,11 +71,18 @@ def check_correct(model: Any, peer: Any, ids: list[int]) -> float:
     return float((got - want).abs().max() / want.abs().max())
 
 
-def pairs(ours: Callable[[], float], peer: Callable[[], float], count: int) -> dict[str, Any]:
-    """Run both in turn and return medians and the pairwise ratio (peer / ours) with its spread."""
-    a, b = [], []
+def rounds(
+    ours: Callable[[], float],
+    peer: Callable[[], float],
+    floor_seconds: Callable[[], float],
+    count: int,
+) -> dict[str, Any]:
+    """Run floor, ours and peer in turn; return medians, ratio (peer / ours) and share of floor."""
+    a, b, shares = [], [], []
     for _ in range(count):
+        before = floor_seconds()
         a.append(ours())
+        shares.append(min(before, floor_seconds()) / a[-1])
         b.append(peer())
     ratios = sorted(y / x for x, y in zip(a, b))
     return {
@@ -82,7 +90,9 @@ def pairs(ours: Callable[[], float], peer: Callable[[], float], count: int) -> d
         "peer_ms": 1e3 * statistics.median(b),
         "ratio": statistics.median(ratios),
         "ratio_spread": [ratios[0], ratios[-1]],
-        "pairs": count,
+        "share_of_bandwidth": statistics.median(shares),
+        "share_spread": [min(shares), max(shares)],
+        "rounds": count,
     }
 
 
@@ -122,8 +132,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             folder, cache_dir=cache, num_threads=args.threads, max_model_len=2048, progress=False
         )
         ids = prompt_ids(model.limits.vocab_size, PROMPT_TOKENS)
-        bandwidth = read_bandwidth(args.threads)
-        result["read_gb_s"] = bandwidth / 1e9
+        probe, moved = BandwidthProbe(args.threads), weight_bytes(model)
+        result["read_gb_s"] = max(probe.measure() for _ in range(7)) / 1e9
+        result["bytes_a_token"] = moved
         result["decode"] = {}
         for name in ("float32", "bfloat16"):
             peer = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, name)).eval()
@@ -131,15 +142,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 result["relative_logit_error"] = check_correct(model, peer, ids)
                 assert result["relative_logit_error"] < 0.02, result
             transformers_decode(peer, ids)
-            result["decode"][name] = pairs(
+            result["decode"][name] = rounds(
                 lambda: ours_decode(model, ids),
                 lambda p=peer: transformers_decode(p, ids),  # type: ignore[misc]
-                args.pairs,
+                lambda: moved / probe.measure(),
+                args.rounds,
             )
             del peer
-        best = min(row["ours_ms"] for row in result["decode"].values())
-        floor = weight_bytes(model) / bandwidth
-        result["share_of_bandwidth"] = floor / (best / 1e3)
         result["prefill_256_tokens_s"] = statistics.median(
             prefill_tokens_a_second(model, prompt_ids(1000, 256, seed)) for seed in range(5)
         )
@@ -152,7 +161,7 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen3-0.6b")
     parser.add_argument("--folder", help="where the random checkpoint is kept")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--starts", action="store_true", help="also measure whole-process starts")
     parser.add_argument("--json", help="write the result here")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Random checkpoints with the shapes of well-known models, for speed only: the text is noise.
 
-    python -m benchmarks.shapes qwen3-0.6b /tmp/qwen3-0.6b
+python -m benchmarks.shapes qwen3-0.6b /tmp/qwen3-0.6b
 """
 
 from __future__ import annotations
