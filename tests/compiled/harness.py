@@ -93,9 +93,7 @@ def compile_graph(
     build.link(objects, library)
     memory = _Memory()
     pack_weights(program, module, lambda name: module.tensors[name], memory)
-    runner = ProgramRunner(
-        program, build.load(library), memory.arrays, num_threads, guarded=True
-    )
+    runner = ProgramRunner(program, build.load(library), memory.arrays, num_threads, guarded=True)
     library.unlink()
     library.parent.rmdir()
     return CompiledGraph(module, program, runner)
