@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     import torch
 
 MakeExecutor = Callable[[Limits], Executor]
-MAX_TIMED_STEP_US = 20_000.0  # a longer step is bound by memory: all threads, and a quicker start
+# A step that reads more than this is bound by memory: all threads, and a quicker start. Judged by the
+# bytes and not by the time, which a busy machine stretches.
+LARGE_MODEL_BYTES = 256 << 20
 DEFAULT_KV_SHARE = 0.4  # of the memory that is free at the start, when no size was given
 
 
@@ -170,10 +172,11 @@ class CompiledModel:
         runner = self.runner
         if runner is None or self.options.num_threads is not None or runner.num_threads == 1:
             return
-        every, slow = runner.num_threads, self._time_step()
-        if slow > MAX_TIMED_STEP_US:
-            self.progress.note(f"{every} threads: {slow:.0f} us a step")
+        every = runner.num_threads
+        if sum(t.num_bytes for t in self._artefact.tensors.values()) > LARGE_MODEL_BYTES:
+            self.progress.note(f"{every} threads: the model is large")
             return
+        slow = self._time_step()
         runner.set_num_threads(1)
         one = self._time_step()
         if one > slow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from aios_compile.codegen.cpp import build
 
+# ThreadSanitizer of older compilers cannot start where the kernel spreads addresses widely.
+FIXED_ADDRESSES = ["setarch", "-R"] if shutil.which("setarch") else []
 PROGRAM = """
 #include "prelude.h"
 #include "runtime.h"
@@ -72,7 +75,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("spins", [0, 200])
 def test_no_data_race_and_no_lost_wake_up(program: Path, workers: int, spins: int) -> None:
     run = subprocess.run(
-        ["setarch", "-R", str(program), str(workers), str(spins)],
+        [*FIXED_ADDRESSES, str(program), str(workers), str(spins)],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]

@@ -102,11 +102,14 @@ def test_fewer_threads_when_more_measure_slower(
 
         return time_step
 
-    for every, one, kept in ((90.0, 50.0, 1), (50.0, 90.0, 2), (60_000.0, 1.0, 2)):
+    small, large = 1 << 40, 0
+    cases = ((90.0, 50.0, small, 1), (50.0, 90.0, small, 2), (90.0, 50.0, large, 2))
+    for every, one, limit, kept in cases:
         monkeypatch.setattr(CompiledModel, "_time_step", timed(every, one))
+        monkeypatch.setattr("aios_compile.compiled_model.LARGE_MODEL_BYTES", limit)
         model = load("qwen3_gqa", num_threads=None)
         assert model.runner is not None and model.runner.num_threads == kept
-        assert any("us a step" in n or "a step takes" in n for n in model.progress.notes)
+        assert any("the model is large" in n or "a step takes" in n for n in model.progress.notes)
         given = load("qwen3_gqa", num_threads=2)  # the user's number is kept
         assert given.runner is not None and given.runner.num_threads == 2
 
