@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import torch
 
 MakeExecutor = Callable[[Limits], Executor]
-# A step that reads more than this is bound by memory: all threads, and a quicker start. Judged by the
-# bytes and not by the time, which a busy machine stretches.
+# A step that reads more than this is bound by memory: all threads, and a quicker start. Judged by
+# the bytes and not by the time, which a busy machine stretches.
 LARGE_MODEL_BYTES = 256 << 20
 DEFAULT_KV_SHARE = 0.4  # of the memory that is free at the start, when no size was given
 

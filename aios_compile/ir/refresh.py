@@ -20,20 +20,34 @@ def refresh(module: IRModule) -> None:
 
 def _refresh_graph(module: IRModule, graph_module: fx.GraphModule) -> None:
     done: set[str] = set()
-    with module.mode, torch.no_grad():
-        for node in graph_module.graph.nodes:
-            if node.op == "call_function":
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                node.meta["val"] = node.target(*args, **kwargs)
-            elif node.op == "call_module":
-                body = body_of(node)
-                if not is_region_call(graph_module, node) or str(node.target) not in done:
-                    for holder, argument in zip(placeholders(body.graph), node.args):
-                        assert isinstance(argument, fx.Node)
-                        holder.meta["val"] = argument.meta["val"]
-                    _refresh_graph(module, body)
-                    done.add(str(node.target))
-                node.meta["val"] = _result(body)
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module" and is_region_call(graph_module, node):
+            if str(node.target) not in done:
+                _bind(node)
+                _refresh_graph(module, body_of(node))
+                done.add(str(node.target))
+            node.meta["val"] = _result(body_of(node))
+        else:
+            refresh_node(module, node)
+
+
+def refresh_node(module: IRModule, node: fx.Node) -> None:
+    """Recompute the value of one operation or kernel call; placeholders keep theirs."""
+    if node.op == "call_module":
+        _bind(node)
+        for inner in body_of(node).graph.nodes:
+            refresh_node(module, inner)
+        node.meta["val"] = _result(body_of(node))
+    elif node.op == "call_function":
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with module.mode, torch.no_grad():
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _bind(call: fx.Node) -> None:
+    for holder, argument in zip(placeholders(body_of(call).graph), call.args):
+        assert isinstance(argument, fx.Node)
+        holder.meta["val"] = argument.meta["val"]
 
 
 def _result(body: fx.GraphModule) -> Any:

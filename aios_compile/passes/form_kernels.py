@@ -13,6 +13,8 @@ import torch
 from torch import fx
 
 from aios_compile.ir.fusion import fuse_nodes
+from aios_compile.ir.module import is_kernel_call
+from aios_compile.ir.refresh import refresh_node
 from aios_compile.passes.context import PassContext
 from aios_compile.passes.fusion_groups import (
     NORMS,
@@ -83,8 +85,11 @@ def form_kernels(graph: fx.Graph, context: PassContext) -> int:
             return aten.view.default(linear(x, w), [-1, 8, 16])
     """
     hits = 0
-    for node in [n for n in graph.nodes if is_call(n, *RESHAPES)]:
-        _as_view(graph, node, context)
+    for node in list(graph.nodes):  # strides as they are now: raised ops may lay results out anew
+        if is_call(node, *RESHAPES):
+            _as_view(graph, node, context)
+        elif node.op != "call_module" or is_kernel_call(node):
+            refresh_node(context.module, node)
     for node in [n for n in graph.nodes if _computes(n)]:
         group = [node, *(getitems(node) if _has_several_results(node) else [])]
         fuse_nodes(graph, group, kernel_name([node]), kind_of(node))
@@ -107,6 +112,7 @@ def _as_view(graph: fx.Graph, node: fx.Node, context: PassContext) -> None:
     source, shape = node.args[0], node.args[1]
     assert isinstance(source, fx.Node)
     if node.target is aten.view.default and _is_viewable(node, context):
+        refresh_node(context.module, node)
         return
     with graph.inserting_before(node):
         if not _is_viewable(node, context):
