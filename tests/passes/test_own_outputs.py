@@ -1,4 +1,4 @@
-# ruff: noqa: F722, F821, UP037
+# ruff: noqa: F821, UP037
 """Outputs that are inputs, parts or given out twice are copied; whole results are not."""
 
 from __future__ import annotations
