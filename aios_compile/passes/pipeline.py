@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aios_compile.ir.module import Level
+from aios_compile.passes.copy_strided_inputs import copy_strided_inputs
 from aios_compile.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
 from aios_compile.passes.eliminate_views import eliminate_views
 from aios_compile.passes.fold_constants import fold_constants
@@ -59,6 +60,7 @@ FUSE = Stage(
     Level.KERNELS,
     (
         own_outputs,
+        copy_strided_inputs,
         fuse_qk_norm_rope_kv_write,
         fuse_add_rms_norm,  # before the epilogue, which would take the add
         fuse_linear_epilogue,
