@@ -27,7 +27,7 @@ BUDGET_SECONDS = {
     "unit": 60,
     "codegen": 120,
     "compiled": 150,
-    "foreign": 120,
+    "foreign": 150,
     "fuzz": 120,
     "passes": 120,
 }
