@@ -11,7 +11,7 @@ import contextlib
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -254,5 +254,4 @@ def _binding(holder: fx.Node, example: Any, names: dict[int, list[str]]) -> Any:
     return ("constant", holder.name, example)
 
 
-CaptureFunction = Callable[..., IRModule]
 assert ops.TABLE, "the op table must be registered before a graph is lowered"

@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,12 +110,6 @@ class ArtefactWriter:
         path = self._path(name)
         with cache_errors(path):
             path.write_bytes(data)
-
-    def copy_file(self, name: str, source: Path) -> None:
-        """Copy the content of `source` to the file `name`."""
-        path = self._path(name)
-        with cache_errors(path):
-            shutil.copyfile(source, path)
 
     def _path(self, name: str) -> Path:
         parts = PurePosixPath(name).parts

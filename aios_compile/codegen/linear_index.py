@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from aios_compile.codegen.expression import Call, Const, Expr, Index, Size, call, walk
+from aios_compile.codegen.expression import Call, Const, Expr, Index, Size, call
 from aios_compile.codegen.operand import Dim, SizeExpr, multiply
 
 
@@ -104,11 +104,6 @@ class Linear:
 
 def _dim_expr(dim: Dim) -> Expr:
     return Const(dim, "i64") if isinstance(dim, int) else Size(dim)
-
-
-def depends_on(expr: Expr, dim: int) -> bool:
-    """Return whether Index(dim) occurs in an expression (addresses of its loads not included)."""
-    return any(e == Index(dim) for e in walk(expr))
 
 
 Limits = Mapping[int, int]

@@ -46,10 +46,6 @@ class Manifest:
     about: Mapping[str, Any]
     files: Mapping[str, FileRecord]
 
-    @property
-    def total_bytes(self) -> int:
-        return sum(record.bytes for record in self.files.values())
-
 
 def canonical(value: Any) -> bytes:
     """Return JSON with one spelling: sorted keys, fixed spacing, no NaN."""

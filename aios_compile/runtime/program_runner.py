@@ -38,7 +38,6 @@ class _Run(ctypes.Structure):
         ("states", ctypes.c_void_p),
         ("inputs", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
-        ("num_counters", ctypes.c_int64),
     ]
 
 

@@ -28,18 +28,10 @@ from aios_compile.ir.symbols import new_fake, new_fake_mode
 from aios_compile.models.config import ModelConfig
 from aios_compile.models.decoder import Decoder
 from aios_compile.passes.context import PassContext, PassOptions
+from aios_compile.passes.examples import DTYPES
 
 torch.set_num_threads(1)
 
-DTYPES = {
-    "f64": torch.float64,
-    "f32": torch.float32,
-    "bf16": torch.bfloat16,
-    "f16": torch.float16,
-    "i64": torch.int64,
-    "i32": torch.int32,
-    "b8": torch.bool,
-}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SIZES = {"T": 7, "S": 2, "R": 3}
 

@@ -152,12 +152,6 @@ VECTOR = Cpp(vector=True)
 SCALAR = Cpp(vector=False)
 
 
-def vector_load(operand_dtype: str, pointer: str, count: str | None = None) -> str:
-    """Return the text that loads VL (or the first `count`) consecutive elements."""
-    assert operand_dtype in VECTORS, f"{operand_dtype} has no vector type"
-    return f"load({pointer}{'' if count is None else f', {count}'})"
-
-
 def operands_of(exprs: Iterable[Expr]) -> tuple[int, ...]:
     """Return the indices of all loads, in order."""
     return tuple(sorted({e.index for x in exprs for e in walk(x) if isinstance(e, Load)}))

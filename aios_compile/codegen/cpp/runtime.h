@@ -26,7 +26,6 @@ typedef struct Run {
     char *const *states;
     char *const *inputs;
     char *const *rows; /* argument rows of all region calls, one after another */
-    int64_t num_counters;
 } Run;
 
 namespace aios {
