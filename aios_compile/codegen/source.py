@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from aios_compile.codegen.operand import Operand
+
 
 @dataclass(frozen=True)
 class KernelSource:
@@ -13,7 +15,8 @@ class KernelSource:
     `symbol` is the C (or Triton) function. Operands are the body's inputs in placeholder order,
     then its outputs. `inplace` lists (output index, input index) pairs that may share memory:
     the kernel reads and writes them at the same index only. `model_lines` are the model's source
-    lines that the kernel computes, for people.
+    lines that the kernel computes, for people. `workspace`: buffers that a caller gives after the
+    operands (Triton only), with sizes in T, S, R, P; no `num_operands`, dead after the launch.
     """
 
     name: str
@@ -23,6 +26,7 @@ class KernelSource:
     num_operands: int
     inplace: tuple[tuple[int, int], ...] = ()
     model_lines: tuple[str, ...] = ()
+    workspace: tuple[Operand, ...] = ()
 
     def digest(self) -> str:
         """Return the sha256 of language and text, in hex."""

@@ -1,4 +1,4 @@
-"""How Triton spells an expression, and what every Triton kernel file has around its loops.
+"""How Triton spells an expression; frame.py is what a module has around its kernels.
 
 Texts are blocks of BLOCK elements or scalars; arithmetic is in float32 as on the C++ target.
 """
@@ -10,10 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aios_compile.codegen.access import Access, Leaf, varies
-from aios_compile.codegen.cpp.frame import dim_name, variable
+from aios_compile.codegen.cpp.frame import variable
 from aios_compile.codegen.expression import Call, Const, Expr, Index, Load, Printer, Size, walk
 from aios_compile.codegen.linear_index import Linear
 from aios_compile.codegen.operand import Dim, Operand
+from aios_compile.codegen.triton.frame import (
+    Launch,
+    Variant,
+    module_text,
+    python_dim,
+    signature,
+)
 from aios_compile.errors import CodegenError
 
 INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">"}
@@ -36,34 +43,6 @@ FORMULAS = {
 }
 TYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "f64": "float64", "bool": "int1"}
 TYPES.update({"i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8", "u8": "uint8"})
-
-HEAD = '''\
-{comment}
-import triton
-import triton.language as tl
-
-
-@triton.jit
-def tanh(x):
-    small = tl.exp(-2.0 * tl.abs(x))
-    size = (1.0 - small) / (1.0 + small)
-    return tl.where(x < 0, -size, size)
-
-
-@triton.jit(do_not_specialize=["T", "S", "R", "P"])
-def {symbol}({arguments}, T, S, R, P, BLOCK: tl.constexpr):
-{body}
-
-
-def launch(operands, T=1, S=1, R=1, P=1):
-    """Run the kernel on tensors: the inputs, then the outputs."""
-    {symbol}[({items},)](*operands, T, S, R, P, BLOCK={block})
-'''
-
-
-def python_dim(dim: Dim) -> str:
-    """Return a dimension as Python text."""
-    return str(dim) if isinstance(dim, int) else f"({dim_name(dim)})"
 
 
 @dataclass(frozen=True)
@@ -161,14 +140,16 @@ def coordinates(shape: Sequence[Dim], item: str) -> list[str]:
 
 def module(
     symbol: str, comment: Sequence[str], operands: Sequence[Operand], body: Sequence[str],
-    items: str, block: str,
+    items: str, blocks: Sequence[int], size: Dim = 1,
 ) -> str:  # fmt: skip
-    """Return the text of a kernel module."""
-    return HEAD.format(
-        comment="\n".join(f"# {line}".rstrip() for line in comment),
-        symbol=symbol,
-        arguments=", ".join(variable(o, i) for i, o in enumerate(operands)),
-        body="\n".join(f"    {line}" for line in body),
-        items=items,
-        block=block,
-    )
+    """Return the text of a module of one kernel with one program an item.
+
+    `blocks`: the values of BLOCK, ascending; the first that holds `size` runs, or the only one.
+    """
+    head = signature(symbol, operands, ("BLOCK",))
+    kernel = "\n".join([*head, *(f"    {line}" for line in body)])
+    variants = [
+        Variant(None if len(blocks) == 1 else block, (Launch(symbol, items, (("BLOCK", block),)),))
+        for block in blocks
+    ]
+    return module_text(comment, operands, [kernel], variants, size)

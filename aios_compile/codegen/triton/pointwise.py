@@ -13,7 +13,8 @@ from aios_compile.codegen.cpp.pointwise import PointwiseSpec
 from aios_compile.codegen.expression import Printer
 from aios_compile.codegen.linear_index import product
 from aios_compile.codegen.source import KernelSource
-from aios_compile.codegen.triton.dialect import Texts, Triton, coordinates, module, python_dim
+from aios_compile.codegen.triton.dialect import Texts, Triton, coordinates, module
+from aios_compile.codegen.triton.frame import python_dim
 
 BLOCK = 1024
 
@@ -51,7 +52,7 @@ def emit(spec: PointwiseSpec) -> KernelSource:
         spec.operands,
         lines,
         f"{rows} * (({size} + {BLOCK - 1}) // {BLOCK})",
-        str(BLOCK),
+        (BLOCK,),
     )
     return KernelSource(
         spec.name, symbol, "triton", text, len(spec.operands), pointwise.inplace(spec),

@@ -1,7 +1,8 @@
 """Reductions over one dimension with prologue and epilogue, for a RowReductionSpec.
 
 Layout: any strides. Bytes moved: each operand once: a row is held whole in registers, so the block
-is the power of two that holds it. Grid: one program a row.
+is the power of two that holds it, at most 65,536; rows of a runtime size have a binary for each of
+a few blocks. Grid: one program a row.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from aios_compile.codegen.cpp.frame import layout, symbol_of
 from aios_compile.codegen.cpp.row_reduction import RowReductionSpec
 from aios_compile.codegen.expression import Printer
 from aios_compile.codegen.linear_index import product
+from aios_compile.codegen.operand import Dim
 from aios_compile.codegen.source import KernelSource
-from aios_compile.codegen.triton.dialect import Texts, Triton, coordinates, module, python_dim
+from aios_compile.codegen.triton.dialect import Texts, Triton, coordinates, module
+from aios_compile.codegen.triton.frame import python_dim
 from aios_compile.errors import CodegenError
 
 START = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}
 START.update({"argmax": START["max"], "argmin": START["min"]})
+RUNTIME_BLOCKS = (256, 1024, 4096, 16384, 65536)
 WHOLE_START = {"sum": "0", "max": str(-(2**62)), "min": str(2**62)}
 
 spec_of = row_reduction.spec_of
@@ -58,9 +62,19 @@ def emit(spec: RowReductionSpec) -> KernelSource:
         spec.operands,
         lines,
         python_dim(product(spec.shape[:-1])),
-        f"triton.next_power_of_2({size})",
+        _blocks(spec.shape[-1]),
+        spec.shape[-1],
     )
     return KernelSource(
         spec.name, symbol, "triton", text, len(spec.operands), row_reduction.inplace(spec),
         spec.model_lines,
     )  # fmt: skip
+
+
+def _blocks(size: Dim) -> tuple[int, ...]:
+    """Return the blocks that rows of this size need. Raises CodegenError for rows too long."""
+    if not isinstance(size, int):
+        return RUNTIME_BLOCKS
+    if size > RUNTIME_BLOCKS[-1]:
+        raise CodegenError(f"the Triton target holds rows of {RUNTIME_BLOCKS[-1]}, got {size}")
+    return (1 << max(0, size - 1).bit_length(),)
