@@ -12,13 +12,22 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from aios_compile.api import CompiledModel, load_and_compile
+    from aios_compile.async_engine import AsyncEngine
     from aios_compile.errors import AiosError
     from aios_compile.sampling_params import SamplingParams
 
-__all__ = ["AiosError", "CompiledModel", "SamplingParams", "__version__", "load_and_compile"]
+__all__ = [
+    "AiosError",
+    "AsyncEngine",
+    "CompiledModel",
+    "SamplingParams",
+    "__version__",
+    "load_and_compile",
+]
 
 _HOMES = {
     "AiosError": "errors",
+    "AsyncEngine": "async_engine",
     "CompiledModel": "api",
     "SamplingParams": "sampling_params",
     "load_and_compile": "api",

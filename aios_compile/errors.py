@@ -71,3 +71,36 @@ class EngineError(AiosError, RuntimeError):
 
 class EngineClosedError(EngineError):
     """The model was closed, or belongs to a parent process from before a fork."""
+
+
+class EngineStalledError(EngineError):
+    """A step has been running for longer than the watchdog allows."""
+
+
+class EngineDrainingError(EngineClosedError):
+    """The engine finishes what it has and takes nothing new."""
+
+
+class QueueFullError(AiosError, RuntimeError):
+    """Too many requests wait already; nothing was allocated. Try again after `retry_after_s`."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message, advice=f"again in {retry_after_s} s")
+
+
+# The first entry that an error is an instance of is its code: a closed table for metrics and logs.
+_CODES: tuple[tuple[type[BaseException], str], ...] = (
+    (PromptTooLongError, "prompt_too_long"),
+    (RequestError, "bad_request"),
+    (QueueFullError, "queue_full"),
+    (EngineStalledError, "engine_stalled"),
+    (EngineDrainingError, "engine_draining"),
+    (EngineClosedError, "engine_closed"),
+    (EngineError, "engine_failed"),
+)
+
+
+def error_code(error: BaseException) -> str:
+    """Return the code of an error, "internal" for what nobody raised on purpose."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), "internal")

@@ -1,7 +1,10 @@
-"""Train the example checkpoint: a 5 M parameter Qwen3 on Shakespeare's plays, on two CPU cores.
+"""Train the example checkpoints: small Qwen3s on Shakespeare's plays, on two CPU cores.
 
-    python examples/train_shakespeare.py                 writes examples/shakespeare/
+    python examples/train_shakespeare.py                   writes examples/shakespeare/, 5 M
     python examples/train_shakespeare.py --validate-only   prints the loss of the saved bf16 weights
+    python examples/train_shakespeare.py --model shakespeare-draft --steps 1500 --dropout 0
+        writes examples/shakespeare-draft/, 0.8 M parameters and the same tokenizer: it drafts
+        tokens for the large one (speculative decoding)
 
 The text (examples/tinyshakespeare.txt, plays by William Shakespeare) is in the public domain. Its
 last twentieth is held out. Every step's batch and dropout depend on (seed, step) alone, so a run
@@ -63,6 +66,20 @@ CONFIG = {
     "bos_token_id": None,
     "eos_token_id": 0,
     "pad_token_id": 0,
+}
+# name -> what differs from CONFIG, and whose tokenizer is taken over (None: train one).
+MODELS: dict[str, tuple[dict[str, int], str | None]] = {
+    "shakespeare": ({}, None),
+    "shakespeare-draft": (
+        {
+            "hidden_size": 192,
+            "intermediate_size": 384,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+        },
+        "shakespeare",
+    ),
 }
 GENERATION_CONFIG = {
     "do_sample": True,
@@ -130,7 +147,12 @@ def as_conversations(text: str, seed: int) -> str:
     return "".join(parts)
 
 
-def write_folder_files(folder: Path, tokenizer: Tokenizer) -> None:
+def config_of(name: str) -> dict[str, object]:
+    """Return the config.json of one of MODELS."""
+    return {**CONFIG, **MODELS[name][0]}
+
+
+def write_folder_files(folder: Path, tokenizer: Tokenizer, config: dict[str, object]) -> None:
     """Write everything of the Hugging Face folder but the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -145,7 +167,7 @@ def write_folder_files(folder: Path, tokenizer: Tokenizer) -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     for name, value in (
-        ("config.json", CONFIG),
+        ("config.json", config),
         ("generation_config.json", GENERATION_CONFIG),
         ("tokenizer_config.json", tokenizer_config),
     ):
@@ -310,7 +332,7 @@ def train(
 ) -> None:
     """Train to args.steps, keep the weights of the best validation in args.out."""
     torch.manual_seed(args.seed)
-    model = Decoder(ModelConfig.from_dict(CONFIG))
+    model = Decoder(ModelConfig.from_dict(config_of(args.model)))
     initialise(model)
     add_dropout(model, args.dropout)
     optimisers = make_optimisers(model, args)
@@ -356,7 +378,7 @@ def train(
 
 def validate(folder: Path, held_out: tuple[Tensor, int]) -> float:
     """Return the loss of the saved bf16 weights, computed in float32."""
-    model = Decoder(ModelConfig.from_dict(CONFIG))
+    model = Decoder(ModelConfig.from_dict(json.loads((folder / "config.json").read_text())))
     weights = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
     model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
     return nats_per_character(model, *held_out)
@@ -365,8 +387,9 @@ def validate(folder: Path, held_out: tuple[Tensor, int]) -> float:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path, default=ROOT / "tinyshakespeare.txt")
-    parser.add_argument("--out", type=Path, default=ROOT / "shakespeare")
-    parser.add_argument("--state", type=Path, default=ROOT.parent / "build" / "shakespeare.state")
+    parser.add_argument("--model", choices=MODELS, default="shakespeare")
+    parser.add_argument("--out", type=Path, help="default examples/MODEL")
+    parser.add_argument("--state", type=Path, help="default build/MODEL.state")
     parser.add_argument("--steps", type=int, default=850)
     parser.add_argument("--tokens", type=int, default=3072, help="tokens a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a row in most batches")
@@ -378,7 +401,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--validate-only", action="store_true")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.out = args.out or ROOT / args.model
+    args.state = args.state or ROOT.parent / "build" / f"{args.model}.state"
+    return args
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -388,8 +414,13 @@ def main(arguments: list[str] | None = None) -> None:
     if args.validate_only or (args.state.exists() and (args.out / "tokenizer.json").exists()):
         tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
     else:
-        tokenizer = train_tokenizer(training)
-        write_folder_files(args.out, tokenizer)
+        owner = MODELS[args.model][1]
+        tokenizer = (
+            train_tokenizer(training)
+            if owner is None
+            else Tokenizer.from_file(str(ROOT / owner / "tokenizer.json"))
+        )
+        write_folder_files(args.out, tokenizer, config_of(args.model))
     held_out = (torch.tensor(tokenizer.encode(held_out_text).ids), len(held_out_text))
     if not args.validate_only:
         texts = (training, as_conversations(training, args.seed))

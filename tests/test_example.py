@@ -1,8 +1,9 @@
-"""The example checkpoint: its loss, transformers' view of it, a training run that resumes."""
+"""The example checkpoints: their loss, transformers' view of it, a training run that resumes."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ from tests import zoo
 torch.set_num_threads(1)
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FOLDER = EXAMPLES / "shakespeare"
+DRAFT = EXAMPLES / "shakespeare-draft"
 
 
 @pytest.fixture(scope="module")
@@ -46,21 +48,35 @@ def test_folder_is_small_and_complete() -> None:
     assert tokenizer.eos_ids == tuple(folder.generation_config["eos_token_id"])
 
 
-def test_validation_loss(script: ModuleType) -> None:
-    """At most 1.50 nats per character on a third of the text that training never saw."""
+def test_the_draft_is_smaller_and_speaks_the_same_tokens(script: ModuleType) -> None:
+    folder = CheckpointFolder.open(DRAFT)
+    config = ModelConfig.from_dict(folder.config)
+    folder.weights.check(parameter_shapes(config), tied_parameters(config))
+    names = folder.weights.names()
+    assert {folder.weights.info(name).dtype for name in names} == {"BF16"}
+    assert sum(folder.weights.read(name).size for name in names) <= 1e6
+    assert (DRAFT / "model.safetensors").stat().st_size <= 2.5e6
+    assert (DRAFT / "tokenizer.json").read_bytes() == (FOLDER / "tokenizer.json").read_bytes()
+    assert json.loads((DRAFT / "config.json").read_text()) == script.config_of("shakespeare-draft")
+
+
+@pytest.mark.parametrize(("folder", "limit"), [(FOLDER, 1.50), (DRAFT, 1.55)])
+def test_validation_loss(script: ModuleType, folder: Path, limit: float) -> None:
+    """In nats per character, on a third of the text that training never saw."""
     _, held_out = script.split_text(EXAMPLES / "tinyshakespeare.txt")
     part = held_out[: len(held_out) // 3]
-    ids = torch.tensor(Tokenizer.load(FOLDER).encode(part))
-    loss = script.nats_per_character(zoo.decoder(FOLDER).eval(), ids, len(part))
-    assert loss <= 1.50
+    ids = torch.tensor(Tokenizer.load(folder).encode(part))
+    loss = script.nats_per_character(zoo.decoder(folder).eval(), ids, len(part))
+    assert loss <= limit
 
 
-def test_transformers_loads_the_folder_to_the_same_logits() -> None:
-    tokenizer = Tokenizer.load(FOLDER)
+@pytest.mark.parametrize("folder", [FOLDER, DRAFT])
+def test_transformers_loads_the_folder_to_the_same_logits(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder)
     ids = tokenizer.encode("ROMEO:\nBut soft, what light through yonder window breaks?")
     with torch.no_grad():
-        ours = zoo.decoder(FOLDER)(torch.tensor(ids), torch.arange(len(ids)))
-    assert (ours - zoo.reference_logits(FOLDER, ids)).abs().max() <= zoo.TOLERANCE
+        ours = zoo.decoder(folder)(torch.tensor(ids), torch.arange(len(ids)))
+    assert (ours - zoo.reference_logits(folder, ids)).abs().max() <= zoo.TOLERANCE
 
 
 def test_a_chat_turn_ends_itself() -> None:

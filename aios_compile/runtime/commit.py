@@ -12,11 +12,12 @@ from aios_compile.runtime.schedule_state import Plan, SequenceState
 
 
 class Committer:
-    """Applies step results to sequences. Stateless but for what it was made with."""
+    """Applies step results to sequences. num_sampled counts the tokens that it appended."""
 
     def __init__(self, limits: Limits, tokenizer: Tokenizer | None) -> None:
         self._limits = limits
         self._tokenizer = tokenizer
+        self.num_sampled = 0
 
     def apply(
         self,
@@ -78,6 +79,7 @@ class Committer:
         """Append one sampled token and decide whether the sequence ends with it."""
         params = sequence.admitted.params
         sequence.tokens.append(token_id)
+        self.num_sampled += 1
         if sequence.penalties is not None:
             sequence.penalties.add(token_id)
         if sequence.logprobs is not None:

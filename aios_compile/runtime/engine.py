@@ -11,7 +11,7 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from aios_compile import env
-from aios_compile.errors import ConfigError, EngineClosedError, RequestError
+from aios_compile.errors import AiosError, ConfigError, EngineClosedError, RequestError, error_code
 from aios_compile.runtime.admission import Admission, Prompt
 from aios_compile.runtime.batch import Executor, Floats
 from aios_compile.runtime.decisions import DecisionLog
 from aios_compile.runtime.engine_core import EngineCore, EngineStats
+from aios_compile.runtime.health import Health, judge, now_us
+from aios_compile.runtime.metrics import MetricsSnapshot
 from aios_compile.runtime.output_text import Tokenizer
 from aios_compile.runtime.outputs import RequestOutput, StreamChunk
 from aios_compile.runtime.request import Request
@@ -98,13 +100,62 @@ class Engine:
         self, prompt: Prompt, params: SamplingParams | None = None, **fields: Any
     ) -> TextStream:
         """Return an iterator of StreamChunk; it is submitted at once. Closing it aborts."""
+        return self.open_stream(prompt, params, fields)
+
+    def open_stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        fields: dict[str, Any],
+        *,
+        on_change: Callable[[], None] | None = None,
+        max_waiting: int | None = None,
+    ) -> TextStream:
+        """Do what `stream` does; on_change is called in the engine's thread when there is news.
+
+        Raises QueueFullError, before anything is done, when more than max_waiting requests wait.
+        """
         self._check_alive()
-        ((prompt, given),) = self._pairs([prompt], params, fields)
-        if given.n != 1:
-            raise RequestError(f"n={given.n} is out of range: a stream has one completion")
-        request = self._request(prompt, given, "", streams=True)
-        self._core.submit([request])
+        try:
+            if max_waiting is not None:
+                self._core.check_queue(1, max_waiting)
+            ((prompt, given),) = self._pairs([prompt], params, fields)
+            if given.n != 1:
+                raise RequestError(f"n={given.n} is out of range: a stream has one completion")
+            admitted = self.admission.admit(prompt, given)
+            request = Request(admitted, self.tokenizer, True, on_change)
+            self._core.submit([request], max_waiting)
+        except AiosError as error:
+            self._core.metrics.errors[error_code(error)] += 1
+            raise
         return TextStream(self, request)
+
+    def probe(self) -> None:
+        """Run one token through a step, for `health`; returns at once."""
+        generates = not self.admission.why_not
+        params = SamplingParams(max_tokens=1, temperature=0)
+        admit = self.admission
+        request = Request(
+            admit.admit([0], params) if generates else admit.admit_for_logits([0]), None, False
+        )
+        if not generates:
+            request.logits = np.empty((1, admit.limits.vocab_size), np.float32)
+        request.is_probe = True
+        self._core.submit([request])
+
+    def health(self, stall_s: float = 60.0, probe_s: float = 60.0) -> Health:
+        """Return whether the engine lives and is ready; see runtime.health.judge."""
+        return judge(
+            self._core.pulse,
+            alive=self._thread.is_alive() and not self._core.is_closing,
+            at_us=now_us(),
+            stall_us=int(stall_s * 1e6),
+            probe_us=int(probe_s * 1e6),
+        )
+
+    def metrics(self) -> MetricsSnapshot:
+        """Return all metrics of this engine; `.prometheus_text()` is what an exporter serves."""
+        return self._core.snapshot()
 
     def logits(self, token_ids: Seq[int]) -> Floats:
         """Return the raw logits, float32 [T, V], of one sequence from position 0.
@@ -215,6 +266,17 @@ class TextStream:
             raise
         self._ended = chunk.finish_reason is not None
         return chunk
+
+    def take_nowait(self) -> StreamChunk | None:
+        """Return the next chunk if there is one; raises what the request ended with."""
+        chunk = self._request.delivery.take_nowait(self._engine.tokenizer is not None)
+        self._ended = self._ended or (chunk is not None and chunk.finish_reason is not None)
+        return chunk
+
+    def fail(self, error: Exception) -> None:
+        """End it with an error now, whatever the engine's thread is doing."""
+        self._request.delivery.finish(StreamChunk(""), error)
+        self.close()
 
     def close(self) -> None:
         """Abort the request if it still runs; idempotent."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
-from aios_compile.errors import EngineClosedError, EngineError
+from aios_compile.errors import EngineClosedError, EngineError, QueueFullError, error_code
 from aios_compile.runtime.batch import Batch, Executor, StepResult
 from aios_compile.runtime.batch_builder import BatchBuilder
 from aios_compile.runtime.commit import Committer, end_request
 from aios_compile.runtime.decisions import DecisionLog
+from aios_compile.runtime.health import Pulse, now_us
+from aios_compile.runtime.metrics import EngineMetrics, MetricsSnapshot, counter, gauge
 from aios_compile.runtime.output_text import Tokenizer
 from aios_compile.runtime.outputs import StreamChunk
 from aios_compile.runtime.request import Request, Sequence
@@ -57,6 +59,9 @@ class EngineCore:
         self.state = SchedulerState.empty(executor.limits)
         self.log = log
         self.stats = EngineStats()
+        self.metrics = EngineMetrics()
+        self._probe_metrics = EngineMetrics()  # of the watchdog's own requests; nobody reads them
+        self.pulse = Pulse()
         self.requests: dict[int, Request] = {}  # added by submit, removed by the thread
         self.sequences: dict[int, Sequence] = {}
         self.closed = threading.Event()
@@ -71,17 +76,41 @@ class EngineCore:
         self._close_reason = "the model was closed"
         self._next_request = 0
         self._next_sequence = 0
+        self._num_begun = 0  # requests that left the queue: they had their first step, or ended
 
     # ---- called from callers' threads
 
-    def submit(self, requests: list[Request]) -> None:
-        """Queue admitted requests, all or none; raise EngineClosedError after the end."""
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not had their first step; may be a step old."""
+        return max(0, self._next_request - self._num_begun)
+
+    @property
+    def is_closing(self) -> bool:
+        return self._closing
+
+    def check_queue(self, num_requests: int, max_waiting: int) -> None:
+        """Raise QueueFullError if so many more requests would not fit the queue."""
+        waiting = self.num_waiting
+        if waiting + num_requests > max_waiting:
+            raise QueueFullError(
+                f"{waiting} requests wait, expected at most {max_waiting - num_requests}",
+                self.metrics.retry_after_s(waiting, now_us()),
+            )
+
+    def submit(self, requests: list[Request], max_waiting: int | None = None) -> None:
+        """Queue admitted requests, all or none.
+
+        Raises EngineClosedError after the end, QueueFullError beyond `max_waiting` in the queue.
+        """
         with self._wake:
             if self._closing:
                 raise EngineClosedError(self._close_reason, advice="load the model again")
-            now_us = _now_us()
+            if max_waiting is not None:
+                self.check_queue(len(requests), max_waiting)
+            at_us = now_us()
             for request in requests:
-                request.number(self._next_request, self._next_sequence, self._seed, now_us)
+                request.number(self._next_request, self._next_sequence, self._seed, at_us)
                 self._next_request += 1
                 self._next_sequence += len(request.sequences)
                 self.requests[request.request_id] = request
@@ -117,11 +146,13 @@ class EngineCore:
     def step(self) -> None:
         """Do one step of the batch."""
         start = time.perf_counter()
+        self.pulse.begin()
         plan = self._schedule()
         batch = self._builder.build(plan, self.sequences, self.state.sequences)
         result = self._execute(plan, batch)
         if result is not None:
             self._commit(plan, batch, result)
+        self.pulse.end(passed=result is not None)
         self.stats.step_us += (time.perf_counter() - start) * 1e6
 
     def _schedule(self) -> Plan:
@@ -130,8 +161,7 @@ class EngineCore:
             raise EngineError("the scheduler has work but planned nothing")
         for chunk in plan.chunks:
             if chunk.start == 0:
-                request = self.requests[self.state.sequences[chunk.sequence_id].request_id]
-                request.started_us = request.started_us or _now_us()
+                self._begin(self.requests[self.state.sequences[chunk.sequence_id].request_id])
         self.stats.num_steps += 1
         self.stats.num_tokens += plan.num_tokens
         return plan
@@ -155,11 +185,21 @@ class EngineCore:
             plan, batch, result, self.sequences, self.requests, states
         )
         self._advance(Commit(tuple(ended)))
-        now_us = _now_us()
+        at_us = now_us()
+        gaps: Counter[int] = Counter()
         for request in touched:
             if request.first_token_us is None:
-                request.first_token_us = now_us
+                request.first_token_us = at_us
+                if not request.admitted.wants_logits:
+                    first_us = at_us - request.submitted_us
+                    self._metrics_of(request).ttft_s.observe(first_us / 1e6)
+            else:
+                gaps[request.last_token_us] += 1
+            request.last_token_us = at_us
             self._deliver(request)
+        self.metrics.num_output_tokens = self._committer.num_sampled
+        for last_us, times in gaps.items():  # most have the same one: of the step before
+            self.metrics.inter_token_s.observe((at_us - last_us) / 1e6, times)
 
     def _fail_batch(self, plan: Plan, error: Exception) -> None:
         ids = {self.state.sequences[chunk.sequence_id].request_id for chunk in plan.chunks}
@@ -199,6 +239,7 @@ class EngineCore:
         for sequence in request.sequences:
             self.sequences[sequence.sequence_id] = sequence
         self.stats.num_requests += 1
+        self._metrics_of(request).num_prompt_tokens += len(admitted.prompt_token_ids)
         self._advance(
             Arrive(
                 request_id=request.request_id,
@@ -226,14 +267,54 @@ class EngineCore:
         del self.requests[request.request_id]
         for sequence in request.sequences:
             del self.sequences[sequence.sequence_id]
-        request.finished_us = _now_us()
+        self._num_begun += request.started_us is None  # it leaves the queue without a step
+        request.finished_us = now_us()
+        self._count_end(request, error)
         request.delivery.finish(request.next_chunk(), error)
 
+    def _begin(self, request: Request) -> None:
+        """Note the first step of a request; a recompute after a preemption is none."""
+        if request.started_us is None:
+            request.started_us = now_us()
+            self._num_begun += 1
+            waited_us = request.started_us - request.submitted_us
+            self._metrics_of(request).queue_s.observe(waited_us / 1e6)
+
+    def _metrics_of(self, request: Request) -> EngineMetrics:
+        return self._probe_metrics if request.is_probe else self.metrics
+
+    def _count_end(self, request: Request, error: Exception | None) -> None:
+        metrics = self._metrics_of(request)
+        reason = request.sequences[0].finish_reason or "error"
+        if error is not None or reason == "error":
+            metrics.errors["not_finite" if error is None else error_code(error)] += 1
+        metrics.on_end(request.finished_us, request.finished_us - request.submitted_us, reason)
+
+    def snapshot(self) -> MetricsSnapshot:
+        """Return all metrics; while running they may be a step old."""
+        pool, stats, waiting = self.state.pool, self.stats, self.num_waiting
+        running = max(0, len(self.requests) - waiting)
+        used = pool.num_pages - 1 - pool.num_free
+        return MetricsSnapshot(
+            (
+                gauge("requests_running", "requests that had their first step", running),
+                gauge("requests_waiting", "requests that had no step yet", waiting),
+                gauge("kv_pages", "pages of the KV cache", pool.num_pages - 1),
+                gauge("kv_pages_used", "pages held by sequences", used),
+                counter("steps_total", "steps of the batch", stats.num_steps),
+                counter("step_tokens_total", "tokens computed by steps", stats.num_tokens),
+                counter("step_seconds_total", "time in steps", stats.step_us / 1e6),
+                counter("executor_seconds_total", "time in kernels", stats.executor_us / 1e6),
+                counter("preemptions_total", "pages taken back", stats.num_preemptions),
+                *self.metrics.families(),
+            )
+        )
+
     def _advance(self, event: Event) -> Plan:
-        now_us = _now_us()
+        at_us = now_us()
         if self.log.records_events:
-            self.log.event(event_record(event, now_us))
-        plan = advance(self.state, event, now_us)
+            self.log.event(event_record(event, at_us))
+        plan = advance(self.state, event, at_us)
         self.log.extend(plan.decisions)
         for sequence_id in plan.preempted:
             self.sequences[sequence_id].num_preemptions += 1
@@ -259,7 +340,3 @@ class EngineCore:
             self.executor.close()
         finally:
             self.closed.set()
-
-
-def _now_us() -> int:
-    return time.perf_counter_ns() // 1000

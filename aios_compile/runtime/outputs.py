@@ -68,3 +68,4 @@ class StreamChunk:
     text: str
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    logprobs: list[TokenLogprobs] | None = None  # one a token, if the request asked for them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from aios_compile.runtime.batch import Floats, Ints
@@ -108,13 +109,16 @@ class Sequence:
 class Delivery:
     """Where the engine thread leaves results and one caller's thread waits for them.
 
-    Bounded: what a slow reader has not taken is merged into one chunk.
+    Bounded: what a slow reader has not taken is merged into one chunk. on_change: called in the
+    engine's thread after each change, for a reader that does not block.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_change: Callable[[], None] | None = None) -> None:
         self._changed = threading.Condition(threading.Lock())
+        self._on_change = on_change
         self._text: list[str] = []
         self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] | None = None
         self._finish_reason: str | None = None
         self._error: Exception | None = None
         self._done = False
@@ -122,18 +126,26 @@ class Delivery:
     def put(self, chunk: StreamChunk) -> None:
         """Add a chunk of a stream that goes on."""
         with self._changed:
-            self._text.append(chunk.text)
-            self._token_ids += chunk.token_ids
-            self._changed.notify_all()
+            self._add(chunk)
+        if self._on_change is not None:
+            self._on_change()
 
     def finish(self, chunk: StreamChunk, error: Exception | None = None) -> None:
         """Add the last chunk and end: with its finish_reason, or with an error."""
         with self._changed:
-            if not self._done:
-                self._text.append(chunk.text)
-                self._token_ids += chunk.token_ids
-                self._finish_reason, self._error, self._done = chunk.finish_reason, error, True
-                self._changed.notify_all()
+            if self._done:
+                return
+            self._finish_reason, self._error, self._done = chunk.finish_reason, error, True
+            self._add(chunk)
+        if self._on_change is not None:
+            self._on_change()
+
+    def _add(self, chunk: StreamChunk) -> None:
+        self._text.append(chunk.text)
+        self._token_ids += chunk.token_ids
+        if chunk.logprobs is not None:
+            self._logprobs = (self._logprobs or []) + chunk.logprobs
+        self._changed.notify_all()
 
     def wait(self) -> None:
         """Wait for the end; raise the error if there is one."""
@@ -146,27 +158,45 @@ class Delivery:
     def take(self, with_text: bool) -> StreamChunk:
         """Wait for new text (or just tokens, when there is no tokenizer) or the end; return it."""
         with self._changed:
-            while not (self._done or any(self._text) or (self._token_ids and not with_text)):
+            while not self._has_news(with_text):
                 self._changed.wait()
-            if self._error is not None:
-                raise self._error
-            reason = self._finish_reason if self._done else None
-            chunk = StreamChunk("".join(self._text), self._token_ids, reason)
-            self._text, self._token_ids = [], []
-            return chunk
+            return self._take()
+
+    def take_nowait(self, with_text: bool) -> StreamChunk | None:
+        """Return what `take` would without waiting, None if it would wait."""
+        with self._changed:
+            return self._take() if self._has_news(with_text) else None
+
+    def _has_news(self, with_text: bool) -> bool:
+        return self._done or any(self._text) or (bool(self._token_ids) and not with_text)
+
+    def _take(self) -> StreamChunk:
+        if self._error is not None:
+            raise self._error
+        reason = self._finish_reason if self._done else None
+        chunk = StreamChunk("".join(self._text), self._token_ids, reason, self._logprobs)
+        self._text, self._token_ids, self._logprobs = [], [], None
+        return chunk
 
 
 class Request:
     """One admitted request: its sequences, its prompt's results, and where they are delivered."""
 
-    def __init__(self, admitted: Admitted, tokenizer: Tokenizer | None, streams: bool) -> None:
+    def __init__(
+        self,
+        admitted: Admitted,
+        tokenizer: Tokenizer | None,
+        streams: bool,
+        on_change: Callable[[], None] | None = None,
+    ) -> None:
         self.request_id = -1  # given by the engine when it is submitted
         self.admitted = admitted
         count = admitted.params.n
         self.sequences = [Sequence(admitted, i, tokenizer) for i in range(count)]
         self.num_unfinished = count
         self.streams = streams
-        self.delivery = Delivery()
+        self.is_probe = False  # the watchdog's own, not counted in the metrics
+        self.delivery = Delivery(on_change)
         self.num_sent_chars = 0
         self.num_sent_tokens = 0
         self.logits: Floats | None = None
@@ -176,6 +206,7 @@ class Request:
         self.submitted_us = 0
         self.started_us: int | None = None
         self.first_token_us: int | None = None
+        self.last_token_us = 0
         self.finished_us = 0
 
     def number(self, request_id: int, sequence_id: int, engine_seed: int, now_us: int) -> None:
@@ -195,11 +226,12 @@ class Request:
         if not self.streams:
             return StreamChunk("", [], sequence.finish_reason)
         ids = sequence.tokens[sequence.num_prompt_tokens + self.num_sent_tokens :]
+        logprobs = None if sequence.logprobs is None else sequence.logprobs[self.num_sent_tokens :]
         self.num_sent_tokens += len(ids)
         if sequence.text is not None:
             text = sequence.text.text[self.num_sent_chars : sequence.text.num_released]
             self.num_sent_chars = sequence.text.num_released
-        return StreamChunk(text, ids, sequence.finish_reason)
+        return StreamChunk(text, ids, sequence.finish_reason, logprobs)
 
     def output(self) -> RequestOutput:
         """Return the result; every sequence has finished."""
