@@ -1,1 +1,1 @@
-"""Tests of serving with the example checkpoints: asyncio, speculation, the engine in its own process."""
+"""Serving the example checkpoints: asyncio, speculation, the engine in its own process."""
