@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aios_compile.ir import attention_reference, sample_op
+from aios_compile.ir import attention_reference, quantize_rows, quantized, sample_op
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -193,6 +193,21 @@ OPS: tuple[Op, ...] = (
         attention_reference.kv_write,
         _fake_kv_write,
         "write k[T, G, D], v[T, G, Dv] to slots[T] = page * page_size + offset",
+    ),
+    Op(
+        "quantize_rows",
+        "(Tensor weight, str form) -> Tensor",
+        quantize_rows.quantize_rows,
+        quantize_rows.fake_quantize_rows,
+        "weight[N, K] as the rows uint8[N, row_bytes] of a format (ir/quant_format.py)",
+    ),
+    Op(
+        "quantized_linear",
+        "(Tensor x, Tensor weight, str form, Tensor? bias=None) -> Tensor",
+        quantized.quantized_linear,
+        quantized.fake_quantized_linear,
+        "x[..., K] @ dequantised weight[N, K].T + bias[N]: rows uint8[N, row_bytes] of a format, x "
+        "quantised to int8 by token and 32 values; in float64 x stays exact",
     ),
     Op(
         "sample",
