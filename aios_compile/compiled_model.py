@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,11 @@ from aios_compile.config import CompileOptions
 from aios_compile.errors import ConfigError
 from aios_compile.progress import Progress
 from aios_compile.runtime.batch import Executor, Limits
-from aios_compile.runtime.engine import Engine
+from aios_compile.runtime.engine import Engine, TextStream
 from aios_compile.runtime.executor import CpuExecutor
-from aios_compile.runtime.outputs import RequestOutput, StreamChunk
+from aios_compile.runtime.outputs import RequestOutput
 from aios_compile.runtime.program_runner import ProgramRunner, state_page_bytes
+from aios_compile.runtime.schedule_state import SchedulerOptions
 from aios_compile.sampling_params import SamplingDefaults, SamplingParams
 from aios_compile.study.report import Report
 
@@ -78,6 +79,7 @@ class CompiledModel:
             defaults=SamplingParams.defaults_from(settings["generation_config"]),
             seed=self.options.seed,
             why_not=settings.get("why_not", ""),
+            options=SchedulerOptions(enable_prefix_caching=self.options.enable_prefix_caching),
         )
 
     def _kernels(self, limits: Limits) -> Executor:
@@ -124,7 +126,7 @@ class CompiledModel:
         prompt: str | Sequence[int],
         sampling_params: SamplingParams | None = None,
         **fields: Any,
-    ) -> Iterator[StreamChunk]:
+    ) -> TextStream:
         """Yield chunks whose .text is what came since the last, never half a character."""
         return self.engine.stream(prompt, sampling_params, **fields)
 

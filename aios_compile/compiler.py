@@ -177,5 +177,5 @@ def _write_texts(
     writer.write_json(artefact.PLAN, data["plan"])
     rows = [r.to_json() for r in results]
     writer.write_json(artefact.CERTIFICATES, rows)
-    notes = [*options.remarks(), *source.notes]
+    notes = [*source.notes]
     writer.write_json(artefact.REPORT, {"passes": rows, "notes": notes})

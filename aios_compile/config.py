@@ -54,7 +54,7 @@ class CompileOptions:
     max_num_batched_tokens: int | None = _option(None, "tokens in one step")
     kv_cache_memory_bytes: int | None = _option(None, "size of the KV cache, in bytes")
     gpu_memory_utilization: float = _option(0.9, "share of the GPU's memory to use, 0..1")
-    enable_prefix_caching: bool = _option(True, "share the pages of equal prompts; no effect yet")
+    enable_prefix_caching: bool = _option(True, "share the pages of equal prefixes")
     speculative_config: Mapping[str, Any] | None = _option(None, "not built yet")
     tensor_parallel_size: int = _option(1, "1; more is not built yet")
     pipeline_parallel_size: int = _option(1, "1; more is not built yet")
@@ -170,12 +170,6 @@ class CompileOptions:
             raise _bad("max_model_len", length, f"at most the model's {model_max_len} positions")
         tokens = self.max_num_batched_tokens or max(512, self.max_num_seqs or 0)
         return ResolvedSizes(length, self.max_num_seqs or min(16, tokens), tokens)
-
-    def remarks(self) -> tuple[str, ...]:
-        """Return what the report should say about options that are accepted and have no effect."""
-        if self.enable_prefix_caching:
-            return ("enable_prefix_caching: accepted, not acted on yet",)
-        return ()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ MAX_LOGPROBS = 20  # width of the top lists that a step returns; vLLM's default 
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 MAX_N = 1024
+MAX_TENANT_LENGTH = 256
+OF_THE_REQUEST = ("seed", "logprobs", "tenant")  # never a model's default
 ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 ALIASES |= {"num_return_sequences": "n", "do_sample": "temperature"}
 
@@ -29,7 +31,8 @@ class SamplingParams:
     temperature 0 is greedy. max_tokens None means up to the model's length. top_k 0 (or -1) is off.
     logprobs k reports the chosen token and the k best ones, from the raw logits. seed None derives
     one from the engine's seed and the request's number. Aliases of transformers: max_new_tokens,
-    min_new_tokens, num_return_sequences, do_sample (False means temperature 0).
+    min_new_tokens, num_return_sequences, do_sample (False means temperature 0). tenant: requests
+    share cached prefixes with those of the same tenant only (vLLM's cache_salt).
     Raises RequestError with the field, the value and the range; unknown names list the known ones.
     """
 
@@ -53,6 +56,7 @@ class SamplingParams:
     bad_words: tuple[str, ...]
     logprobs: int | None
     prompt_logprobs: int | None
+    tenant: str
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class SamplingParams:
         bad_words: Iterable[str] | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        tenant: str = "",
         **aliases: Any,
     ) -> None:
         given = dict(locals())
@@ -101,7 +106,7 @@ class SamplingParams:
         """Return the defaults that a generation_config.json sets, each with where it came from."""
         values: dict[str, Any] = {}
         sources: dict[str, str] = {}
-        known = {field.name for field in fields(SamplingParams)} - {"seed", "logprobs"}
+        known = {field.name for field in fields(SamplingParams)}.difference(OF_THE_REQUEST)
         for key, value in generation_config.items():
             name = ALIASES.get(key, key)
             if name not in known or value is None or (key == "do_sample" and value):
@@ -222,6 +227,12 @@ def _strings(name: str, value: Any) -> tuple[str, ...]:
     return items
 
 
+def _tenant(name: str, value: Any) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TENANT_LENGTH:
+        raise _out_of_range(name, value, f"a text of at most {MAX_TENANT_LENGTH} characters")
+    return value
+
+
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     check = _integer(0)
     return () if value is None else tuple(check(name, item) for item in value)
@@ -277,4 +288,5 @@ _CHECKS: dict[str, Any] = {
     "bad_words": _strings,
     "logprobs": _integer(0, MAX_LOGPROBS, none=True),
     "prompt_logprobs": _integer(0, MAX_LOGPROBS, none=True),
+    "tenant": _tenant,
 }

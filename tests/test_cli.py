@@ -42,6 +42,19 @@ class StubReport:
         return "pass table"
 
 
+class StubStream:
+    """Chunks, then the result."""
+
+    def __init__(self, chunks: Iterator[StreamChunk]) -> None:
+        self._chunks = chunks
+
+    def __iter__(self) -> Iterator[StreamChunk]:
+        return self._chunks
+
+    def output(self) -> RequestOutput:
+        return RequestOutput(0, None, [1, 2], [], RequestMetrics(1, 2, 3, 0, 4))
+
+
 class StubModel:
     """Answers with the upper case of the prompt, one token a character."""
 
@@ -54,7 +67,10 @@ class StubModel:
         with self.progress.stage("load"):
             self.progress.note("cache: miss, never compiled")
 
-    def stream(self, prompt: list[int], **sampling: Any) -> Iterator[StreamChunk]:
+    def stream(self, prompt: list[int], **sampling: Any) -> StubStream:
+        return StubStream(self._chunks(prompt, sampling))
+
+    def _chunks(self, prompt: list[int], sampling: Any) -> Iterator[StreamChunk]:
         self.asked.append(sampling)
         text = "".join(map(chr, prompt)).upper()
         if "BAD" in text:
@@ -139,7 +155,12 @@ def shell(
 def test_generate_streams_text_and_tells_times_on_stderr(shell: Shell) -> None:
     result = shell.run("generate", "m", "romeo", "--max-tokens", "9", "--top-p", "0.5")
     assert result.code == 0 and result.out == "romeoROMEO\n"
-    for part in ("never compiled", "prompt       5 tokens", "ms after the request", "us a token"):
+    for part in (
+        "never compiled",
+        "prompt       5 tokens, 4 of them from the prefix cache",
+        "ms after the request",
+        "us a token",
+    ):
         assert part in result.err
     assert "unaccounted" in result.err and "total" in result.err
     assert shell.models[0].asked == [{"max_tokens": 9, "top_p": 0.5}]
@@ -192,6 +213,7 @@ def test_chat_keeps_the_turns_and_takes_back_one_that_failed(shell: Shell) -> No
     turns = [json.loads(line) for line in result.out.splitlines()]
     assert [t["content"] for t in turns] == ["U:A", "U:A|A:U:A|U:B"]
     assert turns[0]["role"] == "assistant" and turns[0]["finish_reason"] == "length"
+    assert json.loads(result.out.splitlines()[0])["timing"]["num_cached_tokens"] == 4
     assert shell.run("chat", "m", stdin="bad\n").code == 1
 
 

@@ -111,8 +111,3 @@ def test_sizes_are_resolved_against_the_model() -> None:
         CompileOptions(max_model_len=512).resolve_sizes(256)
     with pytest.raises(ConfigError, match="at least max_num_seqs"):
         CompileOptions(max_num_seqs=8, max_num_batched_tokens=4)
-
-
-def test_prefix_caching_is_accepted_and_said_to_do_nothing_yet() -> None:
-    assert "not acted on yet" in CompileOptions().remarks()[0]
-    assert not CompileOptions(enable_prefix_caching=False).remarks()

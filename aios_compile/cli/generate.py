@@ -126,3 +126,5 @@ def _answer(
         print(json.dumps(turn, ensure_ascii=False), flush=True)
     else:
         show_text("\n")
+        if interactive and timing is not None:
+            print(f"\n{timing}", file=sys.stderr)

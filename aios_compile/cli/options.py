@@ -105,6 +105,7 @@ SAMPLING = OptionTable(
         "bad_words": (list[str], "words that never come; may be repeated"),
         "logprobs": (int, "log-probabilities of so many best tokens (with --json)"),
         "prompt_logprobs": (int, "the same for the prompt (with --json)"),
+        "tenant": (str, "cached prefixes are shared within a tenant only"),
     },
     _sampling_values,
 )

@@ -38,9 +38,13 @@ class Timing:
     first_token_us: float | None = None
     process_to_first_token_us: float | None = None
     us_per_token: float | None = None
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
     def __str__(self) -> str:
-        lines = [f"prompt       {self.num_prompt_tokens} tokens"]
+        cached = ""
+        if self.num_cached_tokens:
+            cached = f", {self.num_cached_tokens} of them from the prefix cache"
+        lines = [f"prompt       {self.num_prompt_tokens} tokens{cached}"]
         if self.first_token_us is not None:
             line = f"first token  {self.first_token_us / 1e3:.1f} ms after the request"
             if self.process_to_first_token_us is not None:
@@ -61,7 +65,8 @@ def stream_timed(
     begin = time.perf_counter()
     first = last = begin
     num_first = 0
-    for chunk in model.stream(ids, **sampling):
+    stream = model.stream(ids, **sampling)
+    for chunk in stream:
         last = time.perf_counter()
         if chunk.token_ids and timing.first_token_us is None:
             first, num_first = last, len(chunk.token_ids)
@@ -72,6 +77,7 @@ def stream_timed(
         reason = chunk.finish_reason or reason
         pieces.append(chunk.text)
         show(chunk.text)
+    timing.num_cached_tokens = stream.output().metrics.num_cached_tokens
     if timing.num_tokens > num_first:
         timing.us_per_token = (last - first) * 1e6 / (timing.num_tokens - num_first)
     return "".join(pieces), reason, timing

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from aios_compile.runtime.batch import Batch, Limits, StepResult
 from aios_compile.runtime.output_text import Tokenizer
 from aios_compile.runtime.outputs import Logprob, TokenLogprobs
 from aios_compile.runtime.request import Request, Sequence
 from aios_compile.runtime.schedule_state import Plan, SequenceState
+
+
+class Outcome(NamedTuple):
+    """What a step did: (sequence id, reason) of those that ended; the tokens of each chunk."""
+
+    finished: list[tuple[int, str]]
+    sampled: list[tuple[int, ...]]
+    touched: list[Request]  # to be delivered
 
 
 class Committer:
@@ -27,13 +36,14 @@ class Committer:
         sequences: Mapping[int, Sequence],
         requests: Mapping[int, Request],
         states: Mapping[int, SequenceState],
-    ) -> tuple[list[tuple[int, str]], list[Request]]:
-        """Return (sequence id, reason) of the sequences that ended, and the requests to deliver.
+    ) -> Outcome:
+        """Append what was sampled and end what has ended.
 
         A row whose logits were not finite ends its whole request with "error", and no other one.
         """
         ended: list[tuple[int, str]] = []
         touched: dict[int, Request] = {}
+        tokens: list[tuple[int, ...]] = []
         finite, sampled = result.finite.tolist(), result.sampled_ids.tolist()
         all_finite = 0 not in finite
         row = 0
@@ -44,6 +54,7 @@ class Committer:
             samples = state.samples and end == state.num_tokens
             rows = range(row, last)
             row = last
+            tokens.append(())
             if sequence.finish_reason is not None:
                 continue  # a sibling's row of this step failed the whole request
             if not (all_finite or sequence.admitted.wants_logits or all(finite[r] for r in rows)):
@@ -55,6 +66,7 @@ class Committer:
                 self._prompt_rows(request, first, rows[: len(rows) - samples], batch, result)
             if samples:
                 self._token(sequence, sampled[last - 1], last - 1, result)
+                tokens[-1] = (sampled[last - 1],)
                 touched[state.request_id] = request
             elif not state.samples and end == state.num_prompt_tokens:
                 sequence.finish_reason = "length"
@@ -62,7 +74,7 @@ class Committer:
             if sequence.finish_reason is not None:
                 ended.append((chunk.sequence_id, sequence.finish_reason))
                 request.num_unfinished -= 1
-        return ended, list(touched.values())
+        return Outcome(ended, tokens, list(touched.values()))
 
     def _prompt_rows(
         self, request: Request, first: int, rows: range, batch: Batch, result: StepResult

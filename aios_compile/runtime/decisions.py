@@ -15,7 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-KINDS = ("arrive", "admit", "wait", "decode", "chunk", "copy", "fork", "preempt", "finish", "abort")
+KINDS = (
+    "arrive", "admit", "wait", "hit", "evict", "decode", "draft", "chunk", "copy", "fork", "window",
+    "preempt", "finish", "abort",
+)  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -29,6 +29,7 @@ from aios_compile.runtime.metrics import MetricsSnapshot
 from aios_compile.runtime.output_text import Tokenizer
 from aios_compile.runtime.outputs import RequestOutput, StreamChunk
 from aios_compile.runtime.request import Request
+from aios_compile.runtime.schedule_state import SchedulerOptions
 from aios_compile.sampling_params import SamplingDefaults, SamplingParams
 
 
@@ -37,7 +38,7 @@ class Engine:
 
     seed: requests without a seed get one from this and their number. decision_sink: a file that
     receives every event and decision of the scheduler as JSON lines. why_not: the reason why the
-    model can be called for logits only.
+    model can be called for logits only. options: the scheduler's policy and what it may use.
     Safe to use from several threads. After a fork the child gets EngineClosedError: threads and
     locks do not survive a fork.
     """
@@ -52,6 +53,7 @@ class Engine:
         seed: int = 0,
         decision_sink: Path | None = None,
         why_not: str = "",
+        options: SchedulerOptions | None = None,
     ) -> None:
         limits, eos = executor.limits, frozenset(eos_token_ids)
         wrong = [token_id for token_id in eos if not 0 <= token_id < limits.vocab_size]
@@ -63,7 +65,7 @@ class Engine:
         self.defaults = defaults or SamplingDefaults({}, {})
         self.admission = Admission(limits, tokenizer, eos, why_not)
         self.log = DecisionLog(sink=decision_sink, echo=env.DEBUG.get_int(0, 5) >= 5)
-        self._core = EngineCore(executor, tokenizer, seed, self.log)
+        self._core = EngineCore(executor, tokenizer, seed, self.log, options)
         self._pid = os.getpid()
         # The thread holds the core, not this object: an engine nobody holds any more is closed.
         self._thread = threading.Thread(target=self._core.run, name="aios-engine", daemon=True)

@@ -6,6 +6,7 @@ reaches the main thread only, so it never lands inside a step.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -16,32 +17,31 @@ from aios_compile.runtime.batch import Batch, Executor, StepResult
 from aios_compile.runtime.batch_builder import BatchBuilder
 from aios_compile.runtime.commit import Committer, end_request
 from aios_compile.runtime.decisions import DecisionLog
+from aios_compile.runtime.events import Abort, Arrive, Commit, Event, Schedule, event_record
 from aios_compile.runtime.health import Pulse, now_us
 from aios_compile.runtime.metrics import EngineMetrics, MetricsSnapshot, counter, gauge
 from aios_compile.runtime.output_text import Tokenizer
 from aios_compile.runtime.outputs import StreamChunk
 from aios_compile.runtime.request import Request, Sequence
-from aios_compile.runtime.schedule_state import (
-    Abort,
-    Arrive,
-    Commit,
-    Event,
-    Plan,
-    Schedule,
-    SchedulerState,
-    event_record,
-)
+from aios_compile.runtime.schedule_state import Plan, SchedulerOptions, SchedulerState
 from aios_compile.runtime.scheduler import advance
 
 
 @dataclass
 class EngineStats:
-    """Counters since the engine started. executor_us is the part of step_us inside the executor."""
+    """Counters since the engine started. executor_us is the part of step_us inside the executor.
+
+    num_tokens were computed; num_cached_tokens were not, because the prefix cache had them, and
+    num_prompt_tokens are those of all sequences that could look there.
+    """
 
     num_steps: int = 0
     num_tokens: int = 0
     num_preemptions: int = 0
     num_requests: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_evictions: int = 0
     step_us: float = 0.0
     executor_us: float = 0.0
 
@@ -53,10 +53,15 @@ class EngineCore:
     """
 
     def __init__(
-        self, executor: Executor, tokenizer: Tokenizer | None, seed: int, log: DecisionLog
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        seed: int,
+        log: DecisionLog,
+        options: SchedulerOptions | None = None,
     ) -> None:
         self.executor = executor
-        self.state = SchedulerState.empty(executor.limits)
+        self.state = SchedulerState.empty(executor.limits, options, os.urandom(32))
         self.log = log
         self.stats = EngineStats()
         self.metrics = EngineMetrics()
@@ -159,9 +164,8 @@ class EngineCore:
         plan = self._advance(Schedule())
         if not plan.chunks:
             raise EngineError("the scheduler has work but planned nothing")
-        for chunk in plan.chunks:
-            if chunk.start == 0:
-                self._begin(self.requests[self.state.sequences[chunk.sequence_id].request_id])
+        for sequence_id in plan.admitted:
+            self._begin(self.requests[self.state.sequences[sequence_id].request_id])
         self.stats.num_steps += 1
         self.stats.num_tokens += plan.num_tokens
         return plan
@@ -181,13 +185,11 @@ class EngineCore:
 
     def _commit(self, plan: Plan, batch: Batch, result: StepResult) -> None:
         states = self.state.sequences
-        ended, touched = self._committer.apply(
-            plan, batch, result, self.sequences, self.requests, states
-        )
-        self._advance(Commit(tuple(ended)))
+        outcome = self._committer.apply(plan, batch, result, self.sequences, self.requests, states)
+        self._advance(Commit(tuple(outcome.finished), tuple(outcome.sampled)))
         at_us = now_us()
         gaps: Counter[int] = Counter()
-        for request in touched:
+        for request in outcome.touched:
             if request.first_token_us is None:
                 request.first_token_us = at_us
                 if not request.admitted.wants_logits:
@@ -206,7 +208,7 @@ class EngineCore:
         ended: list[tuple[int, str]] = []
         for request_id in sorted(ids):
             ended += end_request(self.requests[request_id], "error")
-        self._advance(Commit(tuple(ended)))
+        self._advance(Commit(tuple(ended), ((),) * len(plan.chunks)))
         message = f"a step failed in the executor: {type(error).__name__}: {error}"
         for request_id in sorted(ids):
             failure = EngineError(message)
@@ -248,8 +250,11 @@ class EngineCore:
                 num_sequences=len(request.sequences),
                 all_rows=admitted.all_rows,
                 samples=not admitted.wants_logits,
+                tokens=tuple(admitted.prompt_token_ids),
+                tenant=admitted.params.tenant,
             )
         )
+        self.stats.num_prompt_tokens += len(admitted.prompt_token_ids)
 
     def _abort(self, request: Request) -> None:
         if self.requests.get(request.request_id) is request:
@@ -306,6 +311,8 @@ class EngineCore:
                 counter("step_seconds_total", "time in steps", stats.step_us / 1e6),
                 counter("executor_seconds_total", "time in kernels", stats.executor_us / 1e6),
                 counter("preemptions_total", "pages taken back", stats.num_preemptions),
+                counter("cached_tokens_total", "prefix cache hits", stats.num_cached_tokens),
+                counter("evictions_total", "pages left by the prefix cache", stats.num_evictions),
                 *self.metrics.families(),
             )
         )
@@ -319,6 +326,12 @@ class EngineCore:
         for sequence_id in plan.preempted:
             self.sequences[sequence_id].num_preemptions += 1
             self.stats.num_preemptions += 1
+        for sequence_id, num_cached in plan.hits:
+            sequence = self.sequences[sequence_id]
+            if not sequence.num_preemptions:  # what a recompute finds is no saving of the request
+                sequence.num_cached_tokens = num_cached
+            self.stats.num_cached_tokens += num_cached
+        self.stats.num_evictions += plan.num_evictions
         return plan
 
     def _shut_down(self, failure: Exception | None) -> None:

@@ -25,6 +25,7 @@ class RequestMetrics:
     ttft_us: int | None  # until its first token (None: there was none)
     total_us: int
     num_preemptions: int
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at the first try
 
 
 @dataclass

@@ -83,6 +83,7 @@ class Sequence:
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.num_preemptions = 0
+        self.num_cached_tokens = 0
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -241,6 +242,7 @@ class Request:
             ttft_us=None if first is None else first - start,
             total_us=self.finished_us - start,
             num_preemptions=sum(s.num_preemptions for s in self.sequences),
+            num_cached_tokens=self.sequences[0].num_cached_tokens,
         )
         outputs = [sequence.output() for sequence in self.sequences]
         ids = list(admitted.prompt_token_ids)

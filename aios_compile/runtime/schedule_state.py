@@ -1,6 +1,6 @@
-"""The scheduler's data: sequences, events that change them, and the plan of a step. No behaviour.
+"""The scheduler's data: its options, sequences, and the plan of a step. No behaviour.
 
-A sequence's tokens, left to right (the scheduler counts them and never sees their values)::
+A sequence's tokens, left to right (their values matter to the prefix cache alone)::
 
     0            num_computed        num_prompt_tokens       num_tokens
     |  in the cache   |  to compute          |  sampled so far    | next: sampled from the last
@@ -8,57 +8,28 @@ A sequence's tokens, left to right (the scheduler counts them and never sees the
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from aios_compile.runtime.batch import Limits
+from aios_compile.runtime.batch import TRASH_PAGE, Limits
 from aios_compile.runtime.decisions import Decision
 from aios_compile.runtime.kv_cache import PagePool
+from aios_compile.runtime.prefix_cache import PrefixCache
 
 
 @dataclass(frozen=True)
-class Arrive:
-    """A request that passed admission. Its sequences get consecutive ids from `sequence_id` on.
+class SchedulerOptions:
+    """What the scheduler is told once. Part of the log, so that a replay has the same.
 
-    all_rows: the logits of every prompt position are wanted. samples False: no token is sampled,
-    the sequence ends when its rows are computed.
+    chunked_prefill_size: prompt tokens in a step that also continues running sequences; None sets
+    no bound but the step's. window_tokens: keys that a query sees at most, if that holds for every
+    layer; None keeps all pages. num_host_pages: pages of host memory to swap to.
     """
 
-    request_id: int
-    sequence_id: int
-    num_prompt_tokens: int
-    num_sequences: int = 1
-    all_rows: bool = False
-    samples: bool = True
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Plan the next step. No other plan is in flight."""
-
-
-@dataclass(frozen=True)
-class Commit:
-    """The planned step ran. `finished` are (sequence id, reason); the others got their tokens."""
-
-    finished: tuple[tuple[int, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Abort:
-    """Drop a request, wherever it is. Never while a step is in flight."""
-
-    request_id: int
-
-
-@dataclass(frozen=True)
-class Preempt:
-    """Take a sequence's pages away now, as a shortage would. Nobody sees it in the output."""
-
-    sequence_id: int
-
-
-Event = Arrive | Schedule | Commit | Abort | Preempt
+    enable_prefix_caching: bool = True
+    chunked_prefill_size: int | None = None
+    window_tokens: int | None = None
+    num_host_pages: int = 0
 
 
 @dataclass(slots=True)
@@ -72,11 +43,17 @@ class SequenceState:
     all_rows: bool
     samples: bool
     forks_from: int | None  # waits until this sequence has computed the shared prompt
+    tenant: str = ""
+    tokens: list[int] | None = None  # None: the prefix cache is not for this one
     num_computed: int = 0
     num_rows_done: int = 0  # prompt rows already delivered: a recompute does not repeat them
     pages: list[int] = field(default_factory=list)
     page_epoch: int = 0  # changes when an entry of `pages` changes, not when one is appended
+    num_dropped: int = 0  # first entries of `pages` that left the window: the trash page
     running: bool = False
+    is_finite: bool = False  # a row was sampled, so what is computed may be cached
+    digests: list[bytes] = field(default_factory=list)  # of the full pages, as far as needed
+    serials: list[int] = field(default_factory=list)  # prefix cache entries of the first pages
 
     @property
     def num_prompt_rows(self) -> int:
@@ -85,29 +62,40 @@ class SequenceState:
 
     def num_rows(self, start: int, end: int) -> int:
         """Return the logit rows that computing [start, end) needs."""
-        rows = min(end, self.num_prompt_rows) - max(start, self.num_rows_done)
-        return max(0, rows) + (1 if self.samples and end == self.num_tokens else 0)
+        rows = 0
+        if self.all_rows:
+            rows = max(0, min(end, self.num_prompt_rows) - max(start, self.num_rows_done))
+        return rows + (1 if self.samples and end == self.num_tokens else 0)
 
 
 class Chunk(NamedTuple):
-    """Tokens [start, start + num_tokens) of a sequence, and how many logit rows they need."""
+    """Tokens [start, start + num_tokens) of a sequence, and how many logit rows they need.
+
+    The last num_drafts of them are guesses that this step verifies, each with a row of its own.
+    """
 
     sequence_id: int
     start: int
     num_tokens: int
     num_rows: int
+    num_drafts: int = 0
 
 
 @dataclass(slots=True)
 class Plan:
-    """What one step does: page copies first, in order, then one flat batch of the chunks."""
+    """What follows from one event. Pages first, in the order of the fields, then one flat batch."""
 
-    chunks: list[Chunk] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
+    admitted: list[int] = field(default_factory=list)
+    hits: list[tuple[int, int]] = field(default_factory=list)  # (sequence id, cached tokens)
     decisions: list[Decision] = field(default_factory=list)
     num_tokens: int = 0
     num_rows: int = 0
+    num_prefill_tokens: int = 0
+    num_decodes: int = 0
+    num_evictions: int = 0
 
 
 @dataclass
@@ -116,6 +104,7 @@ class SchedulerState:
 
     limits: Limits
     pool: PagePool
+    options: SchedulerOptions = SchedulerOptions()
     sequences: dict[int, SequenceState] = field(default_factory=dict)
     running: list[SequenceState] = field(default_factory=list)  # sorted by sequence id
     waiting: list[SequenceState] = field(default_factory=list)  # sorted by sequence id
@@ -125,12 +114,17 @@ class SchedulerState:
     last_wait: tuple[int, str] | None = None  # a waiting head is logged once a reason
 
     @classmethod
-    def empty(cls, limits: Limits) -> SchedulerState:
-        return cls(limits, PagePool(limits.num_pages))
+    def empty(
+        cls, limits: Limits, options: SchedulerOptions | None = None, cache_key: bytes = b""
+    ) -> SchedulerState:
+        """Return the first state. cache_key: the secret of the prefix cache's hashes."""
+        options = options or SchedulerOptions()
+        cache = PrefixCache(cache_key, limits.page_size) if options.enable_prefix_caching else None
+        return cls(limits, PagePool(limits.num_pages, cache), options)
 
     def copy(self) -> SchedulerState:
         """Return an independent state. A plan in flight is shared: nobody changes it any more."""
-        sequences = {i: replace(s, pages=list(s.pages)) for i, s in self.sequences.items()}
+        sequences = {i: _copy(s) for i, s in self.sequences.items()}
         return replace(
             self,
             pool=self.pool.copy(),
@@ -156,21 +150,16 @@ class SchedulerState:
             assert 0 <= s.num_computed <= s.num_tokens
             assert len(s.pages) * self.limits.page_size >= s.num_computed, "computed without pages"
             assert len(s.pages) <= self.limits.max_pages_per_sequence
+            assert s.tokens is None or len(s.tokens) == s.num_tokens
+            assert all(page == TRASH_PAGE for page in s.pages[: s.num_dropped])
+            assert TRASH_PAGE not in s.pages[s.num_dropped :], "a page inside the window is gone"
 
 
-_EVENTS: tuple[type[Any], ...] = (Arrive, Schedule, Commit, Abort, Preempt)
-
-
-def event_record(event: Event, now_us: int) -> dict[str, Any]:
-    """Return the event as a JSON-able record; `event_from_record` is the inverse."""
-    return {"type": type(event).__name__, "now_us": now_us, **asdict(event)}
-
-
-def event_from_record(record: dict[str, Any]) -> tuple[Event, int]:
-    """Return (event, now_us)."""
-    values = {key: value for key, value in record.items() if key not in ("type", "now_us")}
-    if "finished" in values:
-        values["finished"] = tuple((int(s), str(reason)) for s, reason in values["finished"])
-    kinds = {kind.__name__: kind for kind in _EVENTS}
-    event: Event = kinds[record["type"]](**values)
-    return event, int(record["now_us"])
+def _copy(sequence: SequenceState) -> SequenceState:
+    return replace(
+        sequence,
+        pages=list(sequence.pages),
+        digests=list(sequence.digests),
+        serials=list(sequence.serials),
+        tokens=None if sequence.tokens is None else list(sequence.tokens),
+    )

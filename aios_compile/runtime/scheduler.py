@@ -5,8 +5,10 @@ same decisions, which is what `replay` checks. One step takes, under the limits 
 sequences:
 
 1. one token of every running sequence that has one left (decodes), oldest first;
-2. chunks of the prompts that are running, oldest first;
-3. new sequences in order of arrival, if the pages of all their tokens are free.
+2. drafts for them to verify, as far as budgets and free pages go;
+3. chunks of the prompts that are running, oldest first;
+4. new sequences in order of arrival, if the pages of all their tokens are free; they begin after
+   what the prefix cache knows.
 
 When a decode finds no page, the sequence that arrived last gives all of its pages back and is
 computed again later. Sampling is seeded by (request, position), so nobody sees it. Progress: the
@@ -18,25 +20,28 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
-from operator import attrgetter
 from typing import Any
 
-from aios_compile.runtime.batch import Limits
+from aios_compile.runtime import block_manager, preemption
+from aios_compile.runtime.batch import TRASH_PAGE, Limits
 from aios_compile.runtime.decisions import Decision
-from aios_compile.runtime.schedule_state import (
+from aios_compile.runtime.events import (
     Abort,
     Arrive,
-    Chunk,
     Commit,
     Event,
-    Plan,
     Schedule,
-    SchedulerState,
-    SequenceState,
     event_from_record,
 )
-
-_ORDER = attrgetter("sequence_id")
+from aios_compile.runtime.preemption import BY_ID
+from aios_compile.runtime.schedule_state import (
+    Chunk,
+    Plan,
+    SchedulerOptions,
+    SchedulerState,
+    SequenceState,
+)
+from aios_compile.runtime.step_context import StepContext
 
 
 def transition(state: SchedulerState, event: Event, now_us: int) -> tuple[SchedulerState, Plan]:
@@ -46,281 +51,305 @@ def transition(state: SchedulerState, event: Event, now_us: int) -> tuple[Schedu
 
 
 def advance(state: SchedulerState, event: Event, now_us: int) -> Plan:
-    """Do the same in place, for the owner of the state. Only Schedule plans chunks and copies."""
-    step = _Step(state, now_us)
+    """Do the same in place, for the owner of the state. Only Schedule plans chunks."""
+    ctx = StepContext(state, now_us)
     if isinstance(event, Schedule):
-        step.schedule()
+        _schedule(ctx, event)
     elif isinstance(event, Commit):
-        step.commit(event)
+        _commit(ctx, event)
     elif isinstance(event, Arrive):
-        step.arrive(event)
+        _arrive(ctx, event)
     elif isinstance(event, Abort):
-        step.abort(event)
+        _abort(ctx, event)
     else:
         assert state.in_flight is None, "pages of a running step cannot be given away"
-        step.preempt(state.sequences[event.sequence_id], "asked for")
-    return step.plan
+        preemption.preempt(ctx, state.sequences[event.sequence_id], "asked for")
+    return ctx.plan
 
 
-def replay(limits: Limits, records: Iterable[dict[str, Any]]) -> list[Decision]:
+def replay(
+    limits: Limits, records: Iterable[dict[str, Any]], options: SchedulerOptions | None = None
+) -> list[Decision]:
     """Make the decisions of logged events again, from an empty state."""
-    state = SchedulerState.empty(limits)
+    state = SchedulerState.empty(limits, options)
     decisions: list[Decision] = []
     for record in records:
         decisions += advance(state, *event_from_record(record)).decisions
     return decisions
 
 
-class _Step:
-    """One event being handled: the state that it changes and the plan that it fills."""
+# ---- events
 
-    def __init__(self, state: SchedulerState, now_us: int) -> None:
-        self.state = state
-        self.now_us = now_us
-        self.plan = Plan()
 
-    # ---- events
+def _arrive(ctx: StepContext, event: Arrive) -> None:
+    state, first = ctx.state, event.sequence_id
+    cacheable = state.pool.cache is not None and event.samples and bool(event.tokens)
+    assert not event.tokens or len(event.tokens) == event.num_prompt_tokens
+    for i in range(event.num_sequences):
+        sequence = SequenceState(
+            sequence_id=first + i,
+            request_id=event.request_id,
+            num_prompt_tokens=event.num_prompt_tokens,
+            num_tokens=event.num_prompt_tokens,
+            all_rows=event.all_rows and i == 0,
+            samples=event.samples,
+            forks_from=first if i else None,
+            tenant=event.tenant,
+            tokens=list(event.tokens) if cacheable else None,
+        )
+        assert first + i not in state.sequences
+        state.sequences[first + i] = sequence
+        insort(state.waiting, sequence, key=BY_ID)
+    ids = tuple(range(first, first + event.num_sequences))
+    if event.num_sequences > 1:
+        state.siblings[first] = list(ids[1:])
+    ctx.log("arrive", ids, "admission passed", prompt_tokens=event.num_prompt_tokens)
 
-    def arrive(self, event: Arrive) -> None:
-        first = event.sequence_id
-        for i in range(event.num_sequences):
-            sequence = SequenceState(
-                sequence_id=first + i,
-                request_id=event.request_id,
-                num_prompt_tokens=event.num_prompt_tokens,
-                num_tokens=event.num_prompt_tokens,
-                all_rows=event.all_rows and i == 0,
-                samples=event.samples,
-                forks_from=first if i else None,
-            )
-            assert first + i not in self.state.sequences
-            self.state.sequences[first + i] = sequence
-            insort(self.state.waiting, sequence, key=_ORDER)
-        ids = tuple(range(first, first + event.num_sequences))
-        if event.num_sequences > 1:
-            self.state.siblings[first] = list(ids[1:])
-        self._log("arrive", ids, "admission passed", prompt_tokens=event.num_prompt_tokens)
 
-    def abort(self, event: Abort) -> None:
-        assert self.state.in_flight is None, "pages of a running step cannot be given away"
-        found = [s for s in self.state.sequences.values() if s.request_id == event.request_id]
-        for sequence in found:
-            self._remove(sequence)
-        if found:
-            self._log("abort", tuple(s.sequence_id for s in found), "the caller asked for it")
+def _abort(ctx: StepContext, event: Abort) -> None:
+    state = ctx.state
+    assert state.in_flight is None, "pages of a running step cannot be given away"
+    found = [s for s in state.sequences.values() if s.request_id == event.request_id]
+    for sequence in found:
+        _remove(state, sequence)
+    if found:
+        reasons = {"abort": "the caller asked for it", "disconnect": "the caller is gone"}
+        ctx.log("abort", tuple(s.sequence_id for s in found), reasons[event.reason])
 
-    def commit(self, event: Commit) -> None:
-        plan, self.state.in_flight = self.state.in_flight, None
-        assert plan is not None, "a commit without a step in flight"
-        finished = dict(event.finished)
-        for chunk in plan.chunks:
-            sequence = self.state.sequences[chunk.sequence_id]
-            end = chunk.start + chunk.num_tokens
-            sequence.num_computed = end
-            if sequence.all_rows:
-                rows = min(end, sequence.num_prompt_rows)
-                sequence.num_rows_done = max(sequence.num_rows_done, rows)
-            if sequence.samples and end == sequence.num_tokens:
-                sequence.num_tokens += chunk.sequence_id not in finished
-            if end >= sequence.num_prompt_tokens and chunk.sequence_id in self.state.siblings:
-                self._fork(sequence)
-        for sequence_id, reason in event.finished:
-            self._remove(self.state.sequences[sequence_id])
-            self._log("finish", (sequence_id,), reason)
 
-    def schedule(self) -> None:
-        state = self.state
-        assert state.in_flight is None, "the step before has not been committed"
-        self._decodes()
-        self._running_prompts()
-        if not self.plan.preempted:  # no newcomer while pages are short
-            self._admissions()
-        if self.plan.chunks:
-            state.in_flight = self.plan
-            state.step += 1
+def _commit(ctx: StepContext, event: Commit) -> None:
+    state = ctx.state
+    plan, state.in_flight = state.in_flight, None
+    assert plan is not None, "a commit without a step in flight"
+    finished = dict(event.finished)
+    page_size, window = state.limits.page_size, state.options.window_tokens
+    for i, chunk in enumerate(plan.chunks):
+        sequence = state.sequences[chunk.sequence_id]
+        sampled = event.sampled[i] if event.sampled else None
+        _accept(sequence, chunk, sampled, finished.get(chunk.sequence_id))
+        if sequence.is_finite and sequence.tokens is not None:
+            num_full = sequence.num_computed // page_size
+            if num_full > len(sequence.serials) and finished.get(chunk.sequence_id) != "error":
+                block_manager.publish(state, sequence, num_full)
+        is_past_prompt = sequence.num_computed >= sequence.num_prompt_tokens
+        if is_past_prompt and chunk.sequence_id in state.siblings:
+            block_manager.fork(ctx, sequence)
+        if window is not None:  # after the fork: a sample computes the last prompt token again
+            block_manager.drop_left_window(ctx, sequence, window)
+    for sequence_id, reason in event.finished:
+        _remove(state, state.sequences[sequence_id], keep=reason != "error")
+        ctx.log("finish", (sequence_id,), reason)
 
-    # ---- the three parts of a step
 
-    def _decodes(self) -> None:
-        ids = []
-        for sequence in list(self.state.running):
-            if not sequence.running or sequence.num_tokens - sequence.num_computed != 1:
-                continue  # preempted just now, or a prompt
-            if self._make_room(sequence):
-                self._add_chunk(sequence, 1)
-                ids.append(sequence.sequence_id)
-        if ids:
-            self._log("decode", tuple(ids), "running")
+def _accept(
+    sequence: SequenceState, chunk: Chunk, sampled: tuple[int, ...] | None, finished: str | None
+) -> None:
+    """Move a sequence on by what its chunk computed and sampled; drafts not accepted roll back."""
+    end = chunk.start + chunk.num_tokens - chunk.num_drafts
+    if sequence.all_rows:
+        rows = min(end, sequence.num_prompt_rows)
+        sequence.num_rows_done = max(sequence.num_rows_done, rows)
+    if not sequence.samples or end < sequence.num_tokens:
+        assert not sampled, "tokens for a chunk that samples none"
+        sequence.num_computed = end
+        return
+    if sampled is None:
+        sampled, sequence.tokens = (0,) * (finished is None), None
+    assert len(sampled) <= 1 + chunk.num_drafts, "more tokens than rows"
+    assert sampled or finished is not None, "a sampling chunk without a token goes on"
+    # the KV of the accepted drafts is in the cache; the last token has none yet
+    sequence.num_computed = end + max(0, len(sampled) - 1)
+    sequence.num_tokens += len(sampled)
+    if sequence.tokens is not None:
+        sequence.tokens += sampled
+    if finished != "error":
+        sequence.is_finite = True
 
-    def _running_prompts(self) -> None:
-        for sequence in self.state.running:
-            if sequence.num_tokens - sequence.num_computed > 1:
-                self._add_prompt_chunk(sequence)
 
-    def _admissions(self) -> None:
-        state, limits, pool = self.state, self.state.limits, self.state.pool
-        place = 0
-        while place < len(state.waiting):
-            sequence = state.waiting[place]
-            if sequence.forks_from is not None:
-                place += 1  # its prompt is being computed by another one; it holds nobody up
-                continue
-            if not self._fits_batch(sequence):
-                break
-            need = self._pages_needed(sequence)
-            if not state.running:
-                self._drop_waiting_holders(sequence, need)
-                need = self._pages_needed(sequence)
-                assert pool.num_free >= need, "admission let in a sequence that never fits"
-            elif pool.num_free < need + len(state.running):  # each running one may need a page soon
-                self._wait(sequence, "pages", need=need, free=pool.num_free)
-                break
-            self._own_page_of(sequence, sequence.num_computed)
-            total = -(-sequence.num_tokens // limits.page_size)
-            while len(sequence.pages) < total:
-                sequence.pages.append(pool.allocate())
-            del state.waiting[place]
-            sequence.running = True
-            insort(state.running, sequence, key=_ORDER)
-            self._log("admit", (sequence.sequence_id,), "first in the queue", pages=total)
-            self._add_prompt_chunk(sequence)
+def _schedule(ctx: StepContext, event: Schedule) -> None:
+    state, plan = ctx.state, ctx.plan
+    assert state.in_flight is None, "the step before has not been committed"
+    _decodes(ctx)
+    if event.drafts:
+        _drafts(ctx, dict(event.drafts))
+    _running_prompts(ctx)
+    # No newcomer while pages are short; but a younger sequence that ran alone may have given way to
+    # samples that wait and hold pages, and then one of them begins.
+    if not plan.preempted or not plan.chunks:
+        _admissions(ctx)
+    if plan.chunks:
+        state.in_flight = plan
+        state.step += 1
 
-    # ---- helpers
 
-    def _fits_batch(self, sequence: SequenceState) -> bool:
-        limits = self.state.limits
-        if len(self.state.running) >= limits.max_running:
-            self._wait(sequence, "max_num_seqs", running=len(self.state.running))
-        elif self._chunk_size(sequence) == 0:
-            self._wait(sequence, "token or row budget", tokens=self.plan.num_tokens)
-        else:
-            return True
-        return False
+# ---- the parts of a step
 
-    def _chunk_size(self, sequence: SequenceState) -> int:
-        """Return how many of the sequence's next tokens the budgets of this step still take."""
-        limits, start = self.state.limits, sequence.num_computed
-        rows_left = limits.max_num_logit_rows - self.plan.num_rows
-        end = min(sequence.num_tokens, start + limits.max_num_batched_tokens - self.plan.num_tokens)
-        if sequence.num_rows_done < sequence.num_prompt_rows:
-            end = min(end, max(start, sequence.num_rows_done) + rows_left)
-        if sequence.num_rows(start, end) > rows_left:  # the sampled row does not fit any more
-            end -= 1
-        return max(0, end - start)
 
-    def _add_prompt_chunk(self, sequence: SequenceState) -> None:
-        size = self._chunk_size(sequence)
-        if size:
-            left = sequence.num_tokens - sequence.num_computed - size
-            reason = "cut by the budget of tokens or rows" if left else "to the last token"
-            ids = (sequence.sequence_id,)
-            self._log("chunk", ids, reason, start=sequence.num_computed, tokens=size)
-            self._add_chunk(sequence, size)
-
-    def _add_chunk(self, sequence: SequenceState, size: int) -> None:
+def _decodes(ctx: StepContext) -> None:
+    plan, pool, page_size = ctx.plan, ctx.state.pool, ctx.state.limits.page_size
+    chunks, ids, counts = plan.chunks, [], pool.reference_counts
+    indexed = () if pool.cache is None else pool.cache.by_page
+    for sequence in list(ctx.state.running):
         start = sequence.num_computed
-        rows = sequence.num_rows(start, start + size)
-        self.plan.chunks.append(Chunk(sequence.sequence_id, start, size, rows))
-        self.plan.num_tokens += size
-        self.plan.num_rows += rows
+        if sequence.num_tokens - start != 1 or not sequence.running:
+            continue  # a prompt, or preempted just now
+        index, pages = start // page_size, sequence.pages
+        page = pages[index] if index < len(pages) else TRASH_PAGE
+        is_own = counts[page] == 1 and page not in indexed  # nobody holds the trash page
+        if not is_own and not _make_room(ctx, sequence):
+            continue
+        rows = sequence.num_rows(start, start + 1) if sequence.all_rows else int(sequence.samples)
+        chunks.append(Chunk(sequence.sequence_id, start, 1, rows))
+        plan.num_rows += rows
+        ids.append(sequence.sequence_id)
+    plan.num_tokens += len(ids)
+    plan.num_decodes = len(ids)
+    if ids:
+        ctx.log("decode", tuple(ids), "running")
 
-    def _pages_needed(self, sequence: SequenceState) -> int:
-        """Return the free pages that all known tokens need, a copy of a shared page included."""
-        page_size = self.state.limits.page_size
-        index = sequence.num_computed // page_size
-        shared = index < len(sequence.pages) and self.state.pool.is_shared(sequence.pages[index])
-        return -(-sequence.num_tokens // page_size) - len(sequence.pages) + shared
 
-    def _make_room(self, sequence: SequenceState) -> bool:
-        """Let the sequence own the page of its next token; False if it had to give up itself."""
-        pool, page_size = self.state.pool, self.state.limits.page_size
-        index = sequence.num_computed // page_size
-        while index == len(sequence.pages) or pool.is_shared(sequence.pages[index]):
-            if pool.num_free:
-                if index == len(sequence.pages):
-                    sequence.pages.append(pool.allocate())
-                else:
-                    self._own_page_of(sequence, sequence.num_computed)
-                return True
-            victim = self._latest_holder()
-            self.preempt(victim, f"sequence {sequence.sequence_id} needs a page")
-            if victim is sequence:
-                return False
-        return True
+def _drafts(ctx: StepContext, wanted: dict[int, int]) -> None:
+    """Lengthen decodes by drafts. They only use what is left over: free pages, tokens and rows."""
+    state, plan, limits = ctx.state, ctx.plan, ctx.state.limits
+    place = {chunk.sequence_id: i for i, chunk in enumerate(plan.chunks)}
+    for sequence_id, num_drafts in wanted.items():
+        if sequence_id not in place:
+            continue
+        sequence, chunk = state.sequences[sequence_id], plan.chunks[place[sequence_id]]
+        if not sequence.samples or chunk.num_rows != 1:
+            continue
+        count = min(
+            num_drafts,
+            limits.max_num_batched_tokens - plan.num_tokens,
+            limits.max_num_logit_rows - plan.num_rows,
+            # a draft at the last position of the page table has a place, its successor has none
+            limits.max_pages_per_sequence * limits.page_size - chunk.start - 1,
+        )
+        while (chunk.start + count) // limits.page_size >= len(sequence.pages) and count > 0:
+            # those who run keep a page each in reserve, as newcomers leave them one
+            if state.pool.num_free <= len(state.running):
+                count = len(sequence.pages) * limits.page_size - chunk.start - 1
+            else:
+                sequence.pages.append(block_manager.allocate(ctx))
+        if count > 0:
+            plan.chunks[place[sequence_id]] = Chunk(
+                sequence_id, chunk.start, 1 + count, 1 + count, count
+            )
+            plan.num_tokens += count
+            plan.num_rows += count
+            ctx.log("draft", (sequence_id,), "to verify", tokens=count, asked=num_drafts)
 
-    def _own_page_of(self, sequence: SequenceState, position: int) -> None:
-        """Copy the page of a position before it is written, if others read it too."""
-        pool, index = self.state.pool, position // self.state.limits.page_size
-        if index >= len(sequence.pages) or not pool.is_shared(sequence.pages[index]):
-            return
-        source, target = sequence.pages[index], pool.allocate()
-        pool.release([source])
-        sequence.pages[index] = target
-        sequence.page_epoch += 1
-        self.plan.copies.append((source, target))
-        reason = "written while shared"
-        self._log("copy", (sequence.sequence_id,), reason, source=source, target=target)
 
-    def _fork(self, leader: SequenceState) -> None:
-        """Give the leader's prompt pages to its siblings, which compute only the last token again.
+def _running_prompts(ctx: StepContext) -> None:
+    for sequence in ctx.state.running:
+        if sequence.num_tokens - sequence.num_computed > 1:
+            _add_prompt_chunk(ctx, sequence)
 
-        They sample from their own row then, on the same path as every decode.
-        """
-        shared_tokens = leader.num_prompt_tokens - 1
-        pages = leader.pages[: -(-shared_tokens // self.state.limits.page_size)]
-        siblings = self.state.siblings.pop(leader.sequence_id)
-        for sibling in (self.state.sequences[i] for i in siblings):
-            self.state.pool.share(pages)
-            sibling.pages = list(pages)
-            sibling.page_epoch += 1
-            sibling.num_computed = shared_tokens
-            sibling.forks_from = None
-        self._log("fork", tuple(siblings), "the shared prompt is computed", pages=len(pages))
 
-    def _latest_holder(self) -> SequenceState:
-        holders = [s for s in self.state.waiting if s.pages]
-        return max(self.state.running[-1:] + holders[-1:], key=_ORDER)
-
-    def _drop_waiting_holders(self, sequence: SequenceState, need: int) -> None:
-        for other in reversed(self.state.waiting):
-            if self.state.pool.num_free >= need or other is sequence:
-                return
-            if other.pages:
-                self.preempt(other, f"sequence {sequence.sequence_id} is first in the queue")
-                need = self._pages_needed(sequence)
-
-    def preempt(self, sequence: SequenceState, reason: str) -> None:
-        """Take all pages back. Never one that this step has planned: victims are later ones."""
-        freed = len(sequence.pages)
-        self._release(sequence)
-        if sequence.running:
-            sequence.running = False
-            self.state.running.remove(sequence)
-            insort(self.state.waiting, sequence, key=_ORDER)
-        self.plan.preempted.append(sequence.sequence_id)
-        self._log("preempt", (sequence.sequence_id,), reason, pages=freed)
-
-    def _release(self, sequence: SequenceState) -> None:
-        self.state.pool.release(sequence.pages)
-        sequence.pages = []
-        sequence.page_epoch += 1
-        sequence.num_computed = 0
-
-    def _remove(self, sequence: SequenceState) -> None:
-        self._release(sequence)
-        (self.state.running if sequence.running else self.state.waiting).remove(sequence)
-        del self.state.sequences[sequence.sequence_id]
-        for sibling in self.state.siblings.pop(sequence.sequence_id, ()):
-            if sibling in self.state.sequences:  # they compute the prompt on their own
-                self.state.sequences[sibling].forks_from = None
+def _admissions(ctx: StepContext) -> None:
+    state, pool = ctx.state, ctx.state.pool
+    place = 0
+    while place < len(state.waiting):
+        sequence = state.waiting[place]
         if sequence.forks_from is not None:
-            self.state.siblings[sequence.forks_from].remove(sequence.sequence_id)
+            place += 1  # its prompt is being computed by another one; it holds nobody up
+            continue
+        if not _fits_batch(ctx, sequence):
+            break
+        hit = block_manager.find_hit(state, sequence)
+        if block_manager.is_being_computed(state, sequence, hit):
+            ctx.log_wait(sequence, "its prefix is being computed")
+            place += 1
+            continue
+        need = block_manager.pages_needed(state, sequence, hit)
+        if not state.running:
+            preemption.drop_waiting_holders(ctx, sequence, need)
+            hit = block_manager.find_hit(state, sequence)
+            need = block_manager.pages_needed(state, sequence, hit)
+            assert pool.num_free >= need, "admission let in a sequence that never fits"
+        elif pool.num_free < need + len(state.running):  # each running one may need a page soon
+            ctx.log_wait(sequence, "pages", need=need, free=pool.num_free)
+            break
+        block_manager.take(ctx, sequence, hit)
+        del state.waiting[place]
+        sequence.running = True
+        ctx.plan.admitted.append(sequence.sequence_id)
+        insort(state.running, sequence, key=BY_ID)
+        ids = (sequence.sequence_id,)
+        ctx.log("admit", ids, "first in the queue", pages=len(sequence.pages))
+        _add_prompt_chunk(ctx, sequence)
 
-    def _wait(self, sequence: SequenceState, reason: str, **detail: int) -> None:
-        if self.state.last_wait != (sequence.sequence_id, reason):
-            self.state.last_wait = (sequence.sequence_id, reason)
-            self._log("wait", (sequence.sequence_id,), reason, **detail)
 
-    def _log(self, kind: str, sequences: tuple[int, ...], reason: str, **detail: int) -> None:
-        step = self.state.step
-        self.plan.decisions.append(Decision(step, self.now_us, kind, sequences, reason, detail))
+# ---- helpers
+
+
+def _fits_batch(ctx: StepContext, sequence: SequenceState) -> bool:
+    running = len(ctx.state.running)
+    if running >= ctx.state.limits.max_running:
+        ctx.log_wait(sequence, "max_num_seqs", running=running)
+    elif _chunk_size(ctx, sequence) == 0:
+        ctx.log_wait(sequence, "token or row budget", tokens=ctx.plan.num_tokens)
+    else:
+        return True
+    return False
+
+
+def _chunk_size(ctx: StepContext, sequence: SequenceState) -> int:
+    """Return how many of the sequence's next tokens the budgets of this step still take."""
+    limits, plan, start = ctx.state.limits, ctx.plan, sequence.num_computed
+    rows_left = limits.max_num_logit_rows - plan.num_rows
+    tokens_left = limits.max_num_batched_tokens - plan.num_tokens
+    bound = ctx.state.options.chunked_prefill_size
+    if bound is not None and plan.num_decodes:
+        tokens_left = min(tokens_left, bound - plan.num_prefill_tokens)
+    end = min(sequence.num_tokens, start + tokens_left)
+    if sequence.num_rows_done < sequence.num_prompt_rows:
+        end = min(end, max(start, sequence.num_rows_done) + rows_left)
+    if sequence.num_rows(start, end) > rows_left:  # the sampled row does not fit any more
+        end -= 1
+    return max(0, end - start)
+
+
+def _add_prompt_chunk(ctx: StepContext, sequence: SequenceState) -> None:
+    size = _chunk_size(ctx, sequence)
+    if not size:
+        return
+    plan, start = ctx.plan, sequence.num_computed
+    left = sequence.num_tokens - start - size
+    reason = "cut by the budget of tokens or rows" if left else "to the last token"
+    ctx.log("chunk", (sequence.sequence_id,), reason, start=start, tokens=size)
+    rows = sequence.num_rows(start, start + size)
+    plan.chunks.append(Chunk(sequence.sequence_id, start, size, rows))
+    plan.num_tokens += size
+    plan.num_prefill_tokens += size
+    plan.num_rows += rows
+
+
+def _make_room(ctx: StepContext, sequence: SequenceState) -> bool:
+    """Let the sequence own the page of its next token; False if it had to give up itself."""
+    pool, page_size = ctx.state.pool, ctx.state.limits.page_size
+    index = sequence.num_computed // page_size
+    while index == len(sequence.pages) or pool.is_shared(sequence.pages[index]):
+        if pool.num_free:
+            if index == len(sequence.pages):
+                sequence.pages.append(block_manager.allocate(ctx))
+            else:
+                block_manager.own_page_of(ctx, sequence, sequence.num_computed)
+            return True
+        victim = preemption.latest_holder(ctx)
+        preemption.preempt(ctx, victim, f"sequence {sequence.sequence_id} needs a page")
+        if victim is sequence:
+            return False
+    block_manager.own_page_of(ctx, sequence, sequence.num_computed)
+    return True
+
+
+def _remove(state: SchedulerState, sequence: SequenceState, *, keep: bool = True) -> None:
+    block_manager.release(state, sequence, keep=keep)
+    (state.running if sequence.running else state.waiting).remove(sequence)
+    del state.sequences[sequence.sequence_id]
+    for sibling in state.siblings.pop(sequence.sequence_id, ()):
+        if sibling in state.sequences:  # they compute the prompt on their own
+            state.sequences[sibling].forks_from = None
+    if sequence.forks_from is not None:
+        state.siblings[sequence.forks_from].remove(sequence.sequence_id)

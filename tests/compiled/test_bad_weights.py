@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aios_compile.errors import CheckpointError
-from aios_compile.runtime.schedule_state import Schedule
+from aios_compile.runtime.events import Schedule
 from tests import zoo
 from tests.compiled.conftest import Load
 

@@ -14,8 +14,8 @@ import pytest
 
 from aios_compile import SamplingParams
 from aios_compile.compiled_model import CompiledModel
+from aios_compile.runtime.events import Commit, Schedule
 from aios_compile.runtime.program_runner import state_page_bytes
-from aios_compile.runtime.schedule_state import Commit, Schedule
 from tests.compiled.conftest import Load
 
 NAME = "qwen3_layer_types"  # windows of 16 tokens, and full attention

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aios_compile.runtime.engine import Engine
-from aios_compile.runtime.schedule_state import Commit
+from aios_compile.runtime.events import Commit
 from tests.runtime.fake_executor import FakeExecutor, FakeTokenizer, limits
 
 MakeEngine = Callable[..., Engine]
@@ -16,7 +16,7 @@ MakeEngine = Callable[..., Engine]
 
 def checked_engine(tokenizer: Any = None, **options: Any) -> Engine:
     """Return an engine whose free pages are poisoned and whose laws are checked every event."""
-    names = ("eos_token_ids", "defaults", "seed", "decision_sink")
+    names = ("eos_token_ids", "defaults", "seed", "decision_sink", "options")
     given = {name: options.pop(name) for name in names if name in options}
     executor = options.pop("executor", None) or FakeExecutor(limits(**options))
     engine = Engine(executor, tokenizer, **given)

@@ -12,8 +12,8 @@ from typing import Any
 from aios_compile.runtime.admission import Admission
 from aios_compile.runtime.decisions import DecisionLog
 from aios_compile.runtime.engine_core import EngineCore
+from aios_compile.runtime.events import Preempt
 from aios_compile.runtime.request import Request
-from aios_compile.runtime.schedule_state import Preempt
 from aios_compile.sampling_params import SamplingParams
 from tests.runtime.fake_executor import FakeExecutor, greedy, limits
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from aios_compile.runtime.engine import Engine
+from aios_compile.runtime.events import Preempt
 from aios_compile.runtime.outputs import RequestOutput
-from aios_compile.runtime.schedule_state import Preempt
 from aios_compile.sampling_params import SamplingParams
 from tests.runtime.conftest import MakeEngine, checked_engine
 from tests.runtime.fake_executor import FakeTokenizer, greedy, limits, logits_after

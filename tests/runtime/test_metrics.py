@@ -63,7 +63,7 @@ def test_requests_are_counted_and_timed(make_engine: MakeEngine) -> None:
 def test_gauges_while_requests_run_and_wait(make_engine: MakeEngine) -> None:
     engine = make_engine(max_num_seqs=2)
     fake(engine).step_seconds = 0.01
-    streams = [engine.stream([1, 2, 3, 4, 5], max_tokens=50) for _ in range(5)]
+    streams = [engine.stream([i, 2, 3, 4, 5], max_tokens=50) for i in range(5)]
     next(streams[0])
     m = engine.metrics()
     assert m.value("requests_running") == 2 and m.value("requests_waiting") == 3

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from aios_compile.errors import EngineError
+from aios_compile.runtime import block_manager, engine_core, preemption
 from aios_compile.runtime.batch_builder import BatchBuilder
+from aios_compile.runtime.events import Abort, Arrive, Schedule
 from aios_compile.runtime.kv_cache import PagePool
-from aios_compile.runtime.schedule_state import Abort, Arrive, Schedule, SchedulerState
-from aios_compile.runtime.scheduler import _Step, advance
+from aios_compile.runtime.schedule_state import SchedulerState
+from aios_compile.runtime.scheduler import advance
 from tests.runtime.conftest import checked_engine
 from tests.runtime.fake_executor import limits
 
@@ -101,27 +103,26 @@ def test_a_shared_page_written_without_a_copy(
 
 
 def test_copies_of_shared_pages_forgotten(unharmed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = _Step.schedule
+    def forgetful(*args: Any) -> Any:
+        plan = advance(*args)
+        plan.copies.clear()
+        return plan
 
-    def schedule(self: _Step) -> None:
-        plain(self)
-        self.plan.copies.clear()
-
-    monkeypatch.setattr(_Step, "schedule", schedule)
+    monkeypatch.setattr(engine_core, "advance", forgetful)
     expect_caught(unharmed)
 
 
 def test_preempted_tokens_taken_for_computed(
     unharmed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = _Step._release
+    plain = block_manager.release
 
-    def release(self: _Step, sequence: Any) -> None:
+    def release(state: Any, sequence: Any, **how: Any) -> None:
         computed = sequence.num_computed
-        plain(self, sequence)
+        plain(state, sequence, **how)
         sequence.num_computed = computed
 
-    monkeypatch.setattr(_Step, "_release", release)
+    monkeypatch.setattr(preemption, "release", release)
     expect_caught(unharmed, num_pages=7)
 
 

@@ -29,7 +29,7 @@ class NullExecutor:
         return StepResult(ids, floats, ids, *tops, ids, self._logits[:rows])
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
-        raise AssertionError
+        pass
 
     def close(self) -> None:
         pass

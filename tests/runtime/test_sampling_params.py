@@ -30,6 +30,7 @@ OUT_OF_RANGE = {
     "bad_words": [[""], [1]],
     "logprobs": [-1, 21, 1.5],
     "prompt_logprobs": [-1, 21],
+    "tenant": [None, 1, "x" * 257],
 }
 
 

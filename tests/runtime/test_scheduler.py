@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 
 from aios_compile.runtime.decisions import KINDS
-from aios_compile.runtime.schedule_state import (
+from aios_compile.runtime.events import (
     Abort,
     Arrive,
     Commit,
     Event,
-    Plan,
     Preempt,
     Schedule,
-    SchedulerState,
     event_from_record,
     event_record,
 )
+from aios_compile.runtime.schedule_state import Plan, SchedulerState
 from aios_compile.runtime.scheduler import advance, transition
 from tests.runtime.fake_executor import limits
 

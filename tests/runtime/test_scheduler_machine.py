@@ -11,17 +11,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from aios_compile.runtime.batch import Limits
 from aios_compile.runtime.decisions import Decision
-from aios_compile.runtime.schedule_state import (
+from aios_compile.runtime.events import (
     Abort,
     Arrive,
     Commit,
     Event,
-    Plan,
     Preempt,
     Schedule,
-    SchedulerState,
     event_record,
 )
+from aios_compile.runtime.schedule_state import Plan, SchedulerState
 from aios_compile.runtime.scheduler import advance, replay, transition
 from tests.runtime.fake_executor import limits
 

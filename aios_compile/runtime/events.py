@@ -1,0 +1,91 @@
+"""What can happen to the scheduler, and the records that a log keeps of it. No behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Arrive:
+    """A request that passed admission. Its sequences get consecutive ids from `sequence_id` on.
+
+    all_rows: the logits of every prompt position are wanted. samples False: no token is sampled,
+    the sequence ends when its rows are computed. tokens: the prompt's ids; without them the
+    request neither hits the prefix cache nor feeds it. tenant: with whom cached
+    pages are shared.
+    """
+
+    request_id: int
+    sequence_id: int
+    num_prompt_tokens: int
+    num_sequences: int = 1
+    all_rows: bool = False
+    samples: bool = True
+    tokens: tuple[int, ...] = ()
+    tenant: str = ""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Plan the next step. No other plan is in flight.
+
+    drafts: (sequence id, number of draft tokens) that a decode may verify in this step, most
+    wanted first. They get what budgets and free pages are left, and never preempt anybody.
+    """
+
+    drafts: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The planned step ran. `finished` are (sequence id, reason); the others go on.
+
+    sampled: for each chunk of the plan the tokens that it appends, empty for a chunk that samples
+    none; at most one more than its drafts. Left empty: each sampling chunk appends one token whose
+    value nobody needs. A sequence that finishes with "error" leaves nothing in the prefix cache.
+    """
+
+    finished: tuple[tuple[int, str], ...] = ()
+    sampled: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Drop a request, wherever it is. Never while a step is in flight.
+
+    reason: "abort" (the caller asked) or "disconnect" (the caller is gone).
+    """
+
+    request_id: int
+    reason: str = "abort"
+
+
+@dataclass(frozen=True)
+class Preempt:
+    """Take a sequence's pages away now, as a shortage would. Nobody sees it in the output."""
+
+    sequence_id: int
+
+
+Event = Arrive | Schedule | Commit | Abort | Preempt
+_KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Arrive, Schedule, Commit, Abort, Preempt)
+}
+
+
+def event_record(event: Event, now_us: int) -> dict[str, Any]:
+    """Return the event as a JSON-able record; `event_from_record` is the inverse."""
+    return {"type": type(event).__name__, "now_us": now_us, **asdict(event)}
+
+
+def event_from_record(record: dict[str, Any]) -> tuple[Event, int]:
+    """Return (event, now_us)."""
+    values = {key: value for key, value in record.items() if key not in ("type", "now_us")}
+    for name in ("finished", "drafts", "sampled"):
+        if name in values:
+            values[name] = tuple(tuple(pair) for pair in values[name])
+    if "tokens" in values:
+        values["tokens"] = tuple(values["tokens"])
+    event: Event = _KINDS[record["type"]](**values)
+    return event, int(record["now_us"])
