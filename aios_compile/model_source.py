@@ -1,7 +1,8 @@
-"""Where a model comes from: a checkpoint folder (or hub id), or an nn.Module in memory."""
+"""Where a model comes from: a checkpoint (a folder, hub id or GGUF file), or an nn.Module."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from aios_compile.checkpoint import hub
 from aios_compile.checkpoint.folder import CheckpointFolder
+from aios_compile.checkpoint.gguf import SUFFIX, GgufCheckpoint, only_gguf
+from aios_compile.checkpoint.tensors import Tensors
 from aios_compile.checkpoint.tokenizer import Tokenizer
 from aios_compile.config import CompileOptions
 from aios_compile.errors import ConfigError
@@ -39,15 +42,25 @@ class ModelSource:
 
 
 def open_source(model: Any, options: CompileOptions) -> ModelSource:
-    """Open a folder, hub id or module. Raises CheckpointError or UnsupportedModelError."""
+    """Open a folder, hub id, GGUF file or module. Raises CheckpointError or
+    UnsupportedModelError.
+    """
     if isinstance(model, (str, Path)):
-        return _open_folder(hub.resolve(model, options.local_files_only), options)
+        return _open_checkpoint(hub.resolve(model, options.local_files_only), options)
     return _open_module(model, options)
 
 
-def _open_folder(path: Path, options: CompileOptions) -> ModelSource:
-    folder = CheckpointFolder.open(path)
-    config = ModelConfig.from_dict(folder.config, str(path / "config.json"))
+Checkpoint = CheckpointFolder | GgufCheckpoint
+
+
+def _open_files(path: Path) -> Checkpoint:
+    gguf = path if path.suffix == SUFFIX and not path.is_dir() else only_gguf(path)
+    return CheckpointFolder.open(path) if gguf is None else GgufCheckpoint.open(gguf)
+
+
+def _open_checkpoint(path: Path, options: CompileOptions) -> ModelSource:
+    folder = _open_files(path)
+    config = ModelConfig.from_dict(folder.config, str(folder.config_path))
     folder.weights.check(parameter_shapes(config), tied_parameters(config))
     dtype = _storage_dtype(config, folder, options)
 
@@ -60,16 +73,15 @@ def _open_folder(path: Path, options: CompileOptions) -> ModelSource:
         return build_fake(lambda: Decoder(config), getattr(torch, dtype))
 
     def read(name: str) -> Tensor:
-        from aios_compile.codegen.pack_weights import from_numpy
-
         if name not in known:
             raise KeyError(name)
-        return from_numpy(folder.weights.read(name), folder.weights.info(name).dtype)
+        return _read_tensor(folder.weights, name, dtype)
 
     known = set(folder.weights.names())
     tokenizer = _tokenizer(folder, options)
     eos = tokenizer.eos_ids if tokenizer is not None else ()
-    notes = tuple(f"config key {key!r} has no meaning here" for key in config.ignored_keys)
+    notes = [f"config key {key!r} has no meaning here" for key in config.ignored_keys]
+    notes += _dequantized_notes(folder.weights, dtype)
     return ModelSource(
         name=str(path),
         build=build,
@@ -80,8 +92,40 @@ def _open_folder(path: Path, options: CompileOptions) -> ModelSource:
         generation_config=folder.generation_config,
         files=tuple(folder.files()),
         tokenizer=tokenizer,
-        notes=notes,
+        notes=tuple(notes),
     )
+
+
+def _read_tensor(weights: Tensors, name: str, dtype: str) -> Tensor:
+    """Return a checkpoint tensor as it is stored; a quantised one in `dtype`, piece by piece."""
+    from aios_compile.codegen.pack_weights import from_numpy
+
+    if not weights.is_quantized(name):
+        return from_numpy(weights.read(name), weights.info(name).dtype)
+    import torch
+
+    values = torch.empty(weights.info(name).shape, dtype=getattr(torch, dtype))
+    rows = values.view(-1, values.shape[-1])
+    for row, piece in weights.pieces(name):
+        rows[row : row + len(piece)] = torch.from_numpy(piece)
+    return values
+
+
+def _dequantized_notes(weights: Tensors, dtype: str) -> list[str]:
+    """Say what dequantising on loading costs; nothing where nothing is quantised."""
+    stored = weights.quantized_bytes()
+    if not stored:
+        return []
+    count = sum(
+        math.prod(weights.info(name).shape)
+        for name in weights.names()
+        if weights.is_quantized(name)
+    )
+    taken = count * {"float32": 4}.get(dtype, 2)
+    return [
+        f"{', '.join(sorted(stored))} weights are dequantised to {dtype} on loading: "
+        f"{sum(stored.values())} bytes in the file, {taken} in memory"
+    ]
 
 
 def _max_model_len(config: ModelConfig) -> int:
@@ -90,24 +134,35 @@ def _max_model_len(config: ModelConfig) -> int:
     return int(config.max_position_embeddings * factor)
 
 
-def _generation_eos(folder: CheckpointFolder) -> tuple[int, ...]:
+def _generation_eos(folder: Checkpoint) -> tuple[int, ...]:
     value = folder.generation_config.get("eos_token_id")
     return () if value is None else tuple(value) if isinstance(value, list) else (int(value),)
 
 
-def _storage_dtype(config: ModelConfig, folder: CheckpointFolder, options: CompileOptions) -> str:
-    """Return how weights are kept: the option, the config's dtype, or the embedding's own."""
+def _storage_dtype(config: ModelConfig, folder: Checkpoint, options: CompileOptions) -> str:
+    """Return how weights are kept: the option, the config's dtype, or the embedding's own.
+
+    Dequantised weights become bfloat16 unless the option says float32, which is exact.
+    """
     if options.dtype != "auto":
         return options.dtype
     if config.dtype is not None:
         return config.dtype
+    if folder.weights.quantized_bytes():
+        return "bfloat16"
     stored = folder.weights.info("model.embed_tokens.weight").dtype
     return {"BF16": "bfloat16", "F16": "float16"}.get(stored, "float32")
 
 
-def _tokenizer(folder: CheckpointFolder, options: CompileOptions) -> Tokenizer | None:
+def _other_tokenizer(where: str, options: CompileOptions) -> Tokenizer:
+    path = hub.resolve(where, options.local_files_only)
+    gguf = path if path.is_file() else None
+    return Tokenizer.load(path) if gguf is None else GgufCheckpoint.open(gguf).load_tokenizer()
+
+
+def _tokenizer(folder: Checkpoint, options: CompileOptions) -> Tokenizer | None:
     if options.tokenizer is not None:
-        return Tokenizer.load(hub.resolve(options.tokenizer, options.local_files_only))
+        return _other_tokenizer(options.tokenizer, options)
     return folder.load_tokenizer() if folder.has_tokenizer() else None
 
 
@@ -131,7 +186,7 @@ def _open_module(model: Any, options: CompileOptions) -> ModelSource:
     eos = getattr(config, "eos_token_id", None)
     tokenizer = None
     if options.tokenizer is not None:
-        tokenizer = Tokenizer.load(hub.resolve(options.tokenizer, options.local_files_only))
+        tokenizer = _other_tokenizer(options.tokenizer, options)
     state = dict(model.named_parameters(remove_duplicate=False))
     meta = [name for name, p in state.items() if p.is_meta]
     if meta:

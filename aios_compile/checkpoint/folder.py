@@ -25,6 +25,7 @@ class CheckpointFolder:
         weights: WeightFiles,
     ) -> None:
         self.path = path
+        self.config_path = path / CONFIG
         self.config = config
         self.generation_config = generation_config
         self.weights = weights

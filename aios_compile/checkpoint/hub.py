@@ -1,4 +1,4 @@
-"""Find a model: a folder on this machine, or a Hugging Face hub id, the local cache first."""
+"""Find a model: a folder or GGUF file here, or a Hugging Face hub id, the local cache first."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]
 
 
 def resolve(model: str | Path, local_files_only: bool = False) -> Path:
-    """Return the folder of a model, downloading it unless it is cached. Raises CheckpointError.
+    """Return the folder of a model, or its GGUF file; download it unless it is there. Raises
+    CheckpointError.
 
     A hub id may name a revision: `owner/name@revision`. A cached model is used as it is; nothing
     asks the hub whether there is a newer one.
     """
     folder = Path(model).expanduser()
-    if str(model) and folder.is_dir():
+    if str(model) and (folder.is_dir() or (folder.suffix == ".gguf" and folder.is_file())):
         return folder
+    if folder.suffix == ".gguf":
+        raise CheckpointError(f"{folder}: no such file")
     repository, _, revision = str(model).partition("@")
     if not HUB_ID.fullmatch(repository) or ".." in repository or "--" in repository:
         raise CheckpointError(f"{str(model)[:200]!r} is neither a folder nor a hub id")

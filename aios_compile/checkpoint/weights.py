@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from aios_compile.checkpoint import paths
 from aios_compile.checkpoint.json_file import read_json
+from aios_compile.checkpoint.mapped import MappedFiles
 from aios_compile.checkpoint.safetensors_header import TensorInfo, read_header
+from aios_compile.checkpoint.tensors import Array, Tensors
 from aios_compile.errors import CheckpointError
 
 __all__ = ["TensorInfo", "WeightFiles"]
@@ -23,8 +22,6 @@ INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
-# Older checkpoints carry the RoPE frequencies, which are computed from config.json.
-HARMLESS_EXTRA = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 NUMPY_TYPES: Mapping[str, str] = {
     "BOOL": "|b1",
     "U8": "|u1",
@@ -44,13 +41,15 @@ NUMPY_TYPES: Mapping[str, str] = {
 }
 
 
-class WeightFiles:
+class WeightFiles(Tensors):
     """Tensors by name over all shards. Headers are checked on opening; data is mapped when read."""
+
+    float_dtypes = WEIGHT_DTYPES
 
     def __init__(self, tensors: Mapping[str, TensorInfo], files: tuple[Path, ...]) -> None:
         self.files = files  # every file that the weights depend on, the index included
         self._tensors = dict(tensors)
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._mapped = MappedFiles()
 
     @staticmethod
     def open(folder: Path) -> WeightFiles:
@@ -62,93 +61,21 @@ class WeightFiles:
             return _open_shards(folder)
         raise _no_weights(folder)
 
-    def names(self) -> list[str]:
-        """Return all tensor names, in the order of the files."""
-        return list(self._tensors)
-
-    def info(self, name: str) -> TensorInfo:
-        """Return dtype, shape and place of a tensor. Raises CheckpointError where it is missing."""
-        if name not in self._tensors:
-            raise CheckpointError(f"{self.files[0]}: tensor {name!r} is missing")
-        return self._tensors[name]
-
-    def read(self, name: str) -> np.ndarray[Any, Any]:
+    def read(self, name: str) -> Array:
         """Return a read-only view of the mapped file; bfloat16 as uint16 bits, float8 as uint8."""
         info = self.info(name)
         if info.begin == info.end:
             return np.empty(info.shape, NUMPY_TYPES[info.dtype])
-        mapped = self._map(info.file, info.end)
-        data = np.frombuffer(mapped, np.uint8, info.end - info.begin, info.begin)
+        data = self._mapped.bytes_of(info.file, info.begin, info.end)
         if info.begin % np.dtype(NUMPY_TYPES[info.dtype]).itemsize:
             data = data.copy()  # a header of odd size: kernels must not meet unaligned pointers
         array = data.view(NUMPY_TYPES[info.dtype]).reshape(info.shape)
         array.flags.writeable = False
         return array
 
-    def check(
-        self, expected: Mapping[str, tuple[int, ...]], tied: Mapping[str, str] | None = None
-    ) -> None:
-        """Raise CheckpointError for the first missing, extra, misshaped or mistyped tensor.
-
-        `tied` maps an alias to the tensor whose values it shares (lm_head.weight to the embedding):
-        the alias may be absent, or present with the same bytes.
-        """
-        tied = tied or {}
-        for name, shape in expected.items():
-            if name in tied and name not in self._tensors:
-                continue
-            info = self.info(name)
-            where = f"{info.file}: tensor {name!r}"
-            if info.shape != tuple(shape):
-                raise CheckpointError(
-                    f"{where} has the shape {list(info.shape)}, expected {list(shape)}"
-                )
-            if info.dtype not in WEIGHT_DTYPES:
-                known = ", ".join(WEIGHT_DTYPES)
-                raise CheckpointError(f"{where} has the dtype {info.dtype}, expected {known}")
-        for alias, source in tied.items():
-            if alias in self._tensors and not self._identical(alias, source):
-                raise CheckpointError(
-                    f"{self.info(alias).file}: tensor {alias!r} differs from {source!r}, to which "
-                    "config.json ties it",
-                    advice="set tie_word_embeddings to false if the head has weights of its own",
-                )
-        for name in sorted(self._tensors.keys() - expected.keys() - tied.keys()):
-            if not HARMLESS_EXTRA.fullmatch(name):
-                raise CheckpointError(
-                    f"{self.info(name).file}: tensor {name!r} is not part of this model"
-                )
-
     def close(self) -> None:
         """Unmap the files. Arrays that are still in use keep theirs."""
-        for mapped in self._maps.values():
-            try:
-                mapped.close()
-            except BufferError:
-                continue  # a view is alive: the map goes with it
-        self._maps.clear()
-
-    def _identical(self, alias: str, source: str) -> bool:
-        a, b = self.info(alias), self.info(source)
-        if a.dtype != b.dtype or a.shape != b.shape:
-            return False
-        left, right = (self.read(name).reshape(-1).view(np.uint8) for name in (alias, source))
-        block = 1 << 24  # bounded memory for the comparison
-        return all(
-            np.array_equal(left[i : i + block], right[i : i + block])
-            for i in range(0, len(left), block)
-        )
-
-    def _map(self, path: Path, end: int) -> mmap.mmap:
-        if path not in self._maps:
-            with path.open("rb") as file:
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(self._maps[path]) < end:
-            raise CheckpointError(
-                f"{path}: truncated since it was opened: {len(self._maps[path])} bytes, "
-                f"expected {end}"
-            )
-        return self._maps[path]
+        self._mapped.close()
 
 
 def _open_shards(folder: Path) -> WeightFiles:

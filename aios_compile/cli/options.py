@@ -23,7 +23,9 @@ from aios_compile.errors import AiosError, ConfigError, RequestError
 
 EXIT_MISTAKE, EXIT_BROKEN_PIPE, EXIT_INTERRUPTED = 1, 141, 130
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="model folder or hub id")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="model folder, GGUF file or hub id")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on stdout")]
 
 

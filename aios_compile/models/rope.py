@@ -76,6 +76,8 @@ def inverse_frequencies(rope: RopeConfig) -> Tensor:
     inv_freq = 1.0 / rope.theta ** _exponents(rope.rotary_dim)
     if rope.rope_type == "linear":
         return inv_freq / rope.factor
+    if rope.rope_type == "frequency_factors":
+        return inv_freq / torch.tensor(rope.frequency_factors, device="cpu")
     if rope.rope_type == "llama3":
         return _llama3(inv_freq, rope)
     if rope.rope_type == "yarn":

@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from aios_compile.errors import UnsupportedModelError
 from aios_compile.models.fields import Fields
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "frequency_factors")
 DEFAULT_THETA = 10000.0
 MAX_LENGTH = 1 << 30
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """One RoPE variant; the fields that its type does not use keep their defaults."""
+    """One RoPE variant; the fields that its type does not use keep their defaults.
+
+    frequency_factors: what each frequency is divided by (GGUF files carry Llama 3's scaling so).
+    """
 
     rope_type: str
     theta: float
@@ -30,6 +33,7 @@ class RopeConfig:
     truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    frequency_factors: tuple[float, ...] = ()
 
 
 def read_rope(
@@ -75,6 +79,11 @@ def _read_type(
 ) -> RopeConfig:
     if rope_type == "default":
         return RopeConfig(rope_type, theta, rotary_dim, max_length, max_length)
+    if rope_type == "frequency_factors":
+        factors = _frequency_factors(rope, rotary_dim // 2)
+        return RopeConfig(
+            rope_type, theta, rotary_dim, max_length, max_length, frequency_factors=factors
+        )
     if rope_type not in ("yarn", "llama3"):
         factor = _factor(rope, None)
         return RopeConfig(rope_type, theta, rotary_dim, max_length, max_length, factor)
@@ -109,6 +118,14 @@ def _read_type(
         low_freq_factor=low,
         high_freq_factor=high,
     )
+
+
+def _frequency_factors(rope: Fields, count: int) -> tuple[float, ...]:
+    values = rope.get("frequency_factors")
+    good = isinstance(values, list) and len(values) == count
+    if not good or not all(isinstance(v, (int, float)) and 1e-3 <= v <= 1e6 for v in values):
+        raise rope.wrong("frequency_factors", values, f"{count} numbers from 0.001 to 1e6")
+    return tuple(float(value) for value in values)
 
 
 def _factor(rope: Fields, default: float | None) -> float:

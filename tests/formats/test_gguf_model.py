@@ -1,0 +1,142 @@
+"""GGUF files of the zoo's models: the same weights bit for bit, same config, same logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+
+import aios_compile
+from aios_compile.checkpoint.gguf import GgufCheckpoint
+from aios_compile.config import CompileOptions
+from aios_compile.errors import CheckpointError
+from aios_compile.model_source import open_source
+from aios_compile.models.config import ModelConfig
+from aios_compile.models.decoder import Decoder
+from tests import zoo
+from tests.formats.gguf_files import convert, with_weights
+
+# name of a zoo model -> the type of its matrices (the embedding may differ)
+MODELS: dict[str, tuple[Kind, Kind]] = {
+    "llama_gqa": (Kind.Q8_0, Kind.Q8_0),
+    "llama_tied": (Kind.Q4_0, Kind.Q8_0),
+    "llama_attention_bias": (Kind.Q5_0, Kind.F16),
+    "llama_mlp_bias": (Kind.Q5_1, Kind.F32),
+    "llama_head_dim": (Kind.BF16, Kind.BF16),
+    "llama_theta": (Kind.F16, Kind.F16),
+    "llama_linear": (Kind.F32, Kind.F32),
+    "llama_llama3": (Kind.Q8_0, Kind.F32),
+    "llama_yarn": (Kind.F32, Kind.F32),
+    "mistral_full": (Kind.Q4_1, Kind.Q8_0),
+    "mistral_window": (Kind.Q8_0, Kind.Q8_0),
+    "qwen2_tied": (Kind.Q8_0, Kind.Q8_0),
+    "qwen2_yarn": (Kind.F32, Kind.F32),
+    "qwen3_gqa": (Kind.Q4_1, Kind.Q8_0),
+    "qwen3_bias": (Kind.Q5_1, Kind.Q8_0),
+}
+
+
+def kinds(matrices: Kind, embedding: Kind) -> Callable[[str], Kind]:
+    return lambda name: embedding if "embed_tokens" in name else matrices
+
+
+def make(name: str, tmp_path: Path) -> tuple[Path, Path, dict[str, torch.Tensor]]:
+    """Return a zoo folder with the weights of the GGUF file, the file, and those weights."""
+    source = zoo.make(name, tmp_path)
+    path = tmp_path / f"{name}.gguf"
+    meant = convert(source, path, kinds(*MODELS[name]))
+    return with_weights(source, tmp_path / f"{name}-meant", meant), path, meant
+
+
+def same(config: ModelConfig) -> ModelConfig:
+    """Leave out what names the source and not the mathematics."""
+    rope = config.rope
+    if rope.rope_type in ("llama3", "frequency_factors"):
+        rope = replace(rope, rope_type="llama3", frequency_factors=(), factor=0.0,
+                       low_freq_factor=0, high_freq_factor=0,
+                       original_max_position_embeddings=0)  # fmt: skip
+    kind = "mistral" if config.model_type == "llama" else config.model_type
+    return replace(config, rope=rope, model_type=kind, dtype=None, ignored_keys=())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_config_and_logits(name: str, tmp_path: Path) -> None:
+    folder, path, meant = make(name, tmp_path)
+    checkpoint = GgufCheckpoint.open(path)
+    config = ModelConfig.from_dict(checkpoint.config, str(path))
+    assert same(config) == same(ModelConfig.from_dict(zoo.config_of(name)))
+    source = open_source(str(path), CompileOptions.parse({"dtype": "float32"}))
+    model = Decoder(config).eval().requires_grad_(False)
+    for key, parameter in model.named_parameters():
+        value = source.read(key).float()
+        assert torch.equal(value.view(torch.int32), meant[key].view(torch.int32)), key
+        parameter.copy_(value)
+    ids = zoo.token_ids(folder)
+    logits = model(torch.tensor(ids), torch.arange(len(ids)))
+    assert (logits - zoo.reference_logits(folder, ids)).abs().max() <= zoo.TOLERANCE
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model whose rows hold whole blocks of 256, in the types of a Q4_K_M and a Q5_K_M file."""
+    folder = tmp_path_factory.mktemp("wide")
+    zoo.ZOO["llama_k_types"] = {
+        "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
+    }  # fmt: skip
+    source = zoo.make("llama_k_types", folder)
+    types = {"down_proj": Kind.Q6_K, "v_proj": Kind.Q6_K, "o_proj": Kind.Q5_K, "lm_head": Kind.Q6_K}
+
+    def kind_of(name: str) -> Kind:
+        return next((kind for part, kind in types.items() if part in name), Kind.Q4_K)
+
+    path = folder / "model.gguf"
+    meant = convert(source, path, kind_of)
+    # the embedding of random blocks is small: greedy answers still differ from token to token
+    return with_weights(source, folder / "meant", meant), path, meant
+
+
+def test_compiled_k_types(wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way: load, compile, logits and greedy tokens against transformers."""
+    folder, path, _ = wide
+    monkeypatch.setenv("AIOS_VERIFY", "0")
+    ids = zoo.token_ids(folder)
+    with aios_compile.load_and_compile(
+        str(path), dtype="float32", progress=False, num_threads=1
+    ) as model:
+        expected = zoo.reference_logits(folder, ids)
+        assert (model(ids) - expected).abs().max() <= zoo.TOLERANCE * max(1, expected.abs().max())
+        result = model.generate(ids[:5], max_tokens=16, temperature=0, ignore_eos=True)
+        assert list(result.outputs[0].token_ids) == zoo.reference_greedy(folder, ids[:5], 16)
+        note = next(note for note in model.report().notes if "dequantised" in note)
+    assert "Q4_K, Q5_K, Q6_K" in note and "float32" in note
+
+
+def test_pieces_are_the_whole(wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large tensor is dequantised some rows at a time; the default dtype is bfloat16."""
+    _, path, meant = wide
+    monkeypatch.setattr("aios_compile.checkpoint.gguf_weights.PIECE_WEIGHTS", 3 * 256)
+    checkpoint = GgufCheckpoint.open(path)
+    name = "model.layers.0.self_attn.k_proj.weight"
+    pieces = list(checkpoint.weights.pieces(name))
+    assert len(pieces) > 20
+    assert np.array_equal(np.concatenate([p for _, p in pieces]), meant[name].numpy())
+    assert np.array_equal(checkpoint.weights.read(name), meant[name].numpy())
+    source = open_source(path, CompileOptions.parse({}))
+    assert torch.equal(source.read(name), meant[name].to(torch.bfloat16))
+
+
+def test_a_folder_with_one_file(wide: Any, tmp_path: Path) -> None:
+    path = wide[1]
+    (tmp_path / "a.gguf").write_bytes(path.read_bytes())
+    assert open_source(tmp_path, CompileOptions.parse({})).files == (tmp_path / "a.gguf",)
+    (tmp_path / "b.gguf").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"2 GGUF files: a\.gguf, b\.gguf"):
+        open_source(tmp_path, CompileOptions.parse({}))
+    with pytest.raises(CheckpointError, match="no such file"):
+        open_source(str(tmp_path / "c.gguf"), CompileOptions.parse({}))
