@@ -143,7 +143,7 @@ def _emit(call: fx.Node, operands: list[Operand], emitters: Sequence[ModuleType]
 def _named(source: KernelSource, call: fx.Node) -> KernelSource:
     """Name a kernel after what it computes, with eight digits of its text: add_rms_norm_1f0c..."""
     title = re.sub(r"_\d+$", "", str(call.target))
-    own = re.compile(rf"\b{re.escape(source.symbol)}(?=\b|_items\b)")
+    own = re.compile(rf"\b{re.escape(source.symbol)}(?=\b|_)")
     # the emitter's symbol may tell of names in the body, which are no part of what is computed
     neutral = dataclasses.replace(source, text=own.sub(title, source.text))
     symbol = f"{title}_{neutral.digest()[:8]}"

@@ -17,6 +17,7 @@ class KernelSource:
     the kernel reads and writes them at the same index only. `model_lines` are the model's source
     lines that the kernel computes, for people. `workspace`: buffers that a caller gives after the
     operands (Triton only), with sizes in T, S, R, P; no `num_operands`, dead after the launch.
+    `counters`: 32-bit integers, zero before and after each launch, given last (Triton only).
     """
 
     name: str
@@ -27,6 +28,7 @@ class KernelSource:
     inplace: tuple[tuple[int, int], ...] = ()
     model_lines: tuple[str, ...] = ()
     workspace: tuple[Operand, ...] = ()
+    counters: int = 0
 
     def digest(self) -> str:
         """Return the sha256 of language and text, in hex."""

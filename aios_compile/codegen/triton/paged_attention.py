@@ -1,0 +1,161 @@
+"""out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h / G]) v[j, h / G] over the visible keys j.
+
+The spec is the C++ target's (its file has the layouts and masks). A block is BLOCK_M rows = queries
+x the heads of one key/value head. Up to SPLIT tokens a step: a unit of work is (block, segment of
+keys); a fixed number of programs shares the units of all sequences evenly, whatever their lengths,
+and the last unit of a block combines its segments in their order (stream-K's fixup, Osama et al.,
+2023; split-KV, Flash-Decoding, 2023). Beyond: one program a block, which goes through the segments
+by itself. Segments begin at multiples of SEGMENT keys, so both give a row the same sums in the same
+order. All lengths are read on the device. Factors of the two products are rounded to the cache's
+dtype, sums are float32. Bytes: K and V of a sequence once for each block of its queries; partial
+results of (segments x queries) once more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from aios_compile.codegen.cpp import paged_attention
+from aios_compile.codegen.cpp.paged_attention import PagedAttentionSpec
+from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.source import KernelSource
+from aios_compile.codegen.triton.frame import python_dim
+from aios_compile.codegen.triton.template import (
+    Bound,
+    Entry,
+    Text,
+    fixed,
+    is_fixed,
+    kernel,
+    next_power_of_two,
+)
+
+PROGRAMS = 264  # two for each of 132 multiprocessors
+MAX_SEGMENTS = 64  # of a sequence
+SEGMENT = 256  # keys at least: a shorter one costs more in combining than it wins
+MAX_PARTIAL_BYTES = 64 << 20
+MAX_SPLIT_TOKENS = 128
+WHOLE_ROWS = 64  # rows of a block when a program does it alone
+
+Values = dict[str, Any]
+
+
+def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> Bound[PagedAttentionSpec] | None:
+    """Return the spec of a body that is one aios.paged_attention, else None."""
+    spec = paged_attention.spec_of(body, operands)
+    return Bound(spec, tuple(operands)) if spec is not None and serves(spec) else None
+
+
+def serves(spec: PagedAttentionSpec) -> bool:
+    """Return whether every offset, stride and the page table's width are numbers."""
+    views = [*spec.inputs, *([spec.sinks] if spec.sinks else [])]
+    dims = [d for v in views for d in (v.offset, *v.operand.strides)]
+    tables = spec.inputs[5].operand
+    return is_fixed(*dims, *spec.out.strides, *tables.shape[1:])
+
+
+def reference(spec: Bound[PagedAttentionSpec], *tensors: Tensor) -> Tensor:
+    """Compute the kernel's output in eager PyTorch; tensors in the op's order."""
+    return paged_attention.reference(spec.spec, *tensors)
+
+
+def emit(bound: Bound[PagedAttentionSpec]) -> KernelSource:
+    """Return the kernel module."""
+    spec, shape = bound.spec, shape_of(bound.spec)
+    tokens, sequences = (spec.inputs[i].operand.shape[0] for i in (0, 4))
+    arguments = [i.index for i in spec.inputs]
+    arguments += [spec.sinks.index if spec.sinks else 0, spec.num_operands - 1]
+    sizes = (python_dim(tokens), python_dim(sequences))
+    spaces = tuple(range(spec.num_operands, spec.num_operands + 3))
+    narrow = next_power_of_two(shape["GROUP"], 16)
+    wide, kv_heads = max(WHOLE_ROWS, narrow), shape["KV_HEADS"]
+    programs = f"min({sizes[0]} * {shape['SEGMENTS']}, {-(-PROGRAMS // kv_heads)})"
+    blocks = f"{sizes[0]} // {wide // shape['GROUP']} + {sizes[1]} + 1"
+    split = Entry(
+        "attend_split", (*arguments, *spaces, *sizes), f"{programs}, {kv_heads}",
+        (("BLOCK_M", narrow),),
+    )  # fmt: skip
+    whole = Entry(
+        "attend_whole", (*arguments, *sizes), f"{blocks}, {kv_heads}", (("BLOCK_M", wide),),
+        num_warps=8, num_stages=3,
+    )  # fmt: skip
+    variants = [(split_tokens(spec), [split]), (None, [whole])]
+    return kernel(
+        "paged_attention", bound, SUMMARY, bound.operands, constants(spec), ["paged_attention"],
+        variants, tokens, lines=spec.lines, workspace=workspaces(spec),
+        counters=split_tokens(spec) * kv_heads,
+    )  # fmt: skip
+
+
+SUMMARY = ("paged attention: split over keys for few tokens, else one program a block of queries",)
+
+
+def split_tokens(spec: PagedAttentionSpec) -> int:
+    """Return the most tokens of a step whose keys are split: as many as the partial results fit."""
+    shape = shape_of(spec)
+    token = 4 * shape["HEADS"] * shape["SEGMENTS"] * (shape["DV"] + 2)
+    tokens = MAX_SPLIT_TOKENS
+    while tokens > 1 and tokens * token > MAX_PARTIAL_BYTES:
+        tokens //= 2
+    return tokens
+
+
+def workspaces(spec: PagedAttentionSpec) -> tuple[Operand, ...]:
+    """Return the segments' results, and their maxima and sums."""
+    shape = shape_of(spec)
+    rows = split_tokens(spec) * shape["HEADS"] * shape["SEGMENTS"]
+    sizes = {"partial": rows * shape["DV"], "stats": 2 * rows}
+    return tuple(Operand(name, "f32", (size,), (1,)) for name, size in sizes.items())
+
+
+def shape_of(spec: PagedAttentionSpec) -> dict[str, int]:
+    """Return the sizes that the module is made for, by the names of its constants."""
+    q, k, v, _, _, tables = (i.operand for i in spec.inputs)
+    heads, kv_heads, page = fixed(q.shape[1]), fixed(k.shape[1]), fixed(v.shape[2])
+    context = fixed(tables.shape[1]) * page
+    segment = next_power_of_two(-(-context // MAX_SEGMENTS), SEGMENT)
+    return {
+        "HEADS": heads, "KV_HEADS": kv_heads, "GROUP": heads // kv_heads, "PAGE": page,
+        "D": fixed(q.shape[2]), "DV": fixed(v.shape[3]), "SEGMENT": segment,
+        "SEGMENTS": -(-context // segment),
+    }  # fmt: skip
+
+
+def constants(spec: PagedAttentionSpec) -> Values:
+    """Return the template's constants."""
+    q, k, v, starts, lengths, tables = spec.inputs
+    shape = shape_of(spec)
+    narrow = shape["D"] <= 128 and k.operand.dtype != "f32"
+    kinds = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
+    return {
+        **shape,
+        "BLOCK_D": next_power_of_two(shape["D"], 16),
+        "BLOCK_DV": next_power_of_two(shape["DV"], 16),
+        "BLOCK_N": min(shape["SEGMENT"], 64 if narrow else 32),
+        "SCAN": 64,
+        "KV": Text(kinds[k.operand.dtype]),
+        "WINDOW": spec.window or 0,
+        "CHUNK": spec.chunk or 0,
+        "SOFTCAP": float(spec.softcap or 0.0),
+        "SCALE": float(spec.scale),
+        "LOG2E": math.log2(math.e),
+        "HAS_SINKS": spec.sinks is not None,
+        "SINKS_OFFSET": fixed(spec.sinks.offset) if spec.sinks else 0,
+        "Q_OFFSET": fixed(q.offset),
+        "Q_TOKEN": fixed(q.operand.strides[0]),
+        "Q_HEAD": fixed(q.operand.strides[1]),
+        "OUT_TOKEN": fixed(spec.out.strides[0]),
+        "OUT_HEAD": fixed(spec.out.strides[1]),
+        "KC_PAGE": fixed(k.operand.strides[0]),
+        "KC_HEAD": fixed(k.operand.strides[1]),
+        "VC_PAGE": fixed(v.operand.strides[0]),
+        "VC_HEAD": fixed(v.operand.strides[1]),
+        "STARTS_OFFSET": fixed(starts.offset),
+        "LENGTHS_OFFSET": fixed(lengths.offset),
+        "TABLES_OFFSET": fixed(tables.offset),
+        "TABLES_ROW": fixed(tables.operand.strides[0]),
+    }
