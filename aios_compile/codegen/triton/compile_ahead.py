@@ -1,0 +1,160 @@
+"""Compile Triton modules for a GPU without a GPU, in processes side by side, and say what they use.
+
+    binaries = compile_ahead([source, ...], "cuda:90", folder)
+    python -m aios_compile.codegen.triton.compile_ahead MODULE.py cuda:90 OUT    (one module)
+
+A process imports the module with the interpreter off, compiles each launch of each variant as if
+every pointer were aligned to 16 bytes, and leaves PTX (or AMD assembly) and the binary in OUT.
+Registers, stack and spills are read with the cuobjdump of the triton wheel.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from aios_compile.codegen.source import KernelSource
+from aios_compile.errors import CodegenError
+
+USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+@dataclass(frozen=True)
+class Binary:
+    """One compiled launch. Bytes of shared memory are a block's, spills a thread's."""
+
+    kernel: str
+    most: int | None
+    constexprs: dict[str, Any]
+    num_warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    text: str
+    binary: str
+
+    def assembly(self) -> str:
+        """Return the PTX, or AMD's assembly."""
+        return Path(self.text).read_text()
+
+
+def parse_target(name: str) -> Any:
+    """Return Triton's target of "cuda:90" or "hip:gfx942". Raises CodegenError for another name."""
+    from triton.backends.compiler import GPUTarget
+
+    kind, _, arch = name.partition(":")
+    if kind == "cuda" and arch.isdigit():
+        return GPUTarget("cuda", int(arch), 32)
+    if kind == "hip" and arch:
+        return GPUTarget("hip", arch, 64)
+    raise CodegenError(
+        f"unknown GPU target {name!r}", advice="say cuda:80, cuda:90, cuda:100 or hip:gfx942"
+    )
+
+
+def compile_ahead(
+    sources: Sequence[KernelSource], target: str, folder: Path, jobs: int = 2
+) -> list[list[Binary]]:
+    """Compile every variant of every module; return the binaries of each source, in order.
+
+    Raises CodegenError with the compiler's message when a module does not compile for the target.
+    """
+    parse_target(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = str(Path(__file__).parents[3])
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    environment["TRITON_CACHE_DIR"] = str(folder / "triton_cache")
+
+    def one(source: KernelSource) -> list[Binary]:
+        module = folder / f"{source.symbol}.py"
+        module.write_text(source.text)
+        out = folder / target.replace(":", "_") / source.symbol
+        command = [sys.executable, "-m", __name__, str(module), target, str(out)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CodegenError(
+                f"{source.symbol} does not compile for {target}: {done.stderr.strip()[-2000:]}"
+            )
+        return [Binary(**row) for row in json.loads((out / "binaries.json").read_text())]
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(one, sources))
+
+
+def compile_module(path: Path, target: str, out: Path) -> list[Binary]:
+    """Compile every launch of a module's variants in this process."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out.mkdir(parents=True, exist_ok=True)
+    binaries: list[Binary] = []
+    for variant in module.VARIANTS:
+        for launch in variant["launches"]:
+            name = f"{launch['kernel'].__name__}_{len(binaries)}"
+            binaries.append(_compile(module, launch, variant["most"], target, out / name))
+    return binaries
+
+
+def _compile(module: Any, launch: Any, most: int | None, target: str, place: Path) -> Binary:
+    from triton.compiler import ASTSource, compile
+
+    kernel, constexprs = launch["kernel"], launch["constexprs"]
+    operands = kernel.arg_names[: len(module.TYPES)]
+    types = dict(zip(operands, module.TYPES))
+    types |= dict.fromkeys("TSRP", "i32") | dict.fromkeys(constexprs, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(operands))}
+    source = ASTSource(kernel, types, constexprs=constexprs, attrs=aligned)
+    made = compile(source, target=parse_target(target), options=dict(launch["options"]))
+    cuda = target.startswith("cuda")
+    text, binary = place.with_suffix(".ptx" if cuda else ".s"), place.with_suffix(".bin")
+    text.write_text(made.asm["ptx" if cuda else "amdgcn"])
+    if cuda and "\ttrap;" in text.read_text():
+        # Triton 3.7 turns a tile that does not fit tensor memory into a trap instead of an error.
+        raise CodegenError(f"{kernel.__name__} {dict(constexprs)} compiles to a trap for {target}")
+    binary.write_bytes(made.asm["cubin" if cuda else "hsaco"])
+    registers, spills = _cuda_usage(binary) if cuda else _amd_usage(text.read_text())
+    return Binary(
+        kernel.__name__, most, dict(constexprs), made.metadata.num_warps, registers, spills,
+        made.metadata.shared, str(text), str(binary),
+    )  # fmt: skip
+
+
+def _cuda_usage(binary: Path) -> tuple[int, int]:
+    """Return (registers, bytes of stack and local memory) of the one kernel in a cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [str(tool), "--dump-resource-usage", str(binary)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [tuple(map(int, found)) for found in USAGE.findall(report)]
+    registers = max(row[0] for row in rows)
+    return registers, max(row[1] + row[3] for row in rows)
+
+
+def _amd_usage(text: str) -> tuple[int, int]:
+    def value(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", text)
+        return int(found.group(1)) if found else 0
+
+    return value("vgpr_count"), 4 * value("vgpr_spill_count")
+
+
+def main() -> None:
+    path, target, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    binaries = compile_module(path, target, out)
+    (out / "binaries.json").write_text(json.dumps([asdict(b) for b in binaries]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""y[t, n] = f(sum over k of x[t, k] * w[n, k], ...): a linear layer with any pointwise tail.
+
+One module, one variant for each range of rows (configs.py): up to 4 tokens the weights stream
+through the vector units (skinny_linear.py), up to 32 through the tensor cores with all tokens in
+one tile, beyond that in tiles of tokens (tile_linear.py). Layouts, spec: linear_spec.py. Sums are
+float32 in an order that the variant fixes: the same bits for the same bucket of tokens.
+Half-precision weights meet float32 activations as the sum of two parts of the weights' precision
+(16 bits of mantissa for bf16, 22 for f16): `parts` in the spec's module text, no rounding to half.
+Bytes: w once for up to 64 tokens; x and the tail's operands once a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from aios_compile.codegen.cpp.frame import layout, symbol_of
+from aios_compile.codegen.expression import formula
+from aios_compile.codegen.operand import BYTES, Operand
+from aios_compile.codegen.source import KernelSource
+from aios_compile.codegen.triton import configs, linear_spec, skinny_linear, tile_linear
+from aios_compile.codegen.triton.cards import DEFAULT, Card
+from aios_compile.codegen.triton.configs import Config, Problem
+from aios_compile.codegen.triton.frame import Variant, module_text
+from aios_compile.codegen.triton.linear_spec import LinearSpec
+from aios_compile.codegen.triton.linear_text import PRODUCT, workspace_of
+
+spec_of = linear_spec.spec_of
+
+
+def reference(spec: LinearSpec, body: fx.GraphModule, *tensors: Tensor) -> Any:
+    """Compute the outputs in eager PyTorch: the body is the definition."""
+    return body(*tensors)
+
+
+def problem_of(spec: LinearSpec) -> Problem:
+    """Return the sizes that the cost model needs."""
+    weight, x = spec.weight.operand.dtype, spec.x.operand.dtype
+    parts = 2 if x == "f32" and weight != "f32" else 1
+    return Problem(spec.columns, spec.depth, spec.streams, BYTES[weight], BYTES[x], parts)
+
+
+def choose(spec: LinearSpec, card: Card = DEFAULT) -> list[tuple[int | None, Config]]:
+    """Return the configuration of each range of rows."""
+    return configs.choose(problem_of(spec), card)
+
+
+def emit(
+    spec: LinearSpec, card: Card = DEFAULT,
+    chosen: Sequence[tuple[int | None, Config]] | None = None,
+) -> KernelSource:  # fmt: skip
+    """Return the module; `chosen` overrides the model's choice of configurations."""
+    symbol = symbol_of(spec.name, (spec, chosen, card.target))
+    chosen = choose(spec, card) if chosen is None else chosen
+    split = max(config.split for _, config in chosen)
+    workspace = workspace_of(spec, split)
+    operands: list[Operand] = [*spec.operands, *workspace]
+    kernels, variants = [PRODUCT], []
+    for most, config in chosen:
+        build = tile_linear if config.kind == "tile" else skinny_linear
+        name = f"{symbol}_{config.kind}_{'any' if most is None else most}"
+        texts, launches = build.kernels(spec, operands, config, name)
+        kernels += texts
+        variants.append(Variant(most, launches))
+    names = [o.name for o in spec.operands]
+    leaves = [(names + [f"sum{s}" for s in range(spec.streams)])[x.operand] for x in spec.leaves]
+    comment = [f"{spec.name}: sums over {spec.depth} inputs for {spec.columns} columns"]
+    comment += [f"  out{i} = {formula(v, leaves)}" for i, v in enumerate(spec.values)]
+    comment += [f"  {layout(o)}" for o in operands]
+    comment += [f"model: {line}" for line in spec.lines]
+    rows = spec.x.operand.shape[0]
+    text = module_text(comment, operands, kernels, variants, rows, workspace)
+    return KernelSource(
+        spec.name, symbol, "triton", text, len(spec.operands), linear_spec.inplace(spec),
+        spec.lines, tuple(workspace),
+    )  # fmt: skip

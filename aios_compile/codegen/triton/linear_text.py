@@ -1,0 +1,115 @@
+"""Parts of the text of the linear kernels: loads, products, the tail, the sums of a split depth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aios_compile.codegen.access import varies
+from aios_compile.codegen.cpp.frame import variable
+from aios_compile.codegen.expression import Printer
+from aios_compile.codegen.linear_index import Linear, product
+from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.triton.dialect import Texts, Triton
+from aios_compile.codegen.triton.frame import python_dim, signature
+from aios_compile.codegen.triton.linear_spec import LinearSpec
+
+PRODUCT = """\
+@triton.jit
+def product(a, b, sums, PRECISION: tl.constexpr):
+    # The interpreter has no bfloat16 arithmetic: there the factors are widened, which is exact.
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION)"""
+
+
+@dataclass
+class Tail(Texts):
+    """Texts over the coordinates i0 (token) and i1 (column), with the masks mask0 and mask1."""
+
+    def _load(self, index: int) -> str:
+        leaf = self.leaves[index]
+        assert not hasattr(leaf, "kind"), "a linear's tail has no reductions"
+        if leaf.operand >= len(self.operands):
+            return self.names[leaf.operand]
+        operand = self.operands[leaf.operand]
+        masks = self._masks(leaf.address)
+        mask = f", mask={masks}, other=0" if masks else ""
+        pointer = variable(operand, leaf.operand)
+        text = f"tl.load({pointer} + {self.address(leaf.address)}{mask})"
+        return f"{text}.to(tl.float32)" if operand.dtype in ("bf16", "f16") else text
+
+    def store(self, operand: int, address: Linear, value: str) -> str:
+        masks = self._masks(address)
+        mask = f", mask={masks}" if masks else ""
+        place = f"{variable(self.operands[operand], operand)} + {self.address(address)}"
+        return f"tl.store({place}, {value}{mask})"
+
+    def _masks(self, address: Linear) -> str:
+        found = [f"mask{d}" for d in (0, 1) if varies(address.expr(), self.leaves, d)]
+        return " & ".join(found)
+
+
+def tail_lines(spec: LinearSpec) -> list[str]:
+    """Return the lines from sum0, sum1, i0, i1, mask0, mask1 to the stores of the outputs."""
+    count = len(spec.operands)
+    names = {count + s: f"sum{s}" for s in range(spec.streams)}
+    texts = Tail(spec.operands, spec.leaves, 1, names)
+    lines, results = Printer(Triton()).statements(spec.values, texts.loads(spec.values))
+    stores = zip(spec.outputs(), spec.stores, results)
+    return lines + [texts.store(index, address, result) for index, address, result in stores]
+
+
+def x_row(spec: LinearSpec, token: str) -> str:
+    """Return the address of a token's first element."""
+    x = spec.x
+    offset = "" if x.offset == 0 else f" + {python_dim(x.offset)}"
+    return f"{variable(x.operand, x.index)}{offset} + {token} * {python_dim(x.operand.strides[0])}"
+
+
+def w_row(spec: LinearSpec, column: str, stream: int) -> str:
+    """Return the address of the first weight of a stream's column."""
+    w = spec.weight
+    stride = w.operand.strides[0]
+    first = w.offset
+    assert isinstance(stride, int) and isinstance(first, int), "weights have a fixed layout"
+    first += stream * spec.columns * stride
+    offset = "" if first == 0 else f" + {first}"
+    return f"{variable(w.operand, w.index)}{offset} + {column} * {stride}"
+
+
+def parts_of(spec: LinearSpec) -> tuple[str, list[str], str]:
+    """Return (type of the factors, lines that split x into parts, precision of a product).
+
+    f32 x and bf16 w: two bf16 parts; f32 x and f16 w: two tf32 parts, in which f16 is exact.
+    """
+    x, w = spec.x.operand.dtype, spec.weight.operand.dtype
+    if x == w:
+        return {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[x], ["x0 = x"], "ieee"
+    if w == "bf16" and x == "f32":
+        lines = ["x0 = x.to(tl.bfloat16)", "x1 = (x - x0.to(tl.float32)).to(tl.bfloat16)"]
+        return "bfloat16", lines, "ieee"
+    if w == "f32":
+        return "float32", ["x0 = x.to(tl.float32)"], "ieee"
+    if x != "f32":  # bf16 and f16: each is exact in tf32
+        return "float32", ["x0 = x.to(tl.float32)"], "tf32"
+    lines = ["bits = x.to(tl.int32, bitcast=True) & -8192"]
+    lines += ["x0 = bits.to(tl.float32, bitcast=True)", "x1 = x - x0"]
+    return "float32", lines, "tf32"
+
+
+def workspace_of(spec: LinearSpec, split: int) -> list[Operand]:
+    """Return the buffer for the sums of a split depth: [split, stream, token, column]."""
+    if split == 1:
+        return []
+    tokens, columns = spec.x.operand.shape[0], spec.columns
+    shape = (split, spec.streams, tokens, columns)
+    strides = (product(shape[1:]), product(shape[2:]), columns, 1)
+    return [Operand("partial", "f32", shape, strides)]
+
+
+def kernel_text(
+    name: str, operands: list[Operand], constexprs: tuple[str, ...], body: list[str]
+) -> str:
+    """Return a kernel function."""
+    return "\n".join([*signature(name, operands, constexprs), *(f"    {line}" for line in body)])

@@ -1,0 +1,175 @@
+"""The Triton linear kernels in the interpreter: every variant, dtype, tail, border and stride."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from aios_compile.ir import ops  # noqa: F401  (registers the ops)
+from tests.codegen.harness import make_body
+from tests.codegen.triton_modules import load, poisoned, run
+
+pytest.importorskip("triton")
+
+from aios_compile.codegen.triton import configs, linear
+from aios_compile.codegen.triton.cards import CARDS, DEFAULT
+from aios_compile.codegen.triton.configs import Config
+
+aios, aten = torch.ops.aios, torch.ops.aten
+f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+ROWS = Config("rows", 4, 4, 64, 2)
+DOT = Config("dot", 16, 16, 32, 4)
+SPLIT = Config("dot", 16, 16, 32, 4, 3, split=3)
+TILE = Config("tile", 16, 32, 32, 4)
+
+
+def plain(x, w):
+    return aios.linear.default(x, w)
+
+
+def with_bias_and_residual(x, w, bias, residual):
+    return aten.add.Tensor(residual, aios.linear.default(x, w, bias))
+
+
+def activated_twice(x, w, bias):
+    y = aios.linear.default(x, w, bias)
+    return aten.silu.default(y), aten.mul.Tensor(y, 0.5)
+
+
+def gated(x, w):
+    y = aios.linear.default(x, w)
+    gate, up = aten.split.Tensor(y, w.shape[0] // 2, 1)
+    return aios.gated_activation.default(gate, up, "silu")
+
+
+def gated_by_slices(x, w, scale):
+    y = aios.linear.default(x, w)
+    half = w.shape[0] // 2
+    gate, up = aten.slice.Tensor(y, 1, 0, half), aten.slice.Tensor(y, 1, half, 2 * half)
+    return aten.mul.Tensor(aten.mul.Tensor(aten.relu.default(gate), up), scale)
+
+
+@functools.cache
+def made(function, rows, depth, dtypes=(f32, f32), config=None, row=None, extra=()):
+    inputs = {"x": (("T", depth), dtypes[0]), "w": ((rows, depth), dtypes[1])}
+    inputs |= {name: (shape, dtypes[0]) for name, shape in extra}
+    body, operands = make_body(function, inputs, {"x": (row, 1)} if row else None)
+    spec = linear.spec_of(body, operands)
+    assert spec is not None
+    source = linear.emit(spec) if config is None else linear.emit(spec, DEFAULT, ((None, config),))
+    return spec, body, source, load(source)
+
+
+def widened(body, *tensors):
+    """Run the body in float32: the interpreter and the kernels sum there."""
+    result = body(*(t.float() for t in tensors))
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def close(actual, expected, depth, dtype=f32):
+    tolerance = {f32: 1e-5, bf16: 1e-2, f16: 2e-3}[dtype]
+    torch.testing.assert_close(
+        actual.float(), expected, atol=6e-5 * depth**0.5 + tolerance, rtol=tolerance
+    )
+
+
+@pytest.mark.parametrize("config", [ROWS, DOT, SPLIT, TILE], ids=lambda c: f"{c.kind}{c.split}")
+@pytest.mark.parametrize(
+    "dtypes",
+    [(f32, f32), (f32, bf16), (f32, f16), (f16, f16), (bf16, bf16), (f16, bf16), (bf16, f32)],
+    ids=lambda d: "-".join(str(x)[6:] for x in d),
+)
+def test_plain_at_borders(config: Config, dtypes: Any) -> None:
+    """37 columns and 51 inputs fill no block; x is a slice of a wider matrix."""
+    rows, depth = 37, 51
+    _, body, source, module = made(plain, rows, depth, dtypes, config, row=depth + 3)
+    w, merged = torch.randn(rows, depth).to(dtypes[1]), torch.randn(40, depth + 3).to(dtypes[0])
+    for tokens in (1, 3) if config.kind == "rows" else (1, 13) if config.kind == "dot" else (1, 37):
+        x, out = merged[:tokens, :depth], poisoned((tokens, rows), dtypes[0])
+        run(source, module, [x, w, out], T=tokens)
+        close(out, widened(body, x, w)[0], depth, dtypes[0])
+
+
+def test_float32_activations_keep_their_precision_beside_half_weights() -> None:
+    """Rounding x to bfloat16 would be off by 2^-9 of a term; two parts leave 2^-17."""
+    for dtype, bound in ((bf16, 2e-5), (f16, 1e-6)):
+        for config in (ROWS, DOT, TILE):
+            _, _, source, module = made(plain, 32, 64, (f32, dtype), config)
+            x, w = torch.randn(4, 64), torch.randn(32, 64).to(dtype)
+            out = poisoned((4, 32))
+            run(source, module, [x, w, out], T=4)
+            exact, scale = x.double() @ w.double().T, x.abs().double() @ w.abs().double().T
+            assert ((out - exact).abs() / scale).max() < bound
+
+
+@pytest.mark.parametrize("config", [ROWS, DOT, SPLIT, TILE], ids=lambda c: f"{c.kind}{c.split}")
+def test_tails(config: Config) -> None:
+    rows, depth, tokens = 40, 64, 3
+    extra = (("bias", (rows,)), ("residual", ("T", rows)))
+    x, w = torch.randn(tokens, depth), torch.randn(rows, depth)
+    bias, residual = torch.randn(rows), torch.randn(tokens, rows)
+    _, body, source, module = made(with_bias_and_residual, rows, depth, config=config, extra=extra)
+    assert source.inplace == ((0, 3),)
+    (expected,) = widened(body, x, w, bias, residual)
+    run(source, module, [x, w, bias, residual, residual], T=tokens)  # in place
+    close(residual, expected, depth)
+    _, body, source, module = made(activated_twice, rows, depth, config=config, extra=extra[:1])
+    first, second = poisoned((tokens, rows)), poisoned((tokens, rows))
+    run(source, module, [x, w, bias, first, second], T=tokens)
+    for actual, wanted in zip((first, second), widened(body, x, w, bias)):
+        close(actual, wanted, depth)
+    for function, more in ((gated, ()), (gated_by_slices, (("scale", (21,)),))):
+        spec, body, source, module = made(function, 42, depth, config=config, extra=more)
+        assert spec.streams == 2
+        halves, tail = torch.randn(42, depth), [torch.randn(21)] if more else []
+        out = poisoned((tokens, 21))
+        run(source, module, [x, halves, *tail, out], T=tokens)
+        close(out, widened(body, x, halves, *tail)[0], depth)
+
+
+def test_the_models_choice_serves_every_bucket_with_the_same_bits_again() -> None:
+    spec, body, source, module = made(plain, 96, 80)
+    w, x = torch.randn(96, 80), torch.randn(70, 80)
+    for tokens in (1, 2, 16, 17, 33, 70):
+        outs = [poisoned((tokens, 96)) for _ in range(2)]
+        for out in outs:
+            run(source, module, [x[:tokens], w, out], T=tokens)
+        close(outs[0], widened(body, x[:tokens], w)[0], 80)
+        assert torch.equal(*outs)
+        if tokens in (2, 16):  # one variant: a row does not depend on the others
+            alone = poisoned((2, 96))
+            run(source, module, [x[:2], w, alone], T=2)
+            assert torch.equal(alone, outs[0][:2])
+    assert source == linear.emit(spec)
+
+
+def test_refusals() -> None:
+    inputs = {"x": (("T", 8), f32), "w": ((24, 8), f32)}
+    for function, names in (
+        (lambda x, w: aten.cumsum.default(aios.linear.default(x, w), 0), ()),
+        (plain, ("w",)),  # packed for the CPU
+        (lambda x, w: aten.neg.default(x), ()),
+    ):
+        body, operands = make_body(function, inputs, packed=names)
+        assert linear.spec_of(body, operands) is None
+
+
+def test_configurations_fit_the_card_and_order_by_cost() -> None:
+    for card in CARDS.values():
+        for columns, depth, streams in (
+            (4096, 1024, 1),
+            (3072, 1024, 2),
+            (151936, 1024, 1),
+            (7, 5, 1),
+        ):
+            problem = configs.Problem(columns, depth, streams, 2, 4, 2)
+            floor = columns * streams * depth * 2 / card.bytes_per_us
+            for most, config in configs.choose(problem, card):
+                tokens = most or configs.PREFILL_TOKENS
+                cost = configs.cost_us(config, problem, tokens, card)
+                assert cost > floor, "faster than the memory"
+                found = configs.candidates(problem, config.kind, tokens, card)
+                assert cost == min(configs.cost_us(c, problem, tokens, card) for c in found)
