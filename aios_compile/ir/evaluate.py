@@ -29,7 +29,7 @@ def call(
     graph_module: torch.nn.Module,
     arguments: Sequence[Any],
     *,
-    in_float64: bool = False,
+    computed_in: torch.dtype | None = None,
     skips: Skips | None = None,
     widened: Widened | None = None,
     observe: Observe | None = None,
@@ -37,8 +37,8 @@ def call(
 ) -> Any:
     """Run a graph, its regions and kernel bodies node by node; return what it returns.
 
-    in_float64: every floating-point dtype written in the graph is replaced by float64 (the caller
-    gives float64 tensors). skips: region calls that return arguments instead of computing. Half
+    computed_in: every floating-point dtype written in the graph is replaced by this one (the caller
+    gives such tensors). skips: region calls that return arguments instead of computing. Half
     precision matmuls are computed in float32 and rounded once: PyTorch's own are up to 100 times
     slower on a CPU without bf16 instructions, and their sums are float32 as well. A loop of its
     own, because fx.Interpreter takes longer a node than small tensors do. widened: gives the
@@ -66,7 +66,7 @@ def call(
             inner = graph_module.get_submodule(str(node.target))
             values = [read(a) for a in node.args]
             env[node] = call(
-                inner, values, in_float64=in_float64, widened=widened, exact_halves=exact_halves
+                inner, values, computed_in=computed_in, widened=widened, exact_halves=exact_halves
             )
             if observe:
                 observe(node, env[node])
@@ -74,19 +74,21 @@ def call(
             args = read(node.args)
             if widened and node.target is LINEAR and _casts_weight(args):
                 args = (args[0], widened(args[1]), *args[2:])
-            env[node] = _apply(node, args, read(node.kwargs), in_float64, exact_halves)
+            env[node] = _apply(node, args, read(node.kwargs), computed_in, exact_halves)
     raise AssertionError("the graph has no output")
 
 
-def _apply(node: fx.Node, args: Any, kwargs: Any, in_float64: bool, exact_halves: bool) -> Any:
+def _apply(
+    node: fx.Node, args: Any, kwargs: Any, computed_in: torch.dtype | None, exact_halves: bool
+) -> Any:
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target), f"{node.op} {node.target}"
     if kwargs.get("device") is not None:  # capture from the meta device bakes it in
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    if in_float64:
-        args = tuple(_widened(a) for a in args)
-        kwargs = {k: _widened(v) for k, v in kwargs.items()}
+    if computed_in is not None:
+        args = tuple(_replaced(a, computed_in) for a in args)
+        kwargs = {k: _replaced(v, computed_in) for k, v in kwargs.items()}
     elif not exact_halves and node.target in MATMULS and args[0].dtype in HALVES:
         wide = (a.float() if isinstance(a, Tensor) else a for a in args)
         return node.target(*wide, **kwargs).to(args[0].dtype)
@@ -97,22 +99,22 @@ def _casts_weight(args: Any) -> bool:
     return args[1].dtype in HALVES and args[0].dtype is torch.float32
 
 
-def _widened(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value in FLOATS else value
+def _replaced(value: Any, dtype: torch.dtype) -> Any:
+    return dtype if isinstance(value, torch.dtype) and value in FLOATS else value
 
 
 def run(
     module: IRModule,
     values: Mapping[str, Tensor],
     *,
-    in_float64: bool = False,
+    computed_in: torch.dtype | None = None,
     skips: Skips | None = None,
     widened: Widened | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Run the program on values by placeholder name; return (outputs, next states) by name."""
     arguments = [values[n.name] for n in placeholders(module.root.graph)]
     with torch.no_grad():
-        result = call(module.root, arguments, in_float64=in_float64, skips=skips, widened=widened)
+        result = call(module.root, arguments, computed_in=computed_in, skips=skips, widened=widened)
     results = list(result) if isinstance(result, (tuple, list)) else [result]
     states = {name: results[i] for name, i in module.states.items() if i >= 0}
     kept = [r for i, r in enumerate(results) if i not in set(module.states.values())]

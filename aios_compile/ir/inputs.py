@@ -21,6 +21,7 @@ from aios_compile.ir.symbols import size_names
 
 MAX_PAGES = 16  # a sampled cache has at most this many pages, whatever the pool will have
 PAGE_SIZE = 16
+_ROW_KINDS = 8  # rows of a sampled step differ in what decides the token, see _sampling_inputs
 _PERIOD = 999_983  # prime: rows of a table that repeats differ
 
 
@@ -57,9 +58,14 @@ class Step:
 
 
 def whole(num_tokens: int) -> Step:
-    """Return a step that is one whole sequence; logits of its last and of its middle token."""
-    rows = tuple(sorted({num_tokens // 2, num_tokens - 1}))
-    return Step((0,), (num_tokens,), rows, num_tokens)
+    """Return a step that is one whole sequence; logits of its last and of some other tokens."""
+    return Step((0,), (num_tokens,), _rows(num_tokens, num_tokens // 2), num_tokens)
+
+
+def _rows(num_tokens: int, *more: int) -> tuple[int, ...]:
+    """Return the tokens whose logits are wanted: in a longer step enough for every sampler."""
+    many = range(0, num_tokens, 2) if num_tokens > 2 * _ROW_KINDS else ()
+    return tuple(sorted({*more, num_tokens - 1, *many}))
 
 
 def chunks(num_tokens: int) -> list[Step]:
@@ -82,7 +88,7 @@ def mixed(num_tokens: int) -> Step:
         return Step((20, 0), (1, num_tokens - 1), (0, num_tokens - 1))
     middle = (num_tokens - 1) * 2 // 3
     lengths = (1, middle, num_tokens - 1 - middle)
-    return Step((33, 7, 0), lengths, (0, middle, num_tokens - 1))
+    return Step((33, 7, 0), lengths, _rows(num_tokens, 0, middle))
 
 
 def describe(module: IRModule) -> list[Value]:
@@ -207,6 +213,15 @@ def runtime_inputs(
     values: Sequence[Value], step: Step, seed: int, *, vocabulary: int
 ) -> dict[str, Tensor]:
     """Return the runtime inputs of a step by runtime name: those in `values` that are known."""
+    made = every_input(values, step, seed, vocabulary=vocabulary)
+    wanted = [v.source for v in values if v.kind == "input"]
+    return {name: made[name] for name in wanted if name in made}
+
+
+def every_input(
+    values: Sequence[Value], step: Step, seed: int, *, vocabulary: int
+) -> dict[str, Tensor]:
+    """Return every runtime input of a step that is known, whether `values` has it or not."""
     wanted = {v.source: v for v in values if v.kind == "input"}
     generator = torch.Generator().manual_seed(seed)
     page_size = page_size_of(values)
@@ -214,7 +229,7 @@ def runtime_inputs(
     assert isinstance(width, int)
     made = _sequence_inputs(step, generator, vocabulary, page_size, width)
     made.update(_sampling_inputs(step, generator, vocabulary))
-    return {name: made[name] for name in wanted if name in made}
+    return made
 
 
 def _sequence_inputs(
@@ -250,34 +265,40 @@ def _sequence_inputs(
 
 
 def _sampling_inputs(step: Step, generator: torch.Generator, vocabulary: int) -> dict[str, Tensor]:
-    """Return sampling inputs: greedy and random rows, every penalty and list in use."""
+    """Return sampling inputs of eight kinds of rows, in turn, one parameter deciding in each.
+
+    Even rows are greedy: of two ids with a large bias the second wins (row 0), unless one of the
+    penalties takes it back (2: repetition, 4: presence, 6: frequency). Odd rows draw: with a
+    top_k (1), top_p (3) or min_p (5), or have their token given (7).
+    """
     rows = len(step.rows)
-    index = torch.arange(rows)
-    pairs = torch.arange(rows + 1) * 2
-    ids = torch.stack([torch.randperm(max(vocabulary, 2), generator=generator)[:2] for _ in index])
+    kind = torch.arange(rows) % _ROW_KINDS
+    greedy, pairs = kind % 2 == 0, torch.arange(rows + 1) * 2
+    ids = torch.stack([torch.randperm(max(vocabulary, 3), generator=generator)[:3] for _ in kind])
 
-    def constant(value: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.full((rows,), value, dtype=dtype)
+    def where(row: int, value: float, other: float) -> Tensor:
+        return torch.where(kind == row, value, other)
 
+    biases = torch.tensor([100.0, 120.0]) * greedy[:, None] + torch.tensor([0.5, -0.5])
     return {
-        "temperature": (index % 2).float() * 0.7,
-        "top_k": constant(20, torch.int64),
-        "top_p": constant(0.9),
-        "min_p": constant(0.01),
+        "temperature": torch.where(greedy, 0.0, 0.7),
+        "top_k": where(1, 3, 0).to(torch.int64),
+        "top_p": where(3, 0.3, 1.0),
+        "min_p": where(5, 0.7, 0.0),
         "seeds": torch.randint(0, 2**62, (rows,), generator=generator),
-        "sample_positions": index + 1,
-        "repetition_penalty": constant(1.1),
-        "presence_penalty": constant(0.1),
-        "frequency_penalty": constant(0.1),
+        "sample_positions": torch.arange(rows) + 1,
+        "repetition_penalty": where(2, 1.5, 1.0),
+        "presence_penalty": where(4, 40.0, 0.0),
+        "frequency_penalty": where(6, 20.0, 0.0),
         "penalty_starts": pairs,
-        "penalty_ids": ids.reshape(-1),
-        "penalty_counts": torch.arange(2 * rows) % 3,
+        "penalty_ids": ids[:, 1:].reshape(-1),
+        "penalty_counts": torch.tensor([2, 0]).repeat(rows),
         "bias_starts": pairs,
-        "bias_ids": ids.reshape(-1),
-        "bias_values": torch.linspace(-1, 1, 2 * rows),
+        "bias_ids": ids[:, :2].reshape(-1),
+        "bias_values": biases.reshape(-1),
         "allowed_starts": torch.zeros(rows + 1, dtype=torch.int64),
         "allowed_ids": torch.zeros(2 * rows, dtype=torch.int64),
-        "logprob_counts": constant(5, torch.int64),
-        "given_ids": constant(1, torch.int64),
-        "has_given": index % 3 // 2,
+        "logprob_counts": torch.full((rows,), 5),
+        "given_ids": torch.ones(rows, dtype=torch.int64),
+        "has_given": (kind == 7).to(torch.int64),
     }

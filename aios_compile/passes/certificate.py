@@ -5,23 +5,27 @@ passed through (their hidden state goes on unchanged); which call is executed ch
 that weights bound to the wrong layer show. Tables of vocabulary rows shrink to 64 rows. The oracle
 is the program *before* the pass in float64, on the same inputs and on weights that its own recipes
 make of the same random checkpoint. The budget of the program after is c times the error of the
-program before in its own precision, plus a floor of a few roundings; c belongs to the numerics
-tier, never to a pass. Passes in a row share one program before (see _Chain).
+program before in its own precision (in the wider one, after a pass that widens), plus a floor of a
+few roundings; c belongs to the numerics tier, never to a pass. Passes in a row share one program
+before (see _Chain).
 
 A pass that pages the KV cache is proven by running the program after it in two chunks over permuted
 pages against one whole sequence; from then on the samples are mixed batches over filled caches.
-Not seen here: what needs more tokens than the samples have (a window of thousands of keys); the
-tests of the passes use small windows for that.
+Windows and chunks that the samples would not reach are made small in both programs, or the samples
+longer (long_context.py). Outputs that only the program after has (what was sampled) are compared
+with the op's reference on the logits of the program before. Not seen: a window of thousands of keys
+while it is still spelled out, where `raise_attention` itself runs the mask around each constant.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,7 @@ from torch import Tensor
 from aios_compile.ir import evaluate, inputs, random_weights, snapshot
 from aios_compile.ir.module import IRModule
 from aios_compile.ir.random_weights import RandomWeights
-from aios_compile.passes import measure
+from aios_compile.passes import long_context, measure
 from aios_compile.passes.context import PassOptions
 from aios_compile.passes.graph_pass import PassFunction, info_of
 from aios_compile.passes.measure import (
@@ -45,7 +49,9 @@ from aios_compile.passes.measure import (
     run_steps,
     state_shapes,
     storage_roundoff,
+    wider_dtype,
 )
+from aios_compile.passes.sample_tokens import RESULTS as SAMPLED
 
 # The largest errors of two correct programs in the same precision differ by less than this.
 FACTORS = {"exact": 4.0, "reassociates": 8.0, "lossy": 16.0}
@@ -100,13 +106,31 @@ class _Chain:
     start: IRModule
     text: str
     factor: float = 0.0
+    smaller: Mapping[int, int] = field(default_factory=dict)
+    tokens: tuple[int, ...] = TOKENS
+    sampled: bool = False  # whether `eager` holds what the sampler would return
+    computed_in: torch.dtype | None = None  # what `eager` was computed in, None as it is
     vocabulary: int = 0  # of the weights that `eager` ran on
     eager: dict[int, tuple[Run, Run]] = field(default_factory=dict)
 
+    @staticmethod
+    def begin(module: IRModule, with_text: bool) -> _Chain:
+        """Start a chain at a program, large windows made small."""
+        text = snapshot.module_text(module) if with_text else ""
+        smaller = long_context.smaller_bounds(module)
+        start = long_context.shrunk(snapshot.take(module), smaller)
+        tokens = (*TOKENS, *long_context.longer_samples(module))
+        return _Chain(start, text, smaller=smaller, tokens=tokens)
+
     def fits(self, before: IRModule) -> bool:
-        """Return whether a program can be compared with the start of the chain."""
+        """Return whether a program can be compared with the start of the chain.
+
+        It cannot where attention has become an op since, with a window that no sample passes.
+        """
         same_outputs = set(self.start.outputs) == set(before.outputs)
-        return same_outputs and state_shapes(self.start) == state_shapes(before)
+        unseen = long_context.smaller_bounds(before).keys() - self.smaller.keys()
+        reached = all(window < self.tokens[-1] for window in unseen)
+        return same_outputs and reached and state_shapes(self.start) == state_shapes(before)
 
 
 class Certifier:
@@ -123,8 +147,7 @@ class Certifier:
         """Compare a program before and after a pass, or find the certificate of the same."""
         tier = info_of(function).numerics
         if self._chain is None or not self._chain.fits(before):
-            text = snapshot.module_text(before) if self.cache is not None else ""
-            self._chain = _Chain(snapshot.take(before), text)
+            self._chain = _Chain.begin(before, self.cache is not None)
         chain = self._chain
         factor = max(chain.factor, FACTORS[tier])
         key = self._key(chain, factor, before, after, function) if self.cache is not None else ""
@@ -145,19 +168,24 @@ class Certifier:
             whole = self._weights[0]
             weights = replace(whole, vocabulary=vocabulary, _buffers={}, _built={}, _wide={})
             self._weights[vocabulary] = weights
-        if chain.vocabulary != vocabulary:
-            chain.vocabulary = vocabulary
+        sampled = set(SAMPLED) <= set(after.outputs) - set(chain.start.outputs)
+        samples = vocabulary, sampled, wider_dtype(chain.start, after)
+        if samples != (chain.vocabulary, chain.sampled, chain.computed_in):
+            chain.vocabulary, chain.sampled, chain.computed_in = samples
             chain.eager.clear()
         weights.learn(after)
-        storage = storage_roundoff(after) if lossy else 0.0
+        storage = storage_roundoff(after)
+        if not lossy or storage <= storage_roundoff(chain.start):
+            storage = 0.0  # nothing is stored in less precision than before
+        after = long_context.shrunk(after, chain.smaller)
         rows: list[Row] = []
         with one_thread():
-            for index in range(len(TOKENS)):
+            for index in range(len(chain.tokens)):
                 rows += _compare(chain, after, weights, index, self.seed, factor, storage)
                 weights.forget()
         worst = max(rows, key=lambda r: r.ratio, default=Row("nothing to compare", 0.0, 0.0))
         holds = worst.ratio <= 1
-        return Certificate(worst.error, worst.budget, holds, worst.where, self.seed)
+        return Certificate(worst.error, worst.budget, holds, worst.where, self.seed, chain.tokens)
 
     def _key(
         self,
@@ -185,16 +213,19 @@ def _compare(
     factor: float,
     storage: float,
 ) -> list[Row]:
-    """Run oracle, eager and `after` at T = TOKENS[index]; return a row for each shared output."""
-    start = chain.start
-    steps, after_steps = choose_steps(start, after, TOKENS[index])
+    """Run oracle, eager and `after` at T = tokens[index]; return a row for each shared output."""
+    start, num_tokens = chain.start, chain.tokens[index]
+    steps, after_steps = choose_steps(start, after, num_tokens)
     skips, after_skips = choose_skips(start, after, index)
     if index not in chain.eager:
-        oracle = run_steps(start, steps, weights, skips, seed, in_float64=True)
-        chain.eager[index] = oracle, run_steps(start, steps, weights, skips, seed)
+        sample = functools.partial(
+            run_steps, start, steps, weights, skips, seed, sampled=chain.sampled
+        )
+        oracle = sample(computed_in=torch.float64)
+        chain.eager[index] = oracle, sample(computed_in=chain.computed_in)
     oracle, eager = chain.eager[index]
     result = run_steps(after, after_steps, weights, after_skips, seed)
-    return rows_between(oracle, eager, result, f"at T={TOKENS[index]}", factor, storage)
+    return rows_between(oracle, eager, result, f"at T={num_tokens}", factor, storage)
 
 
 def _source(function: PassFunction) -> str:
@@ -204,9 +235,9 @@ def _source(function: PassFunction) -> str:
         return repr(function)
 
 
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def _measuring_code() -> str:
-    modules: list[Any] = [measure, evaluate, inputs, random_weights, snapshot]
+    modules: list[Any] = [measure, long_context, evaluate, inputs, random_weights, snapshot]
     here = inspect.getsource(inspect.getmodule(_measuring_code) or Certifier)
     return here + "".join(inspect.getsource(m) for m in modules)
 

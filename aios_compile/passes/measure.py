@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aios_compile.ir import evaluate, inputs, random_weights
+from aios_compile.ir import evaluate, inputs, random_weights, sample_op
 from aios_compile.ir.inputs import Step
-from aios_compile.ir.module import IRModule
+from aios_compile.ir.module import IRModule, Recipe, outputs
 from aios_compile.ir.ops import wide
 from aios_compile.ir.random_weights import RandomWeights
+from aios_compile.passes.sample_tokens import RESULTS as SAMPLED
 
 TOKENS = (1, 5, 19)
 FLOOR_ROUNDINGS = 8.0
@@ -121,13 +122,18 @@ def run_steps(
     skips: evaluate.Skips,
     seed: int,
     *,
-    in_float64: bool = False,
+    computed_in: torch.dtype | None = None,
+    sampled: bool = False,
 ) -> Run:
-    """Run a program over its steps, states going from one to the next."""
+    """Run a program over its steps, states going from one to the next.
+
+    computed_in: the dtype of all floating-point values; None leaves the program's own. sampled: add
+    what the sampler's reference makes of the logits, as sample_tokens should.
+    """
     values = inputs.describe(module)
     used = _weights_in_use(module, skips)
     fixed = {
-        v.name: weights.weight(module.weights[v.name], in_float64) if v.name in used else _UNUSED
+        v.name: _weight(weights, module.weights[v.name], computed_in) if v.name in used else _UNUSED
         for v in values
         if v.kind == "weight"
     }
@@ -136,19 +142,22 @@ def run_steps(
     for v in values:
         if v.kind == "state":
             live = v.name in used
-            states[v.name] = _first_state(v, steps, seed, in_float64) if live else _UNUSED
+            states[v.name] = _first_state(v, steps, seed, computed_in) if live else _UNUSED
     found: list[dict[str, Tensor]] = []
     rows: list[int] | None = []
     offset = 0
     for step in steps:
         runtime = inputs.runtime_inputs(values, step, seed, vocabulary=vocabulary)
         given = {**fixed, **states, **_free_values(values, runtime, step, seed)}
-        if in_float64:
-            given = {n: _upcast(t) for n, t in given.items()}
+        if computed_in is not None:
+            given = {n: _cast(t, computed_in) for n, t in given.items()}
         results, states = evaluate.run(
-            module, given, in_float64=in_float64, skips=skips, widened=weights.widened
+            module, given, computed_in=computed_in, skips=skips, widened=weights.widened
         )
         found.append({n: r for n, r in results.items() if isinstance(r, Tensor)})
+        if sampled:
+            every = inputs.every_input(values, step, seed, vocabulary=vocabulary)
+            found[-1] |= _sampled(module, results, step, every, computed_in)
         picked = step.rows if "logit_rows" in module.inputs.values() else range(step.num_tokens)
         rows = [*rows, *(offset + r for r in picked)] if rows is not None else None
         offset += step.num_tokens
@@ -156,6 +165,24 @@ def run_steps(
         n: torch.cat([f[n] for f in found]) if len(found) > 1 else t for n, t in found[0].items()
     }
     return Run(joined, {n: s for n, s in states.items() if n in used}, rows)
+
+
+def _sampled(
+    module: IRModule,
+    results: Mapping[str, Tensor],
+    step: Step,
+    runtime: Mapping[str, Tensor],
+    computed_in: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """Return the sampler's results by name, from the logits that a program returned."""
+    logits = results[module.outputs[0]]
+    logits = logits.reshape(-1, logits.shape[-1])
+    if "logit_rows" not in module.inputs.values():
+        logits = logits[list(step.rows)]
+    given = [logits.to(wide(logits.dtype)), *(runtime[name] for name in sample_op.INPUTS)]
+    if computed_in is not None:
+        given = [_cast(t, computed_in) for t in given]
+    return dict(zip(SAMPLED, sample_op.reference(*given)))
 
 
 _UNUSED = torch.empty(0)
@@ -176,7 +203,14 @@ def _table_rows(weights: RandomWeights) -> int:
     return min((shape[0] for shape in weights.shapes.values() if len(shape) == 2), default=2)
 
 
-def _first_state(value: inputs.Value, steps: Sequence[Step], seed: int, in_float64: bool) -> Tensor:
+def _weight(weights: RandomWeights, recipe: Recipe, dtype: torch.dtype | None) -> Tensor:
+    value = weights.weight(recipe, dtype is torch.float64)
+    return value if dtype is None else _cast(value, dtype)
+
+
+def _first_state(
+    value: inputs.Value, steps: Sequence[Step], seed: int, dtype: torch.dtype | None
+) -> Tensor:
     """Return a cache: random where batches have a past, zeros where the sequence starts here.
 
     A half-precision cache is held in float32 while measuring: how keys are stored is an option of
@@ -186,7 +220,7 @@ def _first_state(value: inputs.Value, steps: Sequence[Step], seed: int, in_float
     past = any(step.total == 0 for step in steps)
     tensor = inputs.random_tensor(value.name, shape, torch.float32, seed) * (20 if past else 0)
     tensor = tensor.to(value.dtype)
-    return _upcast(tensor) if in_float64 else tensor.to(wide(value.dtype))
+    return tensor.to(wide(value.dtype)) if dtype is None else _cast(tensor, dtype)
 
 
 def _free_values(
@@ -214,8 +248,8 @@ def _free_value(value: inputs.Value, step: Step, seed: int) -> Tensor:
     return tensor[step.starts[0] : step.starts[0] + step.num_tokens] if chunk else tensor
 
 
-def _upcast(value: Tensor) -> Tensor:
-    return value.to(torch.float64) if value.is_floating_point() else value
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def _same_rows(name: str, oracle: Run, native: Run, result: Run) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,6 +285,17 @@ def _distance(value: Tensor, oracle: Tensor) -> float:
     same = (value == oracle) | (value.isnan() & oracle.isnan())
     gap = (value - oracle).abs().masked_fill(same, 0.0)
     return float(torch.nan_to_num(gap, nan=math.inf, posinf=math.inf).max()) if gap.numel() else 0.0
+
+
+def wider_dtype(before: IRModule, after: IRModule) -> torch.dtype | None:
+    """Return the dtype of the results of `after` where it is wider than that of `before`.
+
+    A pass that widens is held against the program before computed in the wider dtype: the error of
+    half precision would excuse anything.
+    """
+    narrow, given = (outputs(m.root.graph)[0].meta["val"].dtype for m in (before, after))
+    both_float = narrow.is_floating_point and given.is_floating_point
+    return given if both_float and torch.finfo(given).eps < torch.finfo(narrow).eps else None
 
 
 def storage_roundoff(module: IRModule) -> float:

@@ -1,0 +1,78 @@
+"""Planted mistakes: each is caught by the runner, named, and (where it can be) reverted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from aios_compile.errors import PassError
+from aios_compile.ir import snapshot
+from aios_compile.passes import long_context
+from aios_compile.passes.context import PassOptions
+from aios_compile.passes.graph_pass import PassFunction, info_of
+from aios_compile.passes.pipeline import PIPELINE, STAGES
+from aios_compile.passes.runner import Stage, run_pipeline
+from tests.planted import fuse_plants, programs, raise_plants, rewrite_plants
+from tests.planted.plants import PLANTS, Plant
+
+MISTAKES = (raise_plants, rewrite_plants, fuse_plants)
+assert all(MISTAKES), "they register themselves"
+WINDOWS = {"wide_window": {48}, "huge_window": {512}}
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda p: f"{p.pass_name}-{p.name}")
+def test_a_planted_mistake_is_caught_and_named(plant: Plant) -> None:
+    function = programs.pass_named(plant.pass_name)
+    module = programs.before(plant.program, plant.pass_name)
+    before = snapshot.module_text(module)
+    wrong = plant.apply_to(function)
+    stages = [Stage(module.level, (wrong,))]
+    if info_of(function).required:
+        with pytest.raises(PassError, match=f"the required pass {plant.pass_name} failed: "):
+            run_pipeline(module, stages, PassOptions())
+    else:
+        (result,) = run_pipeline(module, stages, PassOptions())
+        assert any(wrong.spoiled), "the mistake found nothing to spoil"
+        assert not result.kept and result.name == plant.pass_name and result.reason
+        assert snapshot.module_text(module) == before
+    assert any(wrong.spoiled), "the mistake found nothing to spoil"
+
+
+def test_every_pass_has_planted_mistakes() -> None:
+    planted = {plant.pass_name for plant in PLANTS}
+    assert planted == {info_of(p).name for p in PIPELINE}
+
+
+@pytest.mark.parametrize("name", ["halves_swapped", "dropped_residual", "merged_transposed"])
+def test_the_pipeline_goes_on_without_the_wrong_pass(name: str) -> None:
+    """Only the planted pass is not kept, and the program is what it is with that pass disabled."""
+    plant = next(p for p in PLANTS if p.name == name)
+    stages = [
+        replace(stage, passes=tuple(_planted(plant, p) for p in stage.passes)) for stage in STAGES
+    ]
+    module = snapshot.take(programs.level_1(plant.program))
+    results = run_pipeline(module, stages, PassOptions())
+    assert [r.name for r in results if not r.kept] == [plant.pass_name]
+    without = snapshot.take(programs.level_1(plant.program))
+    run_pipeline(without, STAGES, PassOptions(), disabled=[plant.pass_name], verify=0)
+    assert snapshot.module_text(module) == snapshot.module_text(without)
+
+
+def _planted(plant: Plant, function: PassFunction) -> PassFunction:
+    return plant.apply_to(function) if info_of(function).name == plant.pass_name else function
+
+
+@pytest.mark.parametrize("name", ["half", "wide_window", "huge_window", "dynamic"])
+def test_right_passes_are_kept_on_the_same_programs(name: str) -> None:
+    module = snapshot.take(programs.level_1(name))
+    results = run_pipeline(module, STAGES, PassOptions())
+    assert all(r.kept for r in results), [r.reason for r in results if not r.kept]
+    assert long_context.bounds(module) == WINDOWS.get(name, set()), "the program keeps its windows"
+
+
+def test_a_pass_that_widens_gets_no_budget_from_half_precision() -> None:
+    module = programs.before("half", "widen_activations")
+    stages = [Stage(module.level, (programs.pass_named("widen_activations"),))]
+    (result,) = run_pipeline(module, stages, PassOptions())
+    assert result.error_budget is not None and result.error_budget < 1e-4
