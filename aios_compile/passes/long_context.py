@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import fx
 
-from aios_compile.ir import ops, snapshot
+from aios_compile.ir import inputs, ops, snapshot
 from aios_compile.ir.module import IRModule, body_of, is_kernel_call, placeholders
 
 assert ops.TABLE, "the op table registers the aios operators"
@@ -31,6 +31,7 @@ COMPARISONS = frozenset(
 )
 # Products and sums that a longer sample may cost: half a second on one core.
 AFFORDABLE = 4e9
+LONGEST = 8 * inputs.PAGE_SIZE  # tokens: what the smallest page table holds
 
 
 def shrunk(module: IRModule, smaller: Mapping[int, int]) -> IRModule:
@@ -81,7 +82,7 @@ def longer_samples(module: IRModule) -> tuple[int, ...]:
         if isinstance(a, int) and not isinstance(a, bool) and SEEN < a < 2**20
     }
     cost = _cost_of_a_token(module)
-    return tuple(sorted(t for t in spelled if t * cost <= AFFORDABLE))[-1:]
+    return tuple(sorted(t for t in spelled if t <= LONGEST and t * cost <= AFFORDABLE))[-1:]
 
 
 def _attentions(module: IRModule) -> Iterator[fx.Node]:

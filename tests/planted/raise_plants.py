@@ -123,8 +123,8 @@ def weights_of_two_norms_swapped(graph: fx.Graph, context: PassContext) -> int:
 
 @plant("raise_rms_norm", "qwen3")
 def another_input_normalised(graph: fx.Graph, context: PassContext) -> int:
-    norms = [n for n in calls(graph, RMS) if n.args[0].op != "placeholder"]  # type: ignore[union-attr]
-    sums = [n for n in norms if n.args[0].target is aten.add.Tensor]  # type: ignore[union-attr]
+    norms: list[Any] = calls(graph, RMS)
+    sums = [n for n in norms if n.args[0].target is aten.add.Tensor]
     return set_argument(sums, 0, lambda total: total.args[0])
 
 

@@ -137,7 +137,8 @@ def logits_scaled_before_sampling(graph: fx.Graph, context: PassContext) -> int:
 
 @plant("sample_tokens", "qwen3")
 def results_in_another_order(graph: fx.Graph, context: PassContext) -> int:
-    items = [n for n in calls(graph, operator.getitem) if n.args[0].target is aios.sample.default]  # type: ignore[union-attr]
+    found: list[Any] = calls(graph, operator.getitem)
+    items = [n for n in found if n.args[0].target is aios.sample.default]
     by_index = {n.args[1]: n for n in items}
     by_index[1].args, by_index[4].args = by_index[4].args, by_index[1].args
     return 2
