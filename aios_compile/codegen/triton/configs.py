@@ -45,7 +45,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Problem:
-    """The sizes of a linear: columns are a stream's; a weight and an activation have bytes."""
+    """The sizes of a linear: columns are a stream's; a weight and an activation have bytes.
+
+    parts: how many products an activation takes part in. tail: whether the tail reads operands.
+    """
 
     columns: int
     depth: int
@@ -53,6 +56,7 @@ class Problem:
     weight_bytes: int
     x_bytes: int
     parts: int = 1
+    tail: bool = False
 
 
 def candidates(problem: Problem, kind: str, tokens: int, card: Card) -> list[Config]:

@@ -39,7 +39,8 @@ def problem_of(spec: LinearSpec) -> Problem:
     """Return the sizes that the cost model needs."""
     weight, x = spec.weight.operand.dtype, spec.x.operand.dtype
     parts = 2 if x == "f32" and weight != "f32" else 1
-    return Problem(spec.columns, spec.depth, spec.streams, BYTES[weight], BYTES[x], parts)
+    sizes = (spec.columns, spec.depth, spec.streams, BYTES[weight], BYTES[x])
+    return Problem(*sizes, parts, len(spec.leaves) > spec.streams)
 
 
 def choose(spec: LinearSpec, card: Card = DEFAULT) -> list[tuple[int | None, Config]]:
