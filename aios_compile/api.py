@@ -48,7 +48,8 @@ def load_and_compile(model: Any, **keywords: Any) -> CompiledModel:
         path, release = _private_artefact(cache, build)
     else:
         path, release = _cached_artefact(cache, source, options, progress, build)
-    loaded = _start(path, options, progress, release, eager)
+    draft = _load_draft(options)
+    loaded = _start(path, options, progress, release, eager, draft)
     try:
         with progress.stage("warm up"):
             loaded.warm_up()
@@ -61,6 +62,16 @@ def load_and_compile(model: Any, **keywords: Any) -> CompiledModel:
         loaded.dump(env.DUMP.get())
     progress.finish()
     return loaded
+
+
+def _load_draft(options: CompileOptions) -> CompiledModel | None:
+    """Return the model that drafts tokens, if one was asked for; with the target's step sizes."""
+    config = options.speculation
+    if config is None or config.model is None:
+        return None
+    names = ["device", "max_num_seqs", "max_num_batched_tokens", "num_threads", "cache_dir"]
+    names += ["local_files_only", "progress"]
+    return load_and_compile(config.model, **{name: getattr(options, name) for name in names})
 
 
 def compile_into(
@@ -141,11 +152,16 @@ def _start(
     progress: Progress,
     release: Callable[[], None],
     eager: MakeExecutor | None,
+    draft: CompiledModel | None,
 ) -> CompiledModel:
     try:
-        model = CompiledModel(path, options, progress, eager)
+        model = CompiledModel(path, options, progress, eager, draft)
     except BaseException:
         release()
+        if draft is not None:
+            draft.close()
         raise
     model.on_close(release)
+    if draft is not None:
+        model.on_close(draft.close)
     return model

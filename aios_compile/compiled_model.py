@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,14 @@ from aios_compile.config import CompileOptions
 from aios_compile.errors import ConfigError
 from aios_compile.progress import Progress
 from aios_compile.runtime.batch import Executor, Limits
+from aios_compile.runtime.draft_model import DraftModel
 from aios_compile.runtime.engine import Engine, TextStream
 from aios_compile.runtime.executor import CpuExecutor
 from aios_compile.runtime.outputs import RequestOutput
 from aios_compile.runtime.program_runner import ProgramRunner, state_page_bytes
+from aios_compile.runtime.prompt_lookup import PromptLookup
 from aios_compile.runtime.schedule_state import SchedulerOptions
+from aios_compile.runtime.speculator import Proposer, Speculator
 from aios_compile.sampling_params import SamplingDefaults, SamplingParams
 from aios_compile.study.report import Report
 
@@ -41,7 +45,8 @@ DEFAULT_KV_SHARE = 0.4  # of the memory that is free at the start, when no size 
 class CompiledModel:
     """See interfaces: generate, stream, __call__, report, dump, memory_plan, close.
 
-    make_executor: runs the steps instead of the artefact's kernels (AIOS_EAGER).
+    make_executor: runs the steps instead of the artefact's kernels (AIOS_EAGER). draft: proposes
+    tokens for speculation; nobody else may run it from now on.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class CompiledModel:
         options: CompileOptions,
         progress: Progress,
         make_executor: MakeExecutor | None = None,
+        draft: CompiledModel | None = None,
     ) -> None:
         self.artefact_path = path
         self.options = options
@@ -57,13 +63,13 @@ class CompiledModel:
         self._closing = ExitStack()
         try:
             with progress.stage("load"):
-                self._load(make_executor)
+                self._load(make_executor, draft)
         except BaseException:
             with suppress(BufferError):  # the error's frames may hold arrays of the weights
                 self._closing.close()
             raise
 
-    def _load(self, make_executor: MakeExecutor | None) -> None:
+    def _load(self, make_executor: MakeExecutor | None, draft: CompiledModel | None) -> None:
         self._artefact = Artefact.open(self.artefact_path)
         self.program = Program.from_json(self._artefact.program)
         self.limits = make_limits(self.program, self.options)
@@ -80,6 +86,7 @@ class CompiledModel:
             seed=self.options.seed,
             why_not=settings.get("why_not", ""),
             options=SchedulerOptions(enable_prefix_caching=self.options.enable_prefix_caching),
+            speculator=make_speculator(self.options, self.limits, draft),
         )
 
     def _kernels(self, limits: Limits) -> Executor:
@@ -156,8 +163,12 @@ class CompiledModel:
         )
 
     def report(self) -> Report:
-        """Return the pass table with certificates, and the notes of this compile."""
-        return Report.from_json(self._artefact.report)
+        """Return the pass table with certificates, and the notes of this compile and of its use."""
+        report = Report.from_json(self._artefact.report)
+        speculation = self.engine.speculation
+        if speculation is None:
+            return report
+        return replace(report, notes=(*report.notes, f"speculation: {speculation}"))
 
     def dump(self, folder: str | os.PathLike[str]) -> Path:
         """Write every level, kernel, the plan and certificates to a folder; return its index."""
@@ -253,6 +264,24 @@ def make_limits(program: Program, options: CompileOptions) -> Limits:
         max_model_len=settings["max_model_len"],
         vocab_size=settings["vocab_size"],
     )
+
+
+def make_speculator(
+    options: CompileOptions, limits: Limits, draft: CompiledModel | None
+) -> Speculator | None:
+    """Return what proposes drafts, if speculative_config asks for it."""
+    config = options.speculation
+    if config is None:
+        return None
+    proposer: Proposer = PromptLookup(config.prompt_lookup_min, config.prompt_lookup_max)
+    if draft is not None:
+        if draft.limits.vocab_size != limits.vocab_size:
+            raise ConfigError(
+                f"speculative_config: {config.model} has {draft.limits.vocab_size} tokens in its "
+                f"vocabulary, expected the target's {limits.vocab_size}"
+            )
+        proposer = DraftModel(draft.engine.executor)
+    return Speculator(proposer, config.num_speculative_tokens, limits)
 
 
 def free_memory_bytes() -> int:

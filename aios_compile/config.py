@@ -29,6 +29,7 @@ NOT_IN_KEY = {
     "seed": "goes to the sampler with each request",
     "num_threads": "kernels give the same bits for every number of threads",
     "enable_prefix_caching": "a policy of the runtime",
+    "speculative_config": "a policy of the runtime; the draft model has an artefact of its own",
     "kv_cache_memory_bytes": "sizes the runtime's pool of pages, which no kernel depends on",
 }
 
@@ -55,7 +56,9 @@ class CompileOptions:
     kv_cache_memory_bytes: int | None = _option(None, "size of the KV cache, in bytes")
     gpu_memory_utilization: float = _option(0.9, "share of the GPU's memory to use, 0..1")
     enable_prefix_caching: bool = _option(True, "share the pages of equal prefixes")
-    speculative_config: Mapping[str, Any] | None = _option(None, "not built yet")
+    speculative_config: Mapping[str, Any] | None = _option(
+        None, "drafts: method ngram or a draft model, num_speculative_tokens, prompt_lookup_min/max"
+    )
     tensor_parallel_size: int = _option(1, "1; more is not built yet")
     pipeline_parallel_size: int = _option(1, "1; more is not built yet")
     tokenizer: str | None = _option(None, "folder or hub id of another tokenizer")
@@ -80,6 +83,7 @@ class CompileOptions:
         self._check_choices()
         self._check_numbers()
         self._check_not_built()
+        _ = self.speculation  # raises
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -119,7 +123,6 @@ class CompileOptions:
             "device": self.device.startswith("cuda") and "the Triton target",
             "quantization": self.quantization is not None and "quantised weights",
             "kv_cache_dtype": self.kv_cache_dtype not in KV_CACHE_DTYPES and "a quantised KV cache",
-            "speculative_config": self.speculative_config is not None and "speculative decoding",
             "tensor_parallel_size": self.tensor_parallel_size > 1 and "tensor parallelism",
             "pipeline_parallel_size": self.pipeline_parallel_size > 1 and "pipeline parallelism",
         }
@@ -152,6 +155,12 @@ class CompileOptions:
         """Return the passes to leave out: the option's and those of AIOS_DISABLE, sorted."""
         return tuple(sorted({*self.disable_passes, *env.DISABLE.get_names()}))
 
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """Return the checked speculative_config."""
+        given = self.speculative_config
+        return None if given is None else SpeculativeConfig.parse(given)
+
     def threads(self) -> int:
         """Return the number of threads: the option, or every core that this process may use."""
         if self.num_threads is not None:
@@ -170,6 +179,63 @@ class CompileOptions:
             raise _bad("max_model_len", length, f"at most the model's {model_max_len} positions")
         tokens = self.max_num_batched_tokens or max(512, self.max_num_seqs or 0)
         return ResolvedSizes(length, self.max_num_seqs or min(16, tokens), tokens)
+
+
+@dataclass(frozen=True)
+class SpeculativeConfig:
+    """How drafts are made (vLLM's names). method "ngram" looks the last tokens up in the text so
+    far, longest match first, of prompt_lookup_min to prompt_lookup_max tokens; "draft_model" asks
+    the model in `model`, a folder or hub id. num_speculative_tokens: most drafts in one step.
+    """
+
+    method: str
+    num_speculative_tokens: int = 4
+    model: str | None = None
+    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = 4
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> SpeculativeConfig:
+        """Return the checked config; raise ConfigError for unknown names and values."""
+        where = "speculative_config"
+        if not isinstance(given, Mapping):
+            raise _bad(where, given, "a mapping, or None")
+        known = [item.name for item in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                raise ConfigError(
+                    f"{where}: unknown key {name!r}", advice=f"the keys are {', '.join(known)}"
+                )
+        values = dict(given)
+        model = values.get("model")
+        if model in ("ngram", "[ngram]"):  # vLLM takes the method under this name too
+            values.update(method="ngram", model=None)
+        elif model is not None:
+            if not isinstance(model, str | os.PathLike):
+                raise _bad(f"{where}: model", model, "a path")
+            values["model"] = os.fspath(model)
+            values.setdefault("method", "draft_model")
+        method = values.get("method")
+        if method not in ("ngram", "draft_model"):
+            raise _bad(f"{where}: method", method, "ngram or draft_model")
+        if (method == "draft_model") != (values.get("model") is not None):
+            raise ConfigError(f"{where}: method {method} and model={values.get('model')!r}")
+        _whole(
+            f"{where}: num_speculative_tokens",
+            values.get("num_speculative_tokens", 4),
+            1,
+            64,
+            optional=False,
+        )
+        low, high = values.get("prompt_lookup_min"), values.get("prompt_lookup_max")
+        if low is None or high is None:  # as in vLLM, one of them alone is both
+            values["prompt_lookup_min"] = low or high or cls.prompt_lookup_min
+            values["prompt_lookup_max"] = high or low or cls.prompt_lookup_max
+        for name in ("prompt_lookup_min", "prompt_lookup_max"):
+            _whole(f"{where}: {name}", values[name], 1, 64, optional=False)
+        if values["prompt_lookup_min"] > values["prompt_lookup_max"]:
+            raise ConfigError(f"{where}: prompt_lookup_min is above prompt_lookup_max")
+        return cls(**values)
 
 
 @dataclass(frozen=True)

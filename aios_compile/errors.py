@@ -84,19 +84,24 @@ class EngineDrainingError(EngineClosedError):
 class QueueFullError(AiosError, RuntimeError):
     """Too many requests wait already; nothing was allocated. Try again after `retry_after_s`."""
 
-    def __init__(self, message: str, retry_after_s: int) -> None:
+    def __init__(self, message: str, *, advice: str | None = None, retry_after_s: int = 1) -> None:
         self.retry_after_s = retry_after_s
-        super().__init__(message, advice=f"again in {retry_after_s} s")
+        super().__init__(message, advice=advice or f"again in {retry_after_s} s")
+
+
+class EngineDiedError(EngineError):
+    """The engine's process died again and again while it ran this request."""
 
 
 # The first entry that an error is an instance of is its code: a closed table for metrics and logs.
-_CODES: tuple[tuple[type[BaseException], str], ...] = (
+_CODES: tuple[tuple[type[AiosError], str], ...] = (
     (PromptTooLongError, "prompt_too_long"),
     (RequestError, "bad_request"),
     (QueueFullError, "queue_full"),
     (EngineStalledError, "engine_stalled"),
     (EngineDrainingError, "engine_draining"),
     (EngineClosedError, "engine_closed"),
+    (EngineDiedError, "engine_died"),
     (EngineError, "engine_failed"),
 )
 
@@ -104,3 +109,8 @@ _CODES: tuple[tuple[type[BaseException], str], ...] = (
 def error_code(error: BaseException) -> str:
     """Return the code of an error, "internal" for what nobody raised on purpose."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), "internal")
+
+
+def error_class(code: str) -> type[AiosError]:
+    """Return the class of a code; EngineError for one that is not in the table."""
+    return next((kind for kind, known in _CODES if known == code), EngineError)

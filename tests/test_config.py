@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
-from aios_compile.config import NOT_IN_KEY, CompileOptions
+from aios_compile.config import NOT_IN_KEY, CompileOptions, SpeculativeConfig
 from aios_compile.errors import ConfigError
 
 # A second valid value for every field that is part of the key.
@@ -23,7 +24,7 @@ OTHER_VALUES = {
     "disable_passes": ("merge_qkv",),
 }
 # Fields of the key whose only valid value today is their default.
-NOT_BUILT = {"quantization", "speculative_config", "tensor_parallel_size", "pipeline_parallel_size"}
+NOT_BUILT = {"quantization", "tensor_parallel_size", "pipeline_parallel_size"}
 
 
 def test_every_field_is_in_the_key_or_named_with_a_reason() -> None:
@@ -75,7 +76,6 @@ def test_a_bad_value_names_field_value_and_range(name: str, value: object, expec
         ("device", "cuda"),
         ("quantization", "int8"),
         ("kv_cache_dtype", "fp8"),
-        ("speculative_config", {"num_speculative_tokens": 2}),
         ("tensor_parallel_size", 2),
         ("pipeline_parallel_size", 2),
     ],
@@ -83,6 +83,35 @@ def test_a_bad_value_names_field_value_and_range(name: str, value: object, expec
 def test_an_option_whose_part_is_missing_says_so(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match="has not been built yet"):
         CompileOptions.parse({name: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"num_speculative_tokens": 2}, "method=None"),
+        ({"method": "eagle"}, "ngram or draft_model"),
+        ({"method": "ngram", "model": "folder"}, "model='folder'"),
+        ({"method": "draft_model"}, "model=None"),
+        ({"method": "ngram", "k": 3}, "unknown key 'k'"),
+        ({"method": "ngram", "num_speculative_tokens": 0}, "1 to 64"),
+        ({"method": "ngram", "prompt_lookup_min": 5, "prompt_lookup_max": 3}, "above"),
+        ("ngram", "a mapping"),
+    ],
+)
+def test_a_bad_speculative_config_says_what_is_wrong(given: object, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        CompileOptions.parse({"speculative_config": given})
+    assert "speculative_config" in str(caught.value) and expected in str(caught.value)
+
+
+def test_speculative_config_takes_vllms_forms() -> None:
+    parse = SpeculativeConfig.parse
+    assert parse({"model": "[ngram]"}) == parse({"method": "ngram"})
+    draft = parse({"model": Path("a/b"), "num_speculative_tokens": 3})
+    assert (draft.method, draft.model, draft.num_speculative_tokens) == ("draft_model", "a/b", 3)
+    lookup = parse({"method": "ngram", "prompt_lookup_max": 3})
+    assert (lookup.prompt_lookup_min, lookup.prompt_lookup_max) == (3, 3)
+    assert CompileOptions().speculation is None
 
 
 def test_torch_dtypes_and_aliases_are_understood() -> None:

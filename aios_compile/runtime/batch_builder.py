@@ -7,13 +7,16 @@ query_starts 0          1          2                     7  (= T without the pad
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 
 import numpy as np
 
 from aios_compile.runtime.batch import TRASH_PAGE, Batch, Ints, Limits
 from aios_compile.runtime.request import Sequence
-from aios_compile.runtime.sampling_rows import PromptRows, SamplingRows
+from aios_compile.runtime.sampling_rows import PromptRows, SampledRow, SamplingRows
 from aios_compile.runtime.schedule_state import Chunk, Plan, SequenceState
+
+_NO_DRAFTS: Mapping[int, Seq[int]] = {}
 
 
 class BatchBuilder:
@@ -35,11 +38,18 @@ class BatchBuilder:
         self._batch: Batch | None = None
 
     def build(
-        self, plan: Plan, sequences: Mapping[int, Sequence], states: Mapping[int, SequenceState]
+        self,
+        plan: Plan,
+        sequences: Mapping[int, Sequence],
+        states: Mapping[int, SequenceState],
+        drafts: Mapping[int, Seq[int]] = _NO_DRAFTS,
     ) -> Batch:
-        """Return the batch of a plan; tokens, positions, pages and sampling rows as of now."""
+        """Return the batch of a plan; tokens, positions, pages and sampling rows as of now.
+
+        drafts: by sequence id at least as many tokens as its chunk verifies.
+        """
         token, row = 0, 0
-        sampled: list[tuple[int, Sequence]] = []
+        sampled: list[SampledRow] = []
         prompts: list[PromptRows] = []
         for s, chunk in enumerate(plan.chunks):
             sequence, state = sequences[chunk.sequence_id], states[chunk.sequence_id]
@@ -48,20 +58,25 @@ class BatchBuilder:
                 self._write_token(token, chunk.start, sequence, state)
             else:
                 self._write_chunk(token, s, chunk, sequence)
+            ahead = drafts[chunk.sequence_id] if chunk.num_drafts else ()
             token += chunk.num_tokens
             end = chunk.start + chunk.num_tokens
             self._query_starts[s + 1] = token
             self._context_lengths[s] = end
-            samples = state.samples and end == state.num_tokens
-            count = chunk.num_rows - samples
+            samples = state.samples and end - chunk.num_drafts == state.num_tokens
+            count = chunk.num_rows - samples - chunk.num_drafts
             if count:
                 first = max(chunk.start, state.num_rows_done)
                 prompts.append(PromptRows(row, count, first, sequence))
                 place = token - end + first
                 self._logit_rows[row : row + count] = np.arange(place, place + count)
             if samples:
-                self._logit_rows[row + count] = token - 1
-                sampled.append((row + count, sequence))
+                self._logit_rows[row + count] = token - 1 - chunk.num_drafts
+                sampled.append(SampledRow(row + count, sequence))
+            for i in range(chunk.num_drafts):
+                self._token_ids[token - chunk.num_drafts + i] = ahead[i]
+                self._logit_rows[row + count + 1 + i] = token - chunk.num_drafts + i
+                sampled.append(SampledRow(row + count + 1 + i, sequence, ahead[: i + 1]))
             row += chunk.num_rows
         assert token == plan.num_tokens and row == plan.num_rows, "the plan's sums are wrong"
         padded = self.limits.padded_tokens(token)
@@ -95,7 +110,8 @@ class BatchBuilder:
         here = slice(token, token + chunk.num_tokens)
         end = chunk.start + chunk.num_tokens
         positions = self._counting[chunk.start : end]
-        self._token_ids[here] = sequence.tokens[chunk.start : end]
+        known = end - chunk.num_drafts
+        self._token_ids[token : token + known - chunk.start] = sequence.tokens[chunk.start : known]
         self._positions[here] = positions
         np.maximum(positions + 1, sequence.num_prompt_tokens, out=self._lengths[here])
         size = self.limits.page_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 from aios_compile.runtime.batch import Batch, Limits, StepResult
@@ -36,10 +37,12 @@ class Committer:
         sequences: Mapping[int, Sequence],
         requests: Mapping[int, Request],
         states: Mapping[int, SequenceState],
+        drafts: Mapping[int, Seq[int]],
     ) -> Outcome:
         """Append what was sampled and end what has ended.
 
-        A row whose logits were not finite ends its whole request with "error", and no other one.
+        A row whose logits were not finite ends its whole request with "error", and no other one;
+        rows behind a draft that did not come true count for nothing.
         """
         ended: list[tuple[int, str]] = []
         touched: dict[int, Request] = {}
@@ -50,10 +53,10 @@ class Committer:
         for chunk in plan.chunks:
             state, sequence = states[chunk.sequence_id], sequences[chunk.sequence_id]
             request = requests[state.request_id]
-            end, last = chunk.start + chunk.num_tokens, row + chunk.num_rows
+            end = chunk.start + chunk.num_tokens - chunk.num_drafts
             samples = state.samples and end == state.num_tokens
-            rows = range(row, last)
-            row = last
+            rows = range(row, row + chunk.num_rows - chunk.num_drafts)
+            row += chunk.num_rows
             tokens.append(())
             if sequence.finish_reason is not None:
                 continue  # a sibling's row of this step failed the whole request
@@ -61,13 +64,16 @@ class Committer:
                 ended += _fail(request)
                 touched[state.request_id] = request
                 continue
-            if chunk.num_rows > samples:
+            if len(rows) > samples:
                 first = max(chunk.start, state.num_rows_done)
                 self._prompt_rows(request, first, rows[: len(rows) - samples], batch, result)
             if samples:
-                self._token(sequence, sampled[last - 1], last - 1, result)
-                tokens[-1] = (sampled[last - 1],)
+                ahead = drafts[chunk.sequence_id][: chunk.num_drafts] if chunk.num_drafts else ()
+                tokens[-1], whole = self._verify(sequence, ahead, rows[-1], sampled, finite, result)
                 touched[state.request_id] = request
+                if not whole:
+                    ended += _fail(request)
+                    continue
             elif not state.samples and end == state.num_prompt_tokens:
                 sequence.finish_reason = "length"
                 touched[state.request_id] = request
@@ -86,6 +92,29 @@ class Committer:
             for row in rows:
                 entry = self._logprobs(int(batch.given_ids[row]), row, count, result)
                 request.prompt_logprobs.append(entry)
+
+    def _verify(
+        self,
+        sequence: Sequence,
+        ahead: Seq[int],
+        row: int,
+        sampled: list[int],
+        finite: list[int],
+        result: StepResult,
+    ) -> tuple[tuple[int, ...], bool]:
+        """Append the token of `row`, and of each row after it as long as the drafts come true.
+
+        Returns them, and False if the next one would come from logits that are not finite.
+        """
+        for place in range(len(ahead) + 1):
+            if not finite[row + place]:
+                return tuple(sampled[row : row + place]), False
+            self._token(sequence, sampled[row + place], row + place, result)
+            if sequence.finish_reason is not None:
+                break
+            if place == len(ahead) or sampled[row + place] != ahead[place]:
+                break
+        return tuple(sampled[row : row + place + 1]), True
 
     def _token(self, sequence: Sequence, token_id: int, row: int, result: StepResult) -> None:
         """Append one sampled token and decide whether the sequence ends with it."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 KINDS = (
-    "arrive", "admit", "wait", "hit", "evict", "decode", "draft", "chunk", "copy", "fork", "window",
-    "preempt", "finish", "abort",
+    "arrive", "admit", "wait", "hit", "evict", "decode", "draft", "accept", "chunk", "copy", "fork",
+    "window", "preempt", "finish", "abort",
 )  # fmt: skip
 
 

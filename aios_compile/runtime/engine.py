@@ -23,13 +23,15 @@ from aios_compile.errors import AiosError, ConfigError, EngineClosedError, Reque
 from aios_compile.runtime.admission import Admission, Prompt
 from aios_compile.runtime.batch import Executor, Floats
 from aios_compile.runtime.decisions import DecisionLog
-from aios_compile.runtime.engine_core import EngineCore, EngineStats
+from aios_compile.runtime.engine_core import EngineCore
+from aios_compile.runtime.engine_stats import EngineStats
 from aios_compile.runtime.health import Health, judge, now_us
 from aios_compile.runtime.metrics import MetricsSnapshot
 from aios_compile.runtime.output_text import Tokenizer
 from aios_compile.runtime.outputs import RequestOutput, StreamChunk
 from aios_compile.runtime.request import Request
 from aios_compile.runtime.schedule_state import SchedulerOptions
+from aios_compile.runtime.speculator import SpeculationStats, Speculator
 from aios_compile.sampling_params import SamplingDefaults, SamplingParams
 
 
@@ -54,6 +56,7 @@ class Engine:
         decision_sink: Path | None = None,
         why_not: str = "",
         options: SchedulerOptions | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         limits, eos = executor.limits, frozenset(eos_token_ids)
         wrong = [token_id for token_id in eos if not 0 <= token_id < limits.vocab_size]
@@ -65,7 +68,7 @@ class Engine:
         self.defaults = defaults or SamplingDefaults({}, {})
         self.admission = Admission(limits, tokenizer, eos, why_not)
         self.log = DecisionLog(sink=decision_sink, echo=env.DEBUG.get_int(0, 5) >= 5)
-        self._core = EngineCore(executor, tokenizer, seed, self.log, options)
+        self._core = EngineCore(executor, tokenizer, seed, self.log, options, speculator)
         self._pid = os.getpid()
         # The thread holds the core, not this object: an engine nobody holds any more is closed.
         self._thread = threading.Thread(target=self._core.run, name="aios-engine", daemon=True)
@@ -73,6 +76,16 @@ class Engine:
         weakref.finalize(self, self._core.request_close).atexit = False
         self._atexit = _close_at_exit(self._core, self._thread, self._pid)
         self._thread.start()
+
+    @property
+    def executor(self) -> Executor:
+        """The executor; to be used while no request runs, as a draft model's is."""
+        return self._core.executor
+
+    @property
+    def speculation(self) -> SpeculationStats | None:
+        """Return how drafts did so far; None without speculation."""
+        return None if self._core.speculator is None else self._core.speculator.stats
 
     @property
     def stats(self) -> EngineStats:

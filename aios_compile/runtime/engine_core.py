@@ -10,40 +10,23 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from aios_compile.errors import EngineClosedError, EngineError, QueueFullError, error_code
 from aios_compile.runtime.batch import Batch, Executor, StepResult
 from aios_compile.runtime.batch_builder import BatchBuilder
 from aios_compile.runtime.commit import Committer, end_request
 from aios_compile.runtime.decisions import DecisionLog
+from aios_compile.runtime.engine_stats import EngineStats, counters, queue_and_pages
 from aios_compile.runtime.events import Abort, Arrive, Commit, Event, Schedule, event_record
 from aios_compile.runtime.health import Pulse, now_us
-from aios_compile.runtime.metrics import EngineMetrics, MetricsSnapshot, counter, gauge
+from aios_compile.runtime.metrics import EngineMetrics, MetricsSnapshot
 from aios_compile.runtime.output_text import Tokenizer
 from aios_compile.runtime.outputs import StreamChunk
 from aios_compile.runtime.request import Request, Sequence
 from aios_compile.runtime.schedule_state import Plan, SchedulerOptions, SchedulerState
 from aios_compile.runtime.scheduler import advance
-
-
-@dataclass
-class EngineStats:
-    """Counters since the engine started. executor_us is the part of step_us inside the executor.
-
-    num_tokens were computed; num_cached_tokens were not, because the prefix cache had them, and
-    num_prompt_tokens are those of all sequences that could look there.
-    """
-
-    num_steps: int = 0
-    num_tokens: int = 0
-    num_preemptions: int = 0
-    num_requests: int = 0
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_evictions: int = 0
-    step_us: float = 0.0
-    executor_us: float = 0.0
+from aios_compile.runtime.speculator import SpeculationStats, Speculator
 
 
 class EngineCore:
@@ -59,8 +42,11 @@ class EngineCore:
         seed: int,
         log: DecisionLog,
         options: SchedulerOptions | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         self.executor = executor
+        self.speculator = speculator
+        self._drafts: dict[int, list[int]] = {}  # of the step that is planned
         self.state = SchedulerState.empty(executor.limits, options, os.urandom(32))
         self.log = log
         self.stats = EngineStats()
@@ -100,7 +86,7 @@ class EngineCore:
         if waiting + num_requests > max_waiting:
             raise QueueFullError(
                 f"{waiting} requests wait, expected at most {max_waiting - num_requests}",
-                self.metrics.retry_after_s(waiting, now_us()),
+                retry_after_s=self.metrics.retry_after_s(waiting, now_us()),
             )
 
     def submit(self, requests: list[Request], max_waiting: int | None = None) -> None:
@@ -153,7 +139,7 @@ class EngineCore:
         start = time.perf_counter()
         self.pulse.begin()
         plan = self._schedule()
-        batch = self._builder.build(plan, self.sequences, self.state.sequences)
+        batch = self._builder.build(plan, self.sequences, self.state.sequences, self._drafts)
         result = self._execute(plan, batch)
         if result is not None:
             self._commit(plan, batch, result)
@@ -161,7 +147,10 @@ class EngineCore:
         self.stats.step_us += (time.perf_counter() - start) * 1e6
 
     def _schedule(self) -> Plan:
-        plan = self._advance(Schedule())
+        if self.speculator is not None:
+            self._drafts = self.speculator.propose(self._decoding())
+        lengths = tuple((number, len(tokens)) for number, tokens in self._drafts.items())
+        plan = self._advance(Schedule(lengths))
         if not plan.chunks:
             raise EngineError("the scheduler has work but planned nothing")
         for sequence_id in plan.admitted:
@@ -169,6 +158,12 @@ class EngineCore:
         self.stats.num_steps += 1
         self.stats.num_tokens += plan.num_tokens
         return plan
+
+    def _decoding(self) -> Iterable[Sequence]:
+        """Return those that need one token computed to sample the next one."""
+        for state in self.state.running:
+            if state.samples and state.num_tokens - state.num_computed == 1:
+                yield self.sequences[state.sequence_id]
 
     def _execute(self, plan: Plan, batch: Batch) -> StepResult | None:
         """Run the batch; if the executor raises, its requests end with EngineError."""
@@ -185,7 +180,14 @@ class EngineCore:
 
     def _commit(self, plan: Plan, batch: Batch, result: StepResult) -> None:
         states = self.state.sequences
-        outcome = self._committer.apply(plan, batch, result, self.sequences, self.requests, states)
+        outcome = self._committer.apply(
+            plan, batch, result, self.sequences, self.requests, states, self._drafts
+        )
+        if self._drafts and self.speculator is not None:
+            for chunk, tokens in zip(plan.chunks, outcome.sampled):
+                if chunk.num_drafts:
+                    accepted = max(0, len(tokens) - 1)
+                    self.speculator.observe(chunk.sequence_id, chunk.num_drafts, accepted)
         self._advance(Commit(tuple(outcome.finished), tuple(outcome.sampled)))
         at_us = now_us()
         gaps: Counter[int] = Counter()
@@ -272,6 +274,8 @@ class EngineCore:
         del self.requests[request.request_id]
         for sequence in request.sequences:
             del self.sequences[sequence.sequence_id]
+            if self.speculator is not None:
+                self.speculator.forget(sequence.sequence_id)
         self._num_begun += request.started_us is None  # it leaves the queue without a step
         request.finished_us = now_us()
         self._count_end(request, error)
@@ -297,25 +301,11 @@ class EngineCore:
 
     def snapshot(self) -> MetricsSnapshot:
         """Return all metrics; while running they may be a step old."""
-        pool, stats, waiting = self.state.pool, self.stats, self.num_waiting
-        running = max(0, len(self.requests) - waiting)
-        used = pool.num_pages - 1 - pool.num_free
-        return MetricsSnapshot(
-            (
-                gauge("requests_running", "requests that had their first step", running),
-                gauge("requests_waiting", "requests that had no step yet", waiting),
-                gauge("kv_pages", "pages of the KV cache", pool.num_pages - 1),
-                gauge("kv_pages_used", "pages held by sequences", used),
-                counter("steps_total", "steps of the batch", stats.num_steps),
-                counter("step_tokens_total", "tokens computed by steps", stats.num_tokens),
-                counter("step_seconds_total", "time in steps", stats.step_us / 1e6),
-                counter("executor_seconds_total", "time in kernels", stats.executor_us / 1e6),
-                counter("preemptions_total", "pages taken back", stats.num_preemptions),
-                counter("cached_tokens_total", "prefix cache hits", stats.num_cached_tokens),
-                counter("evictions_total", "pages left by the prefix cache", stats.num_evictions),
-                *self.metrics.families(),
-            )
-        )
+        running = max(0, len(self.requests) - self.num_waiting)
+        drafts = SpeculationStats() if self.speculator is None else self.speculator.stats
+        gauges = queue_and_pages(running, self.num_waiting, self.state.pool)
+        families = (*gauges, *counters(self.stats, drafts), *self.metrics.families())
+        return MetricsSnapshot(families)
 
     def _advance(self, event: Event) -> Plan:
         at_us = now_us()

@@ -21,6 +21,7 @@ class PenaltyCounts:
         prompt = prompt_token_ids if params.repetition_penalty != 1 else ()
         unique = list(dict.fromkeys(prompt))
         self._places = {token: i for i, token in enumerate(unique)}
+        self._num_prompt = len(unique)
         self._ids = np.zeros(max(64, 2 * len(unique)), np.int64)
         self._ids[: len(unique)] = unique
         self._counts = np.zeros(len(self._ids), np.int64)
@@ -33,6 +34,24 @@ class PenaltyCounts:
             self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
         self._ids[place] = token_id
         self._counts[place] += 1
+
+    def remove(self, token_id: int) -> None:
+        """Take back the output token that was counted last."""
+        place = self._places[token_id]
+        self._counts[place] -= 1
+        if self._counts[place] == 0 and place >= self._num_prompt:
+            assert place == len(self._places) - 1, "tokens are taken back last in, first out"
+            del self._places[token_id]
+
+    def with_ahead(self, ahead: Sequence[int]) -> tuple[Ints, Ints]:
+        """Return (ids, counts) as they would be with further output tokens; nothing is changed."""
+        extra = [t for t in dict.fromkeys(ahead) if t not in self._places]
+        ids = np.concatenate([self.ids, np.array(extra, np.int64)])
+        counts = np.concatenate([self.counts, np.zeros(len(extra), np.int64)])
+        for token_id in ahead:
+            place = self._places.get(token_id)
+            counts[len(self._places) + extra.index(token_id) if place is None else place] += 1
+        return ids, counts
 
     @property
     def ids(self) -> Ints:

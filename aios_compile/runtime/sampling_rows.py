@@ -7,7 +7,7 @@ grows); a decode step of an unchanged batch touches sample_positions and the pen
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,14 @@ from aios_compile.runtime.request import Sequence
 
 _NO_IDS: Ints = np.zeros(0, np.int64)
 _NO_VALUES: Floats = np.zeros(0, np.float32)
+
+
+class SampledRow(NamedTuple):
+    """Row `row` samples what follows the sequence's tokens and then `ahead`, drafts to verify."""
+
+    row: int
+    sequence: Sequence
+    ahead: Seq[int] = ()
 
 
 class RaggedRows:
@@ -71,26 +79,26 @@ class SamplingRows:
         self._changing_bias = False
         self._has_penalties = False
 
-    def write(self, sampled: list[tuple[int, Sequence]], prompts: list[PromptRows]) -> None:
-        """Write all rows: `sampled` are (row, sequence), `prompts` the ranges in between."""
+    def write(self, sampled: list[SampledRow], prompts: list[PromptRows]) -> None:
+        """Write all rows: `sampled`, and `prompts`, the ranges in between."""
         positions = self.positions
-        for row, sequence in sampled:
-            positions[row] = len(sequence.tokens)
-        key = None if prompts else [sequence.sequence_id for _, sequence in sampled]
+        for row, sequence, ahead in sampled:
+            positions[row] = len(sequence.tokens) + len(ahead)
+        key = None if prompts else [sequence.sequence_id for _, sequence, _ in sampled]
         changed = key is None or key != self._key
         if changed:
             self._key = key
             for rows in prompts:
                 self._write_prompt_rows(rows)
-            for row, sequence in sampled:
+            for row, sequence, _ in sampled:
                 self._write_sampled_row(row, sequence)
-            self._changing_bias = any(s.has_changing_bias for _, s in sampled)
-            self._has_penalties = any(s.penalties is not None for _, s in sampled)
+            self._changing_bias = any(s.has_changing_bias for _, s, _ in sampled)
+            self._has_penalties = any(s.penalties is not None for _, s, _ in sampled)
         if not (changed or self._changing_bias or self._has_penalties):
             return
-        owners: list[Sequence | None] = [None] * (len(sampled) + sum(p.count for p in prompts))
-        for row, sequence in sampled:
-            owners[row] = sequence
+        owners: list[SampledRow | None] = [None] * (len(sampled) + sum(p.count for p in prompts))
+        for item in sampled:
+            owners[item.row] = item
         if changed or self._has_penalties:
             self._write_penalties(owners)
         if changed or self._changing_bias:
@@ -126,24 +134,27 @@ class SamplingRows:
         tokens = rows.sequence.tokens[first : first + rows.count]
         self.given[here] = 0 if admitted.wants_logits else tokens
 
-    def _write_penalties(self, owners: list[Sequence | None]) -> None:
-        counts = [None if s is None else s.penalties for s in owners]
-        if any(count is not None for count in counts):
-            ids = [_NO_IDS if count is None else count.ids for count in counts]
-            times = [_NO_IDS if count is None else count.counts for count in counts]
-            self.penalties.fill(ids, times)
+    def _write_penalties(self, owners: list[SampledRow | None]) -> None:
+        pairs = [_counts_of(owner) for owner in owners]
+        if any(len(ids) for ids, _ in pairs):
+            self.penalties.fill([ids for ids, _ in pairs], [counts for _, counts in pairs])
         else:
             self.penalties.clear()
 
-    def _write_bias(self, owners: list[Sequence | None]) -> None:
-        pairs = [(_NO_IDS, _NO_VALUES) if s is None else _bias_of(s) for s in owners]
+    def _write_bias(self, owners: list[SampledRow | None]) -> None:
+        pairs = [
+            (_NO_IDS, _NO_VALUES) if owner is None else _bias_of(owner.sequence, owner.ahead)
+            for owner in owners
+        ]
         if any(len(ids) for ids, _ in pairs):
             self.bias.fill([ids for ids, _ in pairs], [values for _, values in pairs])
         else:
             self.bias.clear()
 
-    def _write_allowed(self, owners: list[Sequence | None]) -> None:
-        rows = [_NO_IDS if s is None else s.admitted.allowed_ids for s in owners]
+    def _write_allowed(self, owners: list[SampledRow | None]) -> None:
+        rows = [
+            _NO_IDS if owner is None else owner.sequence.admitted.allowed_ids for owner in owners
+        ]
         if any(len(ids) for ids in rows):
             self.allowed.fill(rows)
         else:
@@ -159,20 +170,29 @@ class PromptRows:
         self.row, self.count, self.position, self.sequence = row, count, position, sequence
 
 
-def _bias_of(sequence: Sequence) -> tuple[Ints, Floats]:
+def _counts_of(owner: SampledRow | None) -> tuple[Ints, Ints]:
+    if owner is None or owner.sequence.penalties is None:
+        return _NO_IDS, _NO_IDS
+    penalties = owner.sequence.penalties
+    return penalties.with_ahead(owner.ahead) if owner.ahead else (penalties.ids, penalties.counts)
+
+
+def _bias_of(sequence: Sequence, ahead: Seq[int]) -> tuple[Ints, Floats]:
     """Return the bias of the next token: logit_bias, bans below min_tokens, ends of bad words."""
     admitted = sequence.admitted
-    if sequence.num_output_tokens < admitted.params.min_tokens:
+    num_output = sequence.num_output_tokens + len(ahead)
+    if num_output < admitted.params.min_tokens:
         ids, values = admitted.early_bias_ids, admitted.early_bias_values
     else:
         ids, values = admitted.bias_ids, admitted.bias_values
     if not admitted.bad_words:
         return ids, values
+    longest = max(len(word) for word in admitted.bad_words) - 1
+    last = tuple(sequence.tokens[-longest:] if longest else ()) + tuple(ahead)
     ends = {
         word[-1]
         for word in admitted.bad_words
-        if len(word) - 1 <= sequence.num_output_tokens
-        and tuple(sequence.tokens[len(sequence.tokens) - len(word) + 1 :]) == word[:-1]
+        if len(word) - 1 <= num_output and last[len(last) - len(word) + 1 :] == word[:-1]
     }
     if not ends:
         return ids, values

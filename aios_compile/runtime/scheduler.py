@@ -127,6 +127,9 @@ def _commit(ctx: StepContext, event: Commit) -> None:
         sequence = state.sequences[chunk.sequence_id]
         sampled = event.sampled[i] if event.sampled else None
         _accept(sequence, chunk, sampled, finished.get(chunk.sequence_id))
+        if chunk.num_drafts and sampled is not None:
+            true, ids = max(0, len(sampled) - 1), (chunk.sequence_id,)
+            ctx.log("accept", ids, "as sampled", accepted=true, drafts=chunk.num_drafts)
         if sequence.is_finite and sequence.tokens is not None:
             num_full = sequence.num_computed // page_size
             if num_full > len(sequence.serials) and finished.get(chunk.sequence_id) != "error":

@@ -16,7 +16,7 @@ MakeEngine = Callable[..., Engine]
 
 def checked_engine(tokenizer: Any = None, **options: Any) -> Engine:
     """Return an engine whose free pages are poisoned and whose laws are checked every event."""
-    names = ("eos_token_ids", "defaults", "seed", "decision_sink", "options")
+    names = ("eos_token_ids", "defaults", "seed", "decision_sink", "options", "speculator")
     given = {name: options.pop(name) for name in names if name in options}
     executor = options.pop("executor", None) or FakeExecutor(limits(**options))
     engine = Engine(executor, tokenizer, **given)
