@@ -75,7 +75,7 @@ class Reader:
         return self.memo[key]
 
     def _at(self, node: fx.Node, coordinates: Coordinates) -> Expr:
-        from aios_compile.codegen import movement
+        from aios_compile.codegen import movement, scatters
 
         if node.op == "placeholder":
             return self._load(node, coordinates)
@@ -83,6 +83,7 @@ class Reader:
             reduced = self.reduce(self, node, coordinates)
             if reduced is not None:
                 return reduced
+        assert scatters.MAX_INDICES  # its rules are registered
         moved = movement.read(self, node, coordinates)
         if moved is not None:
             return moved

@@ -18,7 +18,7 @@ from aios_compile.codegen.linear_index import Linear, divided, product, remainde
 from aios_compile.codegen.operand import Dim, dim_of
 from aios_compile.codegen.pointwise_ops import dtype_of, op_name
 
-Rule = Callable[[Reader, fx.Node, Coordinates], Expr]
+Rule = Callable[[Reader, fx.Node, Coordinates], "Expr | None"]
 RULES: dict[str, Rule] = {}
 
 
@@ -209,13 +209,13 @@ def _cat(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
         starts.append(start)
         start = start.plus(shape_of(part)[dim])
     starts.append(start)
-    chosen = _piece(reader, at[dim], starts)
+    chosen = piece(reader, at[dim], starts)
     if chosen is not None:
         moved = at[dim].plus(starts[chosen].times(-1))
         return reader.at(parts[chosen], _replaced(at, dim, moved))
     dtype, result = dtype_of(node.meta["val"]), None
     for part, begin, end in reversed(list(zip(parts, starts, starts[1:]))):
-        moved = _clamped(at[dim].plus(begin.times(-1)), shape_of(part)[dim])
+        moved = clamped(at[dim].plus(begin.times(-1)), shape_of(part)[dim])
         value = cast(reader.at(part, _replaced(at, dim, moved)), dtype)
         before = call("lt", (at[dim].expr(), end.expr()), "bool")
         result = value if result is None else call("select", (before, value, result), dtype)
@@ -223,7 +223,7 @@ def _cat(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
     return result
 
 
-def _piece(reader: Reader, at: Linear, starts: list[Linear]) -> int | None:
+def piece(reader: Reader, at: Linear, starts: list[Linear]) -> int | None:
     """Return the piece that holds the whole computed range, or ask for cuts and return None."""
     atoms = at.terms
     whole = all(isinstance(s.constant, int) and not s.terms for s in starts[1:-1])
@@ -246,7 +246,7 @@ def _piece(reader: Reader, at: Linear, starts: list[Linear]) -> int | None:
     return sum(low >= b for b in borders)
 
 
-def _clamped(at: Linear, size: Dim) -> Linear:
+def clamped(at: Linear, size: Dim) -> Linear:
     last = Linear.of(size).plus(-1).expr()
     top = call("min", (at.expr(), last), "i64")
     return Linear.of(call("max", (top, Const(0, "i64")), "i64"))
@@ -264,17 +264,17 @@ def _pad(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
         shifted = at[dim].plus(Linear.of(before).times(-1))
         edges = [Linear(), Linear.of(before), Linear.of(before).plus(sizes[dim]),
                  Linear.of(shape_of(node)[dim])]  # fmt: skip
-        piece = _piece(reader, at[dim], edges)
-        if piece in (0, 2):
+        chosen = piece(reader, at[dim], edges)
+        if chosen in (0, 2):
             return fill
-        if piece == 1:
+        if chosen == 1:
             moved[dim] = shifted
             continue
         low = call("ge", (shifted.expr(), Const(0, "i64")), "bool")
         high = call("lt", (shifted.expr(), Linear.of(sizes[dim]).expr()), "bool")
         here = call("and", (low, high), "bool")
         inside = here if inside is None else call("and", (inside, here), "bool")
-        moved[dim] = _clamped(shifted, sizes[dim])
+        moved[dim] = clamped(shifted, sizes[dim])
     value = reader.at(source, tuple(moved))
     return value if inside is None else call("select", (inside, value, fill), dtype)
 
@@ -298,7 +298,7 @@ def gathered(reader: Reader, index: fx.Node, at: Coordinates, size: Dim) -> Line
     end = Linear.of(size).expr()
     negative = call("lt", (value, Const(0, "i64")), "bool")
     value = call("select", (negative, call("add", (value, end), "i64"), value), "i64")
-    return _clamped(Linear.of(value), size)
+    return clamped(Linear.of(value), size)
 
 
 @rule("index_select")
@@ -320,7 +320,7 @@ def _gather(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
 @rule("embedding")
 def _embedding(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
     table, ids = _args(node)[:2]
-    place = _clamped(Linear.of(cast(reader.at(ids, at[:-1]), "i64")), shape_of(table)[0])
+    place = clamped(Linear.of(cast(reader.at(ids, at[:-1]), "i64")), shape_of(table)[0])
     return reader.at(table, (place, at[-1]))
 
 

@@ -8,6 +8,7 @@ reported, so that nothing is generated from a model whose answers would depend o
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -39,7 +40,6 @@ ROWWISE = (
     aten.native_layer_norm.default,
 )
 LAYOUTS = (
-    *RESHAPES,
     aten._to_copy.default,
     aten.clone.default,
     aten.alias.default,
@@ -51,6 +51,7 @@ LAYOUTS = (
     aten.expand.default,
     aten.sym_size.int,
     aten.full.default,
+    aten.full_like.default,
     aten.arange.default,
     aten.arange.start_step,
     aten.scalar_tensor.default,
@@ -76,6 +77,12 @@ REDUCTIONS = (
     aten.select.int,
     aten.gather.default,
     *SPLITS,
+)
+SCATTERS = (
+    aten.scatter.value,
+    aten.scatter.src,
+    aten.scatter_add.default,
+    aten.slice_scatter.default,
 )
 DIM_ARGUMENT = {aten.topk.default: 2, aten.split_with_sizes.default: 2, aten.split.Tensor: 2}
 
@@ -146,6 +153,8 @@ def _mixes(node: Any, symbols: set[str]) -> bool:
 
 def _keeps(node: Any, symbols: set[str]) -> bool:
     """Return whether every token of the inputs stays where it is."""
+    if is_call(node, *RESHAPES):
+        return _prefixes(node, symbols) == _prefixes(node.args[0], symbols)
     if torch.Tag.pointwise in getattr(node.target, "tags", ()) or is_call(node, *ROWWISE, *LAYOUTS):
         return True
     if is_call(node, aten.slice.Tensor):
@@ -153,9 +162,9 @@ def _keeps(node: Any, symbols: set[str]) -> bool:
     if is_call(node, *REDUCTIONS):
         return _keeps_reduction(node, symbols)
     if is_call(node, aten.mm.default, aten.bmm.default, aten.addmm.default):
-        a, b = node.args[-2:]
-        rank = len(shape_of(a))
-        return rank - 1 not in _token_dims(a, symbols) and not _token_dims(b, symbols)
+        a, b = (_token_dims(n, symbols) for n in node.args[-2:])
+        own = is_call(node, aten.bmm.default) and a == b == [0]  # a matrix for each token
+        return own or (len(shape_of(node)) - 1 not in a and not b)
     if is_call(node, aten.repeat.default):
         counts, tokens = node.args[1], _token_dims(node.args[0], symbols)
         before = len(counts) - len(shape_of(node.args[0]))
@@ -167,6 +176,8 @@ def _keeps(node: Any, symbols: set[str]) -> bool:
         pads, rank = node.args[1], len(shape_of(node))
         padded = {rank - 1 - i // 2 for i, count in enumerate(pads) if count != 0}
         return not padded & set(_token_dims(node.args[0], symbols))
+    if is_call(node, *SCATTERS):
+        return _keeps_scatter(node, symbols)
     if is_call(node, aten.index.Tensor):
         return _keeps_index(node, symbols)
     if is_call(node, aten.index_select.default):
@@ -174,6 +185,25 @@ def _keeps(node: Any, symbols: set[str]) -> bool:
         at = positive(dim, len(shape_of(source)))
         return _keeps_choice(source, at, index, symbols)
     return False
+
+
+def _prefixes(node: Any, symbols: set[str]) -> list[Any]:
+    """Return, for each dimension of tokens, the product of the sizes before it.
+
+    A reshape keeps each token in its place where these stay the same: [T, 2, 8] and [2*T, 8] do,
+    [2, T, 8] and [2*T, 8] do not.
+    """
+    sizes = [s if isinstance(s, int) else s.node.expr for s in node.meta["val"].shape]
+    return [math.prod(sizes[:dim]) for dim in _token_dims(node, symbols)]
+
+
+def _keeps_scatter(node: Any, symbols: set[str]) -> bool:
+    """Return whether each token's values are written to the same token."""
+    given = dict(zip((a.name for a in node.target._schema.arguments), node.args)) | node.kwargs
+    inputs = [v for v in given.values() if value_of(v) is not None and shape_of(v)]
+    tokens = _token_dims(node, symbols)
+    dim = positive(given.get("dim", 0), len(shape_of(node)))
+    return dim not in tokens and all(_token_dims(n, symbols) in (tokens, []) for n in inputs)
 
 
 def _keeps_index(node: Any, symbols: set[str]) -> bool:

@@ -56,6 +56,22 @@ CASES = {
     ),
     "heads_first": Case(lambda x: x.view(-1, 4, 8).permute(1, 0, 2) + 1, [(("T", 32), f32)]),
     "heads_last": Case(lambda x: x.permute(1, 0, 2).reshape(-1, 32) * 2, [((4, "T", 8), f32)]),
+    "group_mask": Case(
+        lambda x, i: torch.zeros_like(x).scatter(1, i.abs() % 9, 1.0) * x,
+        [(("T", 9), f32), (("T", 3), i64)],
+    ),
+    "scatter_last_wins": Case(
+        lambda x, i, y: x.scatter(1, i.abs() % 4, y),
+        [(("T", 9), f32), (("T", 5), i64), (("T", 5), f32)],
+    ),
+    "scatter_add": Case(
+        lambda x, i, y: x.scatter_add(1, i.abs() % 4, y),
+        [(("T", 9), f32), (("T", 5), i64), (("T", 5), f32)],
+    ),
+    "slice_scatter": Case(
+        lambda x, y: torch.slice_scatter(x, y, 1, 3, 8) + 1,
+        [(("T", 10), f32), (("T", 5), f32)],
+    ),
     "pad": Case(lambda x: F.pad(x, (3, 2)) + 1, [(("T", 30), f32)]),
     "split_parts": Case(lambda x: torch.split(x, [10, 23], -1)[1] * 2, [(("T", 33), f32)]),
     "flip": Case(lambda x: x.flip(-1), [(("T", 33), f32)]),

@@ -12,20 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-VOCABULARY = 67
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-GROUPED = {"num_key_value_heads": 2}
-NARROW = {"head_dim": 16}
+from tests.foreign.experts import EXPERTS
+from tests.foreign.sizes import GROUPED, LAYERS, NARROW, SIZES, VOCABULARY
+
 GPT2 = {
     "vocab_size": VOCABULARY,
     "n_embd": 48,
@@ -35,10 +24,10 @@ GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-LAYERS = ["sliding_attention", "full_attention"]
 
 # name -> (class stem in transformers, arguments of its config)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    **EXPERTS,
     "llama": ("Llama", {**SIZES, **GROUPED}),
     "mistral": ("Mistral", {**SIZES, **GROUPED, "sliding_window": 7}),
     "qwen2": ("Qwen2", {**SIZES, **GROUPED}),
@@ -88,19 +77,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "opt": ("OPT", {**SIZES, "ffn_dim": 80, "word_embed_proj_dim": 48}),
     "smollm3": ("SmolLM3", {**SIZES, **GROUPED, "no_rope_layers": [1, 0]}),
-    "gpt_oss": (
-        "GptOss",
-        {
-            **SIZES,
-            **GROUPED,
-            **NARROW,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "sliding_window": 7,
-            "layer_types": LAYERS,
-        },
-    ),
-    "mixtral": ("Mixtral", {**SIZES, **GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "bloom": ("Bloom", {"vocab_size": VOCABULARY, "hidden_size": 48, "n_layer": 2, "n_head": 4}),
     "mpt": (
         "Mpt",

@@ -11,18 +11,22 @@ from tests.foreign import families
 TOLERANCE = 1e-4
 TESTED = (
     "gemma2", "gemma3", "gpt2", "gpt_neox", "phi", "olmo", "cohere", "falcon_new", "opt",
-    "stablelm_qk", "granite", "smollm3", "codegen",
+    "stablelm_qk", "granite", "smollm3", "codegen", "mixtral", "gpt_oss", "deepseek_v3",
 )  # fmt: skip
 OTHERS = (  # FOREIGN_FAMILIES=all
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gpt_neox_serial", "gptj", "phi3", "olmo2",
     "olmo3", "cohere2", "falcon", "stablelm", "starcoder2", "exaone4", "xglm", "glm", "glm4",
     "nemotron", "persimmon", "helium", "gpt_bigcode", "arcee", "seed_oss", "ernie4_5", "hunyuan",
-    "biogpt",
+    "biogpt", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "phimoe", "granitemoe",
+    "granitemoeshared", "glm4_moe_lite", "mistral4", "dots1", "glm4_moe", "solar_open",
+    "ernie4_5_moe", "hunyuan_moe", "minimax", "minimax_m2", "exaone_moe", "lfm2_moe",
+    "mimo_v2_flash", "cohere2_moe",
 )  # fmt: skip
 CHOSEN = (*TESTED, *OTHERS) if os.environ.get("FOREIGN_FAMILIES") == "all" else TESTED
 CALLED = {"bloom": "adds a bias"}  # ALiBi: right logits, no generation
 REFUSED = {
-    "mixtral": "modeling_mixtral.py:.*torch.topk",
+    "dbrx": "modeling_dbrx.py:.*expert_hit",
+    "deepseek_v2": "complex64",
     "llama4": "complex64",
     "mpt": "modeling_mpt.py:.*position_bias",
     "mamba": "modeling_mamba.py:",

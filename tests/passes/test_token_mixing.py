@@ -25,6 +25,13 @@ MIXING = {
     "convolution": lambda x, w: F.conv1d(x.t()[None], w[:, :, None], padding=0),
     "differences": lambda x, w: (x[:, None, 0] - x[None, :, 0]).exp(),
     "sort": lambda x, w: x.sort(0).values,
+    "transposed and reshaped": lambda x, w: x.t().reshape(-1, 64),
+    "heads and tokens in one dimension": lambda x, w: (
+        x.view(-1, 4, 16).transpose(0, 1).reshape(-1, 16)
+    ),
+    "scatter over tokens": lambda x, w: torch.zeros_like(x).scatter(0, x[:, :1].long(), 1.0),
+    "scatter of tokens in features": lambda x, w: torch.zeros_like(w).scatter(1, x.long(), 1.0),
+    "matrices of other tokens": lambda x, w: torch.bmm(x.t()[:, None], x.t()[:, :, None]),
 }
 SEPARATE = {
     "linear": lambda x, w: F.linear(x, w),
@@ -37,6 +44,14 @@ SEPARATE = {
     "repeated features": lambda x, w: x.repeat(1, 3)[:, 5:],
     "padded features": lambda x, w: F.pad(x, (1, 2)).flip(1),
     "chosen features": lambda x, w: x[:, [3, 1]] + x.index_select(1, torch.tensor([0, 2])),
+    "a matrix for each token": lambda x, w: torch.bmm(
+        w.view(4, 16, 64)[x[:, 0].long()], x[:, :, None]
+    ),
+    "a matrix for each of two choices": lambda x, w: torch.bmm(
+        w.view(4, 16, 64)[x[:, :2].long().view(-1)],
+        x[:, None].expand(-1, 2, -1).reshape(-1, 64, 1),
+    ).view(-1, 2, 16),
+    "chosen groups": lambda x, w: torch.zeros_like(x).scatter(1, x[:, :2].long(), 1.0),
     "top features": lambda x, w: x.topk(2).values + x.cumsum(1)[:, :2],
 }
 

@@ -15,6 +15,7 @@ from aios_compile.codegen.cpp import (
     rope,
     row_reduction,
     sample,
+    topk,
 )
 
 EMITTERS: tuple[ModuleType, ...] = (
@@ -26,6 +27,7 @@ EMITTERS: tuple[ModuleType, ...] = (
     rope,
     row_reduction,
     sample,
+    topk,
     matmul,
     pointwise,
 )
