@@ -26,7 +26,6 @@ CHOSEN = (*TESTED, *OTHERS) if os.environ.get("FOREIGN_FAMILIES") == "all" else 
 CALLED = {"bloom": "adds a bias"}  # ALiBi: right logits, no generation
 REFUSED = {
     "dbrx": "modeling_dbrx.py:.*expert_hit",
-    "deepseek_v2": "complex64",
     "llama4": "complex64",
     "mpt": "modeling_mpt.py:.*position_bias",
     "mamba": "modeling_mamba.py:",
