@@ -37,6 +37,7 @@ from aios_compile.passes.runner import run_pipeline
 from aios_compile.progress import Progress
 from aios_compile.study import debug
 from aios_compile.study.dump import Dumper
+from aios_compile.study.kernel_table import KERNEL_TABLE, kernel_rows
 
 PAGE_SIZE = 16  # tokens; one AVX-512 vector of keys
 MIN_PAGE_TABLE = 8  # entries; the batches that passes are proven on need 4 (ir/inputs.py: mixed)
@@ -71,7 +72,7 @@ def compile_model(
         results = run_pipeline(
             module,
             STAGES,
-            _pass_options(options, source, sizes, model),
+            pass_options(options, source, sizes, model),
             disabled=options.disable_passes,
             verify=env.VERIFY.get_int(0, 2),
             seed=options.seed,
@@ -86,8 +87,8 @@ def compile_model(
         emitted = emit_kernels(module, EMITTERS, progress.update)
         if module.not_generatable:  # one whole sequence a step, all of its logits
             sizes = replace(sizes, max_num_seqs=1)
-        limits = _limits(module, sizes)
-        program = lower(module, emitted, limits, _settings(source, module, sizes), plan_memory)
+        limits = limits_of(module, sizes)
+        program = lower(module, emitted, limits, settings_of(source, module, sizes), plan_memory)
         step = emit_step(program, tuple(emitted.sources))
     debug.show_kernels(emitted.sources, step)
     if env.EAGER.get_int(0, 1):  # PyTorch runs level 3: nothing to build, weights as they are
@@ -101,6 +102,8 @@ def compile_model(
             with progress.stage("build"):
                 library.result()
     _write_texts(writer, program, emitted.sources, step, results, options, source)
+    rows = kernel_rows(module, emitted, program)
+    writer.write_json(KERNEL_TABLE, [row.as_dict() for row in rows])
     if source.tokenizer is not None:
         folder = writer.folder / artefact.TOKENIZER
         folder.mkdir(mode=0o700)
@@ -109,9 +112,10 @@ def compile_model(
     return Compiled(module, program)
 
 
-def _pass_options(
+def pass_options(
     options: CompileOptions, source: ModelSource, sizes: ResolvedSizes, model: torch.nn.Module
 ) -> PassOptions:
+    """Return what the passes need to know of a model and its options."""
     stored = next((p.dtype for p in model.parameters()), torch.float32)
     name = options.kv_cache_dtype
     kv_dtype = stored if name == "auto" else getattr(torch, name)
@@ -123,14 +127,16 @@ def _page_table_width(sizes: ResolvedSizes) -> int:
     return max(MIN_PAGE_TABLE, -(-sizes.max_model_len // PAGE_SIZE))
 
 
-def _limits(module: IRModule, sizes: ResolvedSizes) -> dict[str, int]:
+def limits_of(module: IRModule, sizes: ResolvedSizes) -> dict[str, int]:
+    """Return the largest value of each runtime size, which the plan is made for."""
     tokens = sizes.max_num_batched_tokens
     rows = min(max(MAX_LOGIT_ROWS, sizes.max_num_seqs), max(tokens, sizes.max_num_seqs))
     rows = tokens if module.not_generatable else rows
     return {"T": tokens, "S": sizes.max_num_seqs, "R": rows, "P": 0, "NP": 0, "NB": 0, "NA": 0}
 
 
-def _settings(source: ModelSource, module: IRModule, sizes: ResolvedSizes) -> dict[str, Any]:
+def settings_of(source: ModelSource, module: IRModule, sizes: ResolvedSizes) -> dict[str, Any]:
+    """Return what the runtime needs to know of a model; it becomes Program.settings."""
     from aios_compile.ir.module import outputs
 
     logits = outputs(module.root.graph)[0].meta["val"]

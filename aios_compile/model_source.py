@@ -87,7 +87,7 @@ def _open_checkpoint(path: Path, options: CompileOptions) -> ModelSource:
         build=build,
         read=read,
         flat=True,
-        max_model_len=_max_model_len(config),
+        max_model_len=max_model_len(config),
         eos_token_ids=tuple(dict.fromkeys((*eos, *_generation_eos(folder), *config.eos_token_ids))),
         generation_config=folder.generation_config,
         files=tuple(folder.files()),
@@ -128,7 +128,7 @@ def _dequantized_notes(weights: Tensors, dtype: str) -> list[str]:
     ]
 
 
-def _max_model_len(config: ModelConfig) -> int:
+def max_model_len(config: ModelConfig) -> int:
     """Return the positions that the model knows: dynamic RoPE goes past the trained ones."""
     factor = config.rope.factor if config.rope.rope_type == "dynamic" else 1.0
     return int(config.max_position_embeddings * factor)

@@ -29,6 +29,9 @@ class Match(NamedTuple):
 def _match(norm: fx.Node) -> Match | Refusal | None:
     """Match add -> norm; the sum may have other users (it becomes a second output)."""
     add = norm.args[0]
+    if isinstance(add, fx.Node) and add.op == "placeholder":
+        reason = "what it normalises is summed outside of the layer (or of the model)"
+        return Refusal(reason, provenance.source_line(norm))
     if not is_call(add, aten.add.Tensor):
         return None
     assert isinstance(add, fx.Node)

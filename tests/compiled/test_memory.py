@@ -135,8 +135,8 @@ class Level3:
 
     def program(self, planner: Callable[[Sequence[Lifetime]], Placement]) -> Program:
         sizes = self.options.resolve_sizes(self.source.max_model_len)
-        settings = compiler._settings(self.source, self.module, sizes)
-        limits = compiler._limits(self.module, sizes)
+        settings = compiler.settings_of(self.source, self.module, sizes)
+        limits = compiler.limits_of(self.module, sizes)
         return lower(self.module, self.emitted, limits, settings, planner)
 
     def logits(self, program: Program, folder: Path) -> Logits:
@@ -162,7 +162,7 @@ def level3(zoo_folder: Path) -> Iterator[Level3]:
     sizes = options.resolve_sizes(source.max_model_len)
     plain = source.build()
     module = capture(plain, flat=True, max_tokens=sizes.max_num_batched_tokens)
-    run_pipeline(module, STAGES, compiler._pass_options(options, source, sizes, plain), verify=0)
+    run_pipeline(module, STAGES, compiler.pass_options(options, source, sizes, plain), verify=0)
     refresh(module)
     emitted = emit_kernels(module, EMITTERS)
     ids = zoo.token_ids(path)

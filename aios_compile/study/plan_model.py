@@ -1,0 +1,114 @@
+"""Compile up to the plan and no further: no weight is read, nothing is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from aios_compile.capture.capture import capture
+from aios_compile.codegen.cpp.emitters import EMITTERS
+from aios_compile.codegen.emit_kernels import Emitted, emit_kernels
+from aios_compile.codegen.lower import lower
+from aios_compile.codegen.program import Program
+from aios_compile.compiler import limits_of, pass_options, settings_of
+from aios_compile.config import CompileOptions
+from aios_compile.ir import snapshot
+from aios_compile.ir.module import IRModule
+from aios_compile.ir.refresh import refresh
+from aios_compile.model_source import ModelSource, max_model_len, open_source
+from aios_compile.passes.pipeline import STAGES
+from aios_compile.passes.plan_memory import plan_memory
+from aios_compile.passes.result import PassResult
+from aios_compile.passes.runner import Stage, run_pipeline
+
+WEIGHTS = ("*.safetensors", "*.gguf", "*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A program before it is built: level 1, level 3, what the passes did, kernels and plan."""
+
+    captured: IRModule
+    module: IRModule
+    results: tuple[PassResult, ...]
+    emitted: Emitted
+    program: Program
+
+    def with_tokens(self, num_tokens: int) -> Program:
+        """Plan the same kernels for another number of tokens a step."""
+        sizes = {**self.program.sizes, "T": num_tokens}
+        if self.module.not_generatable:
+            sizes["R"] = num_tokens
+        return lower(self.module, self.emitted, sizes, self.program.settings, plan_memory)
+
+
+def plan_model(
+    source: ModelSource,
+    options: CompileOptions,
+    *,
+    verify: int = 0,
+    stages: Sequence[Stage] = STAGES,
+    disabled: Sequence[str] = (),
+) -> Planned:
+    """Capture, run the passes, emit and plan. verify: 1 proves each pass on random weights."""
+    sizes = options.resolve_sizes(source.max_model_len)
+    model = source.build()
+    captured = capture(model, flat=source.flat, max_tokens=sizes.max_num_batched_tokens)
+    module = snapshot.take(captured)
+    results = run_pipeline(
+        module,
+        stages,
+        pass_options(options, source, sizes, model),
+        disabled=(*options.disable_passes, *disabled),
+        verify=verify,
+        seed=options.seed,
+    )
+    refresh(module)
+    emitted = emit_kernels(module, EMITTERS)
+    if module.not_generatable:
+        sizes = replace(sizes, max_num_seqs=1)
+    settings = settings_of(source, module, sizes)
+    program = lower(module, emitted, limits_of(module, sizes), settings, plan_memory)
+    return Planned(captured, module, tuple(results), emitted, program)
+
+
+def open_without_weights(model: str | Path, options: CompileOptions) -> ModelSource:
+    """Open a model of which a config.json is enough: a folder, that file, or any usual source.
+
+    The source's `read` raises; its parameters have no memory.
+    """
+    path = Path(model)
+    config = path if path.suffix == ".json" else path / "config.json"
+    alone = path.suffix == ".json" or not any(any(path.glob(p)) for p in WEIGHTS)
+    return (
+        _source_of(config, options) if config.is_file() and alone else open_source(model, options)
+    )
+
+
+def _source_of(path: Path, options: CompileOptions) -> ModelSource:
+    from aios_compile.checkpoint.json_file import read_json
+    from aios_compile.models.config import ModelConfig
+    from aios_compile.models.decoder import Decoder
+    from aios_compile.models.fake import build_fake
+
+    config = ModelConfig.from_dict(read_json(path), str(path))
+    dtype = config.dtype or "bfloat16" if options.dtype == "auto" else options.dtype
+
+    def build() -> nn.Module:
+        return build_fake(lambda: Decoder(config), getattr(torch, dtype))
+
+    def read(name: str) -> torch.Tensor:
+        raise KeyError(name)
+
+    return ModelSource(
+        name=str(path),
+        build=build,
+        read=read,
+        flat=True,
+        max_model_len=max_model_len(config),
+        eos_token_ids=tuple(config.eos_token_ids),
+    )
