@@ -1,5 +1,6 @@
-// Paged attention with an online softmax: pages ascending, one page a step, so that a row's bits do
-// not depend on its batch, its chunk of the prompt, or the tile that computes it.
+// Paged attention with an online softmax over groups of AHEAD pages, ascending. Groups begin at
+// multiples of AHEAD pages of the sequence, so that a row's bits do not depend on its batch, its
+// chunk of the prompt, its window's neighbours, or the tile that computes it.
 //
 // The text before this one defines KeyValue (float, bf16 or f16), HEADS, KV_HEADS, D, DV, PAGE,
 // SCALE, SOFTCAP (0: none), WINDOW and CHUNK (0: none), HAS_SINKS, num_tokens(n), num_sequences(n),
@@ -9,7 +10,7 @@ constexpr int GROUP = HEADS / KV_HEADS;                 // query heads of one ke
 constexpr int TOKENS = GROUP >= 32 ? 1 : 32 / GROUP;    // query tokens of a tile
 constexpr int ROWS = TOKENS * GROUP;                    // row = token of the tile * GROUP + head
 constexpr int PAGE_VECTORS = PAGE / VL;
-constexpr int AHEAD = 4;                                // pages whose scores are computed together
+constexpr int AHEAD = 4;                                // pages of a step
 constexpr int REGISTERS = VL == 8 ? 8 : 16;             // accumulators, leaving room for operands
 constexpr int DV_VECTORS = (DV + VL - 1) / VL;
 constexpr int WIDE = DV_VECTORS * VL;                   // row length of `out` in scratch
@@ -27,26 +28,57 @@ struct Tile {
   float highest[ROWS], rescale[ROWS];
 };
 
+// The pages of a step: [begin, end) of the AHEAD pages of a group, and the group that comes next.
+struct Step {
+  int begin, end;
+  int64_t first_key;                      // of the group
+  const KeyValue* keys[AHEAD];
+  const KeyValue* values[AHEAD];
+  const KeyValue* next_keys[AHEAD];       // of the group that follows, to be fetched
+  const KeyValue* next_values[AHEAD];
+};
+
+// Bytes [at, at + size) of the next step's page into L2. A page is 4 KiB or less a head, where the
+// hardware's prefetch begins anew: one token over 8,192 tokens of context, bf16, 2 cores of Zen 4,
+// reads at BENCH_WITH of the bandwidth, at BENCH_WITHOUT without it (benchmarks/attention.py).
+template <int SIZE>
+AIOS_INLINE void prefetch(const KeyValue* page, int64_t at) {
+#pragma GCC unroll 16
+  for (int line = 0; line < SIZE; line += 64)
+    __builtin_prefetch((const char*)(page + at) + line, 0, 2);
+}
+
 // scores[row .. row + R)[page .. page + P) = q . k, over d ascending; the keys of a page are lanes.
-template <int R, int P>
-AIOS_INLINE void dot(Tile& tile, int row, int page, const KeyValue* const* keys) {
+template <int R, int P, bool FETCH>
+AIOS_INLINE void dot(Tile& tile, int row, int page, const Step& step) {
+  constexpr int DS = 64 / (PAGE * (int)sizeof(KeyValue)) > 1 ? 64 / (PAGE * (int)sizeof(KeyValue)) : 1;
   vf acc[R][P * PAGE_VECTORS];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int i = 0; i < P * PAGE_VECTORS; ++i) acc[r][i] = splat(0.0f);
-  for (int64_t d = 0; d < D; ++d) {
+  const auto add = [&](int64_t d) __attribute__((always_inline)) {
     vf key[P * PAGE_VECTORS];
 #pragma GCC unroll 16
     for (int i = 0; i < P * PAGE_VECTORS; ++i)
-      key[i] = load(keys[page + i / PAGE_VECTORS] + d * PAGE + i % PAGE_VECTORS * VL);
+      key[i] = load(step.keys[page + i / PAGE_VECTORS] + d * PAGE + i % PAGE_VECTORS * VL);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const vf value = splat(tile.q[row + r][d]);
 #pragma GCC unroll 16
       for (int i = 0; i < P * PAGE_VECTORS; ++i) acc[r][i] = fma(key[i], value, acc[r][i]);
     }
+  };
+  int64_t d = 0;
+  for (; d + DS <= D; d += DS) {          // as many d as fill a cache line of a page
+    if constexpr (FETCH)
+#pragma GCC unroll 4
+      for (int i = 0; i < P; ++i)
+        prefetch<DS * PAGE * (int)sizeof(KeyValue)>(step.next_keys[page + i], d * PAGE);
+#pragma GCC unroll 4
+    for (int i = 0; i < DS; ++i) add(d + i);
   }
+  for (; d < D; ++d) add(d);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
@@ -54,55 +86,63 @@ AIOS_INLINE void dot(Tile& tile, int row, int page, const KeyValue* const* keys)
       store(&tile.scores[row + r][page * PAGE + i * VL], acc[r][i]);
 }
 
-template <int R>
-AIOS_NOINLINE void dot_pages(Tile& tile, int row, int pages, const KeyValue* const* keys) {
+template <int R, bool FETCH>
+AIOS_NOINLINE void dot_pages(Tile& tile, int row, const Step& step) {
   constexpr int FIT = REGISTERS / (R * PAGE_VECTORS);
   constexpr int P = FIT >= AHEAD ? AHEAD : FIT >= 2 ? 2 : 1;
-  int page = 0;
-  for (; page + P <= pages; page += P) dot<R, P>(tile, row, page, keys);
+  int page = step.begin;
+  for (; page + P <= step.end; page += P) dot<R, P, FETCH>(tile, row, page, step);
   if constexpr (P > 1)
-    for (; page < pages; ++page) dot<R, 1>(tile, row, page, keys);
+    for (; page < step.end; ++page) dot<R, 1, FETCH>(tile, row, page, step);
 }
 
-AIOS_INLINE void dot_rows(Tile& tile, int pages, const KeyValue* const* keys) {
+// The first rows of a tile fetch the next step's pages.
+template <int R>
+AIOS_INLINE void dot_some(Tile& tile, int row, const Step& step) {
+  if (row == 0) dot_pages<R, true>(tile, row, step);
+  else dot_pages<R, false>(tile, row, step);
+}
+
+AIOS_INLINE void dot_rows(Tile& tile, const Step& step) {
   int row = 0;
-  for (; row + 8 <= tile.rows; row += 8) dot_pages<8>(tile, row, pages, keys);
-  for (; row + 4 <= tile.rows; row += 4) dot_pages<4>(tile, row, pages, keys);
-  for (; row + 2 <= tile.rows; row += 2) dot_pages<2>(tile, row, pages, keys);
-  for (; row < tile.rows; ++row) dot_pages<1>(tile, row, pages, keys);
+  for (; row + 8 <= tile.rows; row += 8) dot_some<8>(tile, row, step);
+  for (; row + 4 <= tile.rows; row += 4) dot_some<4>(tile, row, step);
+  for (; row + 2 <= tile.rows; row += 2) dot_some<2>(tile, row, step);
+  for (; row < tile.rows; ++row) dot_some<1>(tile, row, step);
 }
 
-// Scores of one page -> probabilities relative to the highest score so far. Unused slots may hold
+// Scores of a step -> probabilities relative to the highest score so far. Unused slots may hold
 // anything, NaN too: they are replaced, not multiplied by zero.
-AIOS_NOINLINE void softmax_step(Tile& tile, int64_t first_key, int page) {
+AIOS_NOINLINE void softmax_step(Tile& tile, const Step& step) {
+  const int begin = step.begin * PAGE, end = step.end * PAGE;
   for (int r = 0; r < tile.rows; ++r) {
-    float* s = &tile.scores[r][page * PAGE];
-    const int64_t from = tile.from[r] - first_key, to = tile.to[r] - first_key;
+    float* s = tile.scores[r];
+    const int64_t from = tile.from[r] - step.first_key, to = tile.to[r] - step.first_key;
     tile.rescale[r] = 1.0f;
-    if (to < 0 || from >= PAGE) {
-      for (int i = 0; i < PAGE_VECTORS; ++i) store(s + i * VL, splat(0.0f));
+    if (to < begin || from >= end) {
+      for (int i = begin; i < end; i += VL) store(s + i, splat(0.0f));
       continue;
     }
-    vf score[PAGE_VECTORS], top = splat(LOWEST);
-#pragma GCC unroll 8
-    for (int i = 0; i < PAGE_VECTORS; ++i) {
-      score[i] = load(s + i * VL) * SCALE;
-      if (SOFTCAP != 0.0f) score[i] = SOFTCAP * tanh(score[i] / SOFTCAP);
-      if (from > 0 || to < PAGE - 1) {
-        const vi key = lanes() + i * VL;
-        const int32_t low = from > 0 ? (int32_t)from : 0, high = to < PAGE ? (int32_t)to : PAGE;
-        score[i] = select((key >= low) & (key <= high), score[i], splat(-kInfinity));
+    const int32_t low = from > begin ? (int32_t)from : begin;
+    const int32_t high = to < end ? (int32_t)to : end;
+    vf top = splat(LOWEST);
+    for (int i = begin; i < end; i += VL) {
+      vf score = load(s + i) * SCALE;
+      if (SOFTCAP != 0.0f) score = SOFTCAP * tanh(score / SOFTCAP);
+      if (i < low || i + VL - 1 > high) {
+        const vi key = lanes() + i;
+        score = select((key >= low) & (key <= high), score, splat(-kInfinity));
       }
-      top = max(top, score[i]);
+      store(s + i, score);
+      top = max(top, score);
     }
     const float highest = max(tile.highest[r], reduce_max(top));
     if (highest != tile.highest[r]) tile.rescale[r] = exp(tile.highest[r] - highest);
     tile.highest[r] = highest;
     vf sum = load(tile.sums[r]) * tile.rescale[r];
-#pragma GCC unroll 8
-    for (int i = 0; i < PAGE_VECTORS; ++i) {
-      const vf probability = exp(score[i] - highest);
-      store(s + i * VL, probability);
+    for (int i = begin; i < end; i += VL) {
+      const vf probability = exp(load(s + i) - highest);
+      store(s + i, probability);
       sum += probability;
     }
     store(tile.sums[r], sum);
@@ -110,28 +150,32 @@ AIOS_NOINLINE void softmax_step(Tile& tile, int64_t first_key, int page) {
 }
 
 // out[row .. row + R)[V vectors] = out * rescale + probabilities . values, over the keys ascending.
-template <int R, int V, bool FULL>
-AIOS_INLINE void add_values(Tile& tile, int row, int64_t column, int page, int64_t keys,
-                            const KeyValue* values) {
+template <int R, int V, bool FULL, bool FETCH>
+AIOS_INLINE void add_values(Tile& tile, int row, int64_t column, const Step& step) {
   vf acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v)
       acc[r][v] = load(&tile.out[row + r][column + v * VL]) * tile.rescale[row + r];
-  for (int64_t j = 0; j < keys; ++j) {
-    vf value[V];
+  for (int page = step.begin; page < step.end; ++page) {
+    const int64_t first = page * PAGE, keys = min((int64_t)PAGE, tile.context - step.first_key - first);
+    for (int64_t j = 0; j < keys; ++j) {
+      if constexpr (FETCH)
+        prefetch<V * VL * (int)sizeof(KeyValue)>(step.next_values[page], j * DV + column);
+      vf value[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      const KeyValue* at = values + j * DV + column + v * VL;
-      if constexpr (FULL) value[v] = load(at);
-      else value[v] = load(at, DV % VL);
-    }
+      for (int v = 0; v < V; ++v) {
+        const KeyValue* at = step.values[page] + j * DV + column + v * VL;
+        if constexpr (FULL) value[v] = load(at);
+        else value[v] = load(at, DV % VL);
+      }
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const vf probability = splat(tile.scores[row + r][page * PAGE + j]);
+      for (int r = 0; r < R; ++r) {
+        const vf probability = splat(tile.scores[row + r][first + j]);
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) acc[r][v] = fma(value[v], probability, acc[r][v]);
+        for (int v = 0; v < V; ++v) acc[r][v] = fma(value[v], probability, acc[r][v]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -140,23 +184,29 @@ AIOS_INLINE void add_values(Tile& tile, int row, int64_t column, int page, int64
     for (int v = 0; v < V; ++v) store(&tile.out[row + r][column + v * VL], acc[r][v]);
 }
 
-template <int R>
-AIOS_NOINLINE void add_rows(Tile& tile, int row, int page, int64_t keys, const KeyValue* values) {
+template <int R, bool FETCH>
+AIOS_NOINLINE void add_rows(Tile& tile, int row, const Step& step) {
   constexpr int V = REGISTERS / R >= 8 ? 8 : 4;
   int64_t column = 0;
   for (; column + V * VL <= DV; column += V * VL)
-    add_values<R, V, true>(tile, row, column, page, keys, values);
+    add_values<R, V, true, FETCH>(tile, row, column, step);
   for (; column + VL <= DV; column += VL)
-    add_values<R, 1, true>(tile, row, column, page, keys, values);
-  if (column < DV) add_values<R, 1, false>(tile, row, column, page, keys, values);
+    add_values<R, 1, true, FETCH>(tile, row, column, step);
+  if (column < DV) add_values<R, 1, false, false>(tile, row, column, step);
 }
 
-AIOS_INLINE void add_page(Tile& tile, int page, int64_t keys, const KeyValue* values) {
+template <int R>
+AIOS_INLINE void add_some(Tile& tile, int row, const Step& step) {
+  if (row == 0) add_rows<R, true>(tile, row, step);
+  else add_rows<R, false>(tile, row, step);
+}
+
+AIOS_INLINE void add_step(Tile& tile, const Step& step) {
   int row = 0;
   if constexpr (VL != 8)
-    for (; row + 4 <= tile.rows; row += 4) add_rows<4>(tile, row, page, keys, values);
-  for (; row + 2 <= tile.rows; row += 2) add_rows<2>(tile, row, page, keys, values);
-  for (; row < tile.rows; ++row) add_rows<1>(tile, row, page, keys, values);
+    for (; row + 4 <= tile.rows; row += 4) add_some<4>(tile, row, step);
+  for (; row + 2 <= tile.rows; row += 2) add_some<2>(tile, row, step);
+  for (; row < tile.rows; ++row) add_some<1>(tile, row, step);
 }
 
 // Queries of `tokens` tokens from `first` on (all of sequence s) and the key/value head `head`.
@@ -198,18 +248,22 @@ AIOS_INLINE void finish(Tile& tile, const Sizes* n, void* const* p, int64_t firs
 
 AIOS_INLINE void attend(Tile& tile, const Sizes* n, void* const* p, int64_t s, int64_t head) {
   const int64_t* table = pages_of(n, p, s);
-  const int64_t last = tile.to[tile.rows - 1] / PAGE;
-  for (int64_t page = tile.from[0] / PAGE; page <= last; page += AHEAD) {
-    const int pages = (int)min((int64_t)AHEAD, last - page + 1);
-    const KeyValue* keys[AHEAD];
-    for (int i = 0; i < pages; ++i) keys[i] = k_at(n, p, table[page + i], head);
-    dot_rows(tile, pages, keys);
-    for (int i = 0; i < pages; ++i) {
-      const int64_t first_key = (page + i) * PAGE;
-      softmax_step(tile, first_key, i);
-      const int64_t used = min((int64_t)PAGE, tile.context - first_key);
-      add_page(tile, i, used, v_at(n, p, table[page + i], head));
+  const int64_t first = tile.from[0] / PAGE, last = tile.to[tile.rows - 1] / PAGE;
+  Step step;
+  for (int64_t group = first / AHEAD * AHEAD; group <= last; group += AHEAD) {
+    step.begin = (int)max(first - group, (int64_t)0);
+    step.end = (int)min((int64_t)AHEAD, last - group + 1);
+    step.first_key = group * PAGE;
+    for (int i = step.begin; i < step.end; ++i) {
+      step.keys[i] = k_at(n, p, table[group + i], head);
+      step.values[i] = v_at(n, p, table[group + i], head);
+      const int64_t next = table[min(group + AHEAD + i, last)];
+      step.next_keys[i] = k_at(n, p, next, head);
+      step.next_values[i] = v_at(n, p, next, head);
     }
+    dot_rows(tile, step);
+    softmax_step(tile, step);
+    add_step(tile, step);
   }
 }
 

@@ -1,0 +1,113 @@
+"""The attention kernel over a long context beside this machine's read bandwidth and FMA peak.
+
+    python -m benchmarks.attention [--threads 2] [--context 8192] [--tokens 1,2,4,8,64]
+
+Qwen3-0.6B's heads (16 query, 8 key/value, 128 wide), bf16 caches, pages of 16 tokens in random
+order, one sequence whose last tokens are computed. A list of layers of 512 MiB is streamed, so that
+nothing comes from the caches. Times are medians of processor time of the slowest thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+
+import numpy as np
+import torch
+
+from aios_compile.codegen.cpp import paged_attention
+from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.source import KernelSource
+from aios_compile.ir import ops
+from aios_compile.ir.symbols import new_fake, new_fake_mode
+from benchmarks.kernels import BYTES, Sizes, calls, interleaved, library, probes
+
+HEADS, KV_HEADS, WIDTH, PAGE = 16, 8, 128, 16
+
+
+def attention_source(pages: int) -> KernelSource:
+    """Return the kernel for caches of `pages` pages, all of which one sequence may hold."""
+    mode, graph = new_fake_mode(), torch.fx.Graph()
+    shapes = {
+        "q": (("T", HEADS, WIDTH), torch.float32),
+        "k_cache": ((pages, KV_HEADS, WIDTH, PAGE), torch.bfloat16),
+        "v_cache": ((pages, KV_HEADS, PAGE, WIDTH), torch.bfloat16),
+        "starts": ((2,), torch.int64),
+        "lengths": ((1,), torch.int64),
+        "tables": ((1, pages), torch.int64),
+    }
+    holders = [graph.placeholder(name) for name in shapes]
+    call = graph.call_function(
+        torch.ops.aios.paged_attention.default, (*holders, WIDTH**-0.5, None, None, None, None)
+    )
+    graph.output(call)
+    for holder, (shape, dtype) in zip(holders, shapes.values()):
+        holder.meta["val"] = new_fake(mode, shape, dtype)
+    call.meta["val"] = new_fake(mode, ("T", HEADS, WIDTH), torch.float32)
+    operands = [Operand.of_value(n.name, n.meta["val"]) for n in (*holders, call)]
+    spec = paged_attention.spec_of(torch.fx.GraphModule(torch.nn.Module(), graph), operands)
+    assert spec is not None
+    return paged_attention.emit(spec)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--tokens", default="1,2,4,8,64")
+    arguments = parser.parse_args()
+    assert ops.TABLE
+    pages = -(-arguments.context // PAGE)
+    source = attention_source(pages)
+    lib, rng = library([source]), np.random.default_rng(0)
+    page_bytes = KV_HEADS * WIDTH * PAGE * 2
+    layers = max(1, BYTES // (2 * pages * page_bytes))
+    values = rng.standard_normal((2, pages, KV_HEADS, WIDTH * PAGE), dtype=np.float32)
+    caches = np.repeat((values.view(np.uint32) >> 16).astype(np.uint16)[None], layers, 0)
+    read, fma, operations = probes(lib, caches, arguments.threads)
+    tables = rng.permutation(pages).astype(np.int64)
+    lengths = np.array([arguments.context])
+    run = getattr(lib, source.symbol)
+    count = getattr(lib, f"{source.symbol}_items")
+    count.restype = ctypes.c_int64
+    for tokens in map(int, arguments.tokens.split(",")):
+        q = rng.standard_normal((tokens, HEADS, WIDTH), dtype=np.float32)
+        out = np.zeros((tokens, HEADS, WIDTH), np.float32)
+        starts = np.array([0, tokens])
+        used = layers if tokens <= 8 else max(1, layers * 4 // tokens)
+        lists = [
+            [a.ctypes.data for a in (q, layer[0], layer[1], starts, lengths, tables, out)]
+            for layer in caches[:used]
+        ]
+        items = count(ctypes.byref(Sizes(tokens, 1, 1, 1)))
+        work = calls(run, items, arguments.threads, lists, tokens)
+        reading, computing, seconds = interleaved(arguments.threads, read, fma, work)
+        _check(q, caches[0], tables, out, arguments.context)
+        bandwidth, peak = caches.nbytes / reading, operations / computing
+        moved = caches[0].nbytes * used / seconds
+        flops = 4 * HEADS * WIDTH * arguments.context * tokens * used / seconds
+        print(
+            f"T={tokens:4d} {moved / 1e9:6.1f} of {bandwidth / 1e9:5.1f} GB/s "
+            f"({moved / bandwidth:4.0%})  {flops / 1e9:6.1f} of {peak / 1e9:5.1f} GFLOP/s "
+            f"({flops / peak:4.0%})",
+            flush=True,
+        )
+
+
+def _check(
+    q: np.ndarray, cache: np.ndarray, tables: np.ndarray, out: np.ndarray, context: int
+) -> None:
+    """Compare the last token with float64 arithmetic."""
+    wide = (cache[:, tables].astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    k = wide[0].reshape(-1, KV_HEADS, WIDTH, PAGE).transpose(1, 0, 3, 2).reshape(KV_HEADS, -1, WIDTH)
+    v = wide[1].reshape(-1, KV_HEADS, PAGE, WIDTH).transpose(1, 0, 2, 3).reshape(KV_HEADS, -1, WIDTH)
+    for head in range(HEADS):
+        group = head * KV_HEADS // HEADS
+        scores = k[group, :context] @ q[-1, head] * WIDTH**-0.5
+        weights = np.exp(scores - scores.max())
+        expected = weights @ v[group, :context] / weights.sum()
+        assert np.abs(out[-1, head] - expected).max() < 1e-3
+
+
+if __name__ == "__main__":
+    main()
