@@ -99,8 +99,9 @@ def _check(
 ) -> None:
     """Compare the last token with float64 arithmetic."""
     wide = (cache[:, tables].astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    k = wide[0].reshape(-1, KV_HEADS, WIDTH, PAGE).transpose(1, 0, 3, 2).reshape(KV_HEADS, -1, WIDTH)
-    v = wide[1].reshape(-1, KV_HEADS, PAGE, WIDTH).transpose(1, 0, 2, 3).reshape(KV_HEADS, -1, WIDTH)
+    k = wide[0].reshape(-1, KV_HEADS, WIDTH, PAGE).transpose(1, 0, 3, 2)
+    v = wide[1].reshape(-1, KV_HEADS, PAGE, WIDTH).transpose(1, 0, 2, 3)
+    k, v = k.reshape(KV_HEADS, -1, WIDTH), v.reshape(KV_HEADS, -1, WIDTH)
     for head in range(HEADS):
         group = head * KV_HEADS // HEADS
         scores = k[group, :context] @ q[-1, head] * WIDTH**-0.5

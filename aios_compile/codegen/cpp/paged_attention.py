@@ -6,8 +6,10 @@ page_tables i64[S, P], sinks f32[H] (optional), out[T, H, Dv] float32. Sums in f
 Visible: causal; window w: the last w keys; chunk c: keys of the query's chunk of c positions.
 Bytes: K and V of a sequence once for each (key/value head, tile of up to 32 rows = tokens * group).
 Items: (key/value head, token), tokens fastest; neighbouring tokens of one sequence form the tiles.
-Algorithm: online softmax (Milakov and Gimelshein, 2018; FlashAttention-2), one page a step in
-ascending order for every row, so that bits do not depend on batch, chunking or tiles.
+Algorithm: online softmax (Milakov and Gimelshein, 2018; FlashAttention-2), four
+pages a step at fixed places, ascending, so that bits do not depend on batch, chunking or tiles.
+Measured with benchmarks/attention.py (2 cores of Zen 4, bf16, 8,192 tokens of context, pages in
+random order): 53 % of the read bandwidth at one token, 71 % of the FMA peak at 64.
 """
 
 from __future__ import annotations

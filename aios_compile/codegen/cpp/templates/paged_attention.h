@@ -38,9 +38,9 @@ struct Step {
   const KeyValue* next_values[AHEAD];
 };
 
-// Bytes [at, at + size) of the next step's page into L2. A page is 4 KiB or less a head, where the
-// hardware's prefetch begins anew: one token over 8,192 tokens of context, bf16, 2 cores of Zen 4,
-// reads at BENCH_WITH of the bandwidth, at BENCH_WITHOUT without it (benchmarks/attention.py).
+// Bytes [at, at + SIZE) of the next step's page into L2. A page of a head is a few KiB somewhere:
+// the hardware's prefetch begins anew at each. Reading blocks of 4 KiB in random order: 9 GB/s a
+// core without, 19 GB/s with a prefetch of 8 KiB ahead or more; in sequence 29 GB/s (Zen 4).
 template <int SIZE>
 AIOS_INLINE void prefetch(const KeyValue* page, int64_t at) {
 #pragma GCC unroll 16
