@@ -51,7 +51,7 @@ AIOS_INLINE void prefetch(const KeyValue* page, int64_t at) {
 // scores[row .. row + R)[page .. page + P) = q . k, over d ascending; the keys of a page are lanes.
 template <int R, int P, bool FETCH>
 AIOS_INLINE void dot(Tile& tile, int row, int page, const Step& step) {
-  constexpr int DS = 64 / (PAGE * (int)sizeof(KeyValue)) > 1 ? 64 / (PAGE * (int)sizeof(KeyValue)) : 1;
+  constexpr int ROW_BYTES = PAGE * (int)sizeof(KeyValue), DS = ROW_BYTES < 64 ? 64 / ROW_BYTES : 1;
   vf acc[R][P * PAGE_VECTORS];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -74,7 +74,7 @@ AIOS_INLINE void dot(Tile& tile, int row, int page, const Step& step) {
     if constexpr (FETCH)
 #pragma GCC unroll 4
       for (int i = 0; i < P; ++i)
-        prefetch<DS * PAGE * (int)sizeof(KeyValue)>(step.next_keys[page + i], d * PAGE);
+        prefetch<DS * ROW_BYTES>(step.next_keys[page + i], d * PAGE);
 #pragma GCC unroll 4
     for (int i = 0; i < DS; ++i) add(d + i);
   }
@@ -159,7 +159,8 @@ AIOS_INLINE void add_values(Tile& tile, int row, int64_t column, const Step& ste
     for (int v = 0; v < V; ++v)
       acc[r][v] = load(&tile.out[row + r][column + v * VL]) * tile.rescale[row + r];
   for (int page = step.begin; page < step.end; ++page) {
-    const int64_t first = page * PAGE, keys = min((int64_t)PAGE, tile.context - step.first_key - first);
+    const int64_t first = page * PAGE;
+    const int64_t keys = min((int64_t)PAGE, tile.context - step.first_key - first);
     for (int64_t j = 0; j < keys; ++j) {
       if constexpr (FETCH)
         prefetch<V * VL * (int)sizeof(KeyValue)>(step.next_values[page], j * DV + column);
