@@ -7,22 +7,28 @@ from typing import Any
 
 from aios_compile.checkpoint import paths, tokenizer
 from aios_compile.checkpoint.json_file import read_json
+from aios_compile.checkpoint.packed_weights import PackedWeights
+from aios_compile.checkpoint.tensors import Tensors
 from aios_compile.checkpoint.tokenizer import GENERATION_CONFIG, Tokenizer
 from aios_compile.checkpoint.weights import WeightFiles
 from aios_compile.errors import CheckpointError
 
 CONFIG = "config.json"
+QUANTIZATION = "quantization_config"
 
 
 class CheckpointFolder:
-    """The files of one model. Weights stay on disk until they are read through `weights`."""
+    """The files of one model. Weights stay on disk until they are read through `weights`.
+
+    config: config.json without the quantization_config, which `weights` honours.
+    """
 
     def __init__(
         self,
         path: Path,
         config: dict[str, Any],
         generation_config: dict[str, Any],
-        weights: WeightFiles,
+        weights: Tensors,
     ) -> None:
         self.path = path
         self.config_path = path / CONFIG
@@ -49,7 +55,11 @@ class CheckpointFolder:
         generation = {}
         if paths.exists(folder, GENERATION_CONFIG):
             generation = read_json(paths.member(folder, GENERATION_CONFIG))
-        return CheckpointFolder(folder, config, generation, WeightFiles.open(folder))
+        weights: Tensors = (plain := WeightFiles.open(folder))
+        if config.get(QUANTIZATION) is not None:
+            weights = PackedWeights.open(plain, config[QUANTIZATION], str(folder / CONFIG))
+            config = {key: value for key, value in config.items() if key != QUANTIZATION}
+        return CheckpointFolder(folder, config, generation, weights)
 
     def files(self) -> list[Path]:
         """Return every file that the compiled model depends on, for the cache key."""

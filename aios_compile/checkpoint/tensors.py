@@ -34,6 +34,9 @@ class Tensors(ABC):
         """Return all tensor names, in the order of the files."""
         return list(self._tensors)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
     def info(self, name: str) -> TensorInfo:
         """Return dtype, shape and place of a tensor. Raises CheckpointError where it is missing."""
         if name not in self._tensors:
