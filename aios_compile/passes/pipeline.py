@@ -18,6 +18,7 @@ from aios_compile.passes.merge_qkv import merge_qkv
 from aios_compile.passes.own_outputs import own_outputs
 from aios_compile.passes.page_attention import page_attention
 from aios_compile.passes.raise_attention import raise_attention
+from aios_compile.passes.raise_expert_linear import raise_expert_linear
 from aios_compile.passes.raise_gated_mlp import raise_gated_mlp
 from aios_compile.passes.raise_layer_norm import raise_layer_norm
 from aios_compile.passes.raise_linear import raise_linear
@@ -36,6 +37,7 @@ RAISE = Stage(
         fold_constants,
         eliminate_common_subexpressions,
         raise_linear,
+        raise_expert_linear,
         raise_rms_norm,
         raise_layer_norm,
         raise_rope,

@@ -6,6 +6,7 @@ from types import ModuleType
 
 from aios_compile.codegen.cpp import (
     embedding,
+    expert_linear,
     kv_write,
     linear,
     matmul,
@@ -21,6 +22,7 @@ from aios_compile.codegen.cpp import (
 EMITTERS: tuple[ModuleType, ...] = (
     embedding,
     linear,
+    expert_linear,
     paged_attention,
     qk_norm_rope_kv_write,
     kv_write,
