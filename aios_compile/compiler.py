@@ -6,7 +6,7 @@ capture -> passes (raise, rewrite, fuse) -> emit -> plan -> step -> build and pa
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from aios_compile.codegen.emit_kernels import emit_kernels
 from aios_compile.codegen.lower import lower
 from aios_compile.codegen.pack_weights import pack_weights
 from aios_compile.codegen.program import Program
+from aios_compile.codegen.quantized_weights import QuantizedWeight, remarks
 from aios_compile.codegen.source import KernelSource
 from aios_compile.config import CompileOptions, ResolvedSizes
 from aios_compile.ir.module import IRModule
@@ -91,6 +92,7 @@ def compile_model(
         program = lower(module, emitted, limits, settings_of(source, module, sizes), plan_memory)
         step = emit_step(program, tuple(emitted.sources))
     debug.show_kernels(emitted.sources, step)
+    quantized: list[QuantizedWeight] = []
     if env.EAGER.get_int(0, 1):  # PyTorch runs level 3: nothing to build, weights as they are
         writer.write_bytes(artefact.LIBRARY, b"")
     else:
@@ -98,10 +100,13 @@ def compile_model(
             texts = (emitted.sources, step)
             library = pool.submit(_build, *texts, writer.folder, cache_root, progress)
             with progress.stage("pack"):
-                pack_weights(program, module, source.read, writer)
+                quantized = pack_weights(program, module, source.read, writer)
             with progress.stage("build"):
                 library.result()
-    _write_texts(writer, program, emitted.sources, step, results, options, source)
+    notes = [*remarks(program, quantized), *source.notes]
+    _write_texts(writer, program, emitted.sources, step, results, notes)
+    if quantized:
+        writer.write_json(artefact.QUANTIZATION, [asdict(w) for w in quantized])
     rows = kernel_rows(module, emitted, program)
     writer.write_json(KERNEL_TABLE, [row.as_dict() for row in rows])
     if source.tokenizer is not None:
@@ -120,7 +125,8 @@ def pass_options(
     name = options.kv_cache_dtype
     kv_dtype = stored if name == "auto" else getattr(torch, name)
     width = _page_table_width(sizes)
-    return PassOptions("cpp", PAGE_SIZE, kv_dtype, num_pages=64, max_pages_per_sequence=width)
+    form = options.quantization_format()
+    return PassOptions("cpp", PAGE_SIZE, kv_dtype, 64, width, form)
 
 
 def _page_table_width(sizes: ResolvedSizes) -> int:
@@ -172,8 +178,7 @@ def _write_texts(
     sources: list[KernelSource],
     step: str,
     results: list[Any],
-    options: CompileOptions,
-    source: ModelSource,
+    notes: list[str],
 ) -> None:
     for kernel in sources:
         writer.write_text(f"{artefact.KERNELS}/{kernel.name}.cpp", kernel.text)
@@ -183,5 +188,4 @@ def _write_texts(
     writer.write_json(artefact.PLAN, data["plan"])
     rows = [r.to_json() for r in results]
     writer.write_json(artefact.CERTIFICATES, rows)
-    notes = [*source.notes]
     writer.write_json(artefact.REPORT, {"passes": rows, "notes": notes})

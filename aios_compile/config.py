@@ -15,6 +15,7 @@ from typing import Any
 
 from aios_compile import env
 from aios_compile.errors import ConfigError
+from aios_compile.ir.quant_format import SHORT_NAMES, QuantFormat
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16")
@@ -48,7 +49,7 @@ class CompileOptions:
 
     device: str = _option("auto", "auto or cpu")
     dtype: str = _option("auto", "auto (the checkpoint's), float32, bfloat16 or float16")
-    quantization: str | None = _option(None, "int8 or int4; not built yet")
+    quantization: str | None = _option(None, "int8, int4 or a format such as uint4_g64_f16_min_f16")
     kv_cache_dtype: str = _option("auto", "auto, float32 or bfloat16")
     max_model_len: int | None = _option(None, "longest prompt + output, in tokens")
     max_num_seqs: int | None = _option(None, "sequences in one step")
@@ -93,8 +94,8 @@ class CompileOptions:
             raise _bad("device", self.device, "auto or cpu")
         if self.dtype not in DTYPES:
             raise _bad("dtype", self.dtype, ", ".join(DTYPES))
-        if self.quantization not in (None, "int8", "int4"):
-            raise _bad("quantization", self.quantization, "None, int8 or int4")
+        if self.quantization is not None:
+            self._check_quantization(self.quantization)
         known = (*KV_CACHE_DTYPES, "int8", "fp8", "fp8_e4m3", "fp8_e5m2")
         if self.kv_cache_dtype not in known:
             raise _bad("kv_cache_dtype", self.kv_cache_dtype, ", ".join(KV_CACHE_DTYPES))
@@ -121,7 +122,6 @@ class CompileOptions:
     def _check_not_built(self) -> None:
         missing = {
             "device": self.device.startswith("cuda") and "the Triton target",
-            "quantization": self.quantization is not None and "quantised weights",
             "kv_cache_dtype": self.kv_cache_dtype not in KV_CACHE_DTYPES and "a quantised KV cache",
             "tensor_parallel_size": self.tensor_parallel_size > 1 and "tensor parallelism",
             "pipeline_parallel_size": self.pipeline_parallel_size > 1 and "pipeline parallelism",
@@ -132,6 +132,19 @@ class CompileOptions:
                     f"{name}={getattr(self, name)!r}: {part} has not been built yet",
                     advice=f"leave {name} at {_FIELDS[name].default!r}",
                 )
+
+    def _check_quantization(self, name: object) -> None:
+        expected = "int8, int4, or int4_g64_f16, uint4_g32_bf16_min_bf16 and their like"
+        try:
+            usable = isinstance(name, str) and QuantFormat.parse(_form(name)).can_quantize
+        except ValueError:
+            usable = False
+        if not usable:
+            raise _bad("quantization", name, expected)
+
+    def quantization_format(self) -> str:
+        """Return the name of the format (ir/quant_format.py) of linear weights, or ""."""
+        return "" if self.quantization is None else _form(self.quantization)
 
     @classmethod
     def parse(cls, keywords: Mapping[str, Any]) -> CompileOptions:
@@ -248,6 +261,10 @@ class ResolvedSizes:
 
 
 _FIELDS = {item.name: item for item in dataclasses.fields(CompileOptions)}
+
+
+def _form(quantization: str) -> str:
+    return SHORT_NAMES.get(quantization, quantization)
 
 
 def _bad(name: str, value: object, expected: str) -> ConfigError:

@@ -13,6 +13,7 @@ from aios_compile.errors import ConfigError
 
 # A second valid value for every field that is part of the key.
 OTHER_VALUES = {
+    "quantization": "int8",
     "device": "cpu",
     "dtype": "bfloat16",
     "kv_cache_dtype": "float32",
@@ -24,7 +25,7 @@ OTHER_VALUES = {
     "disable_passes": ("merge_qkv",),
 }
 # Fields of the key whose only valid value today is their default.
-NOT_BUILT = {"quantization", "tensor_parallel_size", "pipeline_parallel_size"}
+NOT_BUILT = {"tensor_parallel_size", "pipeline_parallel_size"}
 
 
 def test_every_field_is_in_the_key_or_named_with_a_reason() -> None:
@@ -74,7 +75,6 @@ def test_a_bad_value_names_field_value_and_range(name: str, value: object, expec
     ("name", "value"),
     [
         ("device", "cuda"),
-        ("quantization", "int8"),
         ("kv_cache_dtype", "fp8"),
         ("tensor_parallel_size", 2),
         ("pipeline_parallel_size", 2),

@@ -5,6 +5,7 @@
     manifest.json      format, key, size and sha256 of every file
     program.json       the flat list of launches           plan.json         the memory plan
     certificates.json  what the runner proved              report.json       the pass table
+    quantization.json  bits and error of each quantised weight, where there are some
     kernels/*.cpp      one file a kernel, for reading      step.cpp          all of them in one step
     lib.so             what is called                      tokenizer/        as in the checkpoint
     weights.json       name, dtype, shape, offset of each tensor; checksum of weights.bin
@@ -34,6 +35,7 @@ from aios_compile.codegen.private_folder import cache_errors
 ALIGNMENT = 64
 PROGRAM, PLAN = "program.json", "plan.json"
 CERTIFICATES, REPORT = "certificates.json", "report.json"
+QUANTIZATION = "quantization.json"
 LIBRARY, STEP, TENSORS = "lib.so", "step.cpp", "weights.json"
 KERNELS, TOKENIZER = "kernels", "tokenizer"
 _MAX_JSON_BYTES = 1 << 30

@@ -20,6 +20,7 @@ from aios_compile.ir.module import IRModule, body_of, outputs, placeholders
 
 aios = torch.ops.aios
 ROWS16 = "rows16"
+LINEARS = (aios.linear.default, aios.linear, aios.quantized_linear.default)
 
 
 @dataclass
@@ -38,16 +39,12 @@ def emit_kernels(
     module: IRModule,
     emitters: Sequence[ModuleType],
     on_progress: Callable[[int, int], None] | None = None,
-    packs: bool = True,
 ) -> Emitted:
-    """Emit every kernel of a level-3 module. Raises CodegenError naming the model line.
-
-    packs: store the weights of linears in blocks of rows (the C++ target), else as they are.
-    """
+    """Emit every kernel of a level-3 module. Raises CodegenError naming the model line."""
     emitted = Emitted()
     graphs = list(module.graphs().items())
     calls = [(name, call) for name, gm in graphs for call in kernel_calls(gm.graph)]
-    streamed = _streamed_weights(module) if packs else None
+    streamed = _streamed_weights(module)
     digests: dict[str, int] = {}
     for i, (region, call) in enumerate(calls):
         operands = _operands(call, module, region, streamed, emitted)
@@ -72,12 +69,17 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta["val"], torch.Tensor)
 
 
-def linear_weights(call: fx.Node) -> list[int]:
-    """Return the indices of the operands that are weights of aios.linear in a kernel body."""
+def linear_weights(call: fx.Node) -> dict[int, str]:
+    """Return the layouts of the operands that linears of a kernel body stream as weights."""
     body = body_of(call)
     holders = [p for p in placeholders(body.graph) if _is_tensor(p)]
-    found = [n.args[1] for n in body.graph.nodes if n.target in (aios.linear.default, aios.linear)]
-    return [holders.index(w) for w in found if w in holders]
+    found = {}
+    for node in body.graph.nodes:
+        if node.target in LINEARS and node.args[1] in holders:
+            quantized = node.target is aios.quantized_linear.default
+            layout = f"quant16.{node.args[2]}" if quantized else ROWS16
+            found[holders.index(node.args[1])] = layout
+    return found
 
 
 def _streamed_weights(module: IRModule) -> set[str]:
@@ -103,7 +105,7 @@ def bound_weights(module: IRModule, region: str, node: fx.Node) -> list[str]:
 
 
 def _operands(
-    call: fx.Node, module: IRModule, region: str, streamed: set[str] | None, emitted: Emitted
+    call: fx.Node, module: IRModule, region: str, streamed: set[str], emitted: Emitted
 ) -> list[Operand]:
     body = body_of(call)
     arguments = tensor_arguments(call)
@@ -116,15 +118,12 @@ def _operands(
     ]
     operands = []
     for i, (holder, argument) in enumerate(zip(holders, arguments)):
-        names = bound_weights(module, region, argument) if streamed is not None else []
-        wanted = bool(names) and (
-            i in weights or (i in tables and set(names) <= (streamed or set()))
-        )
-        if wanted:
-            emitted.packed[call, i] = ROWS16
-        operands.append(
-            Operand.of_value(holder.name, argument.meta["val"], ROWS16 if wanted else None)
-        )
+        names = bound_weights(module, region, argument)
+        table = ROWS16 if i in tables and set(names) <= streamed else None
+        layout = weights.get(i, table) if names else None
+        if layout:
+            emitted.packed[call, i] = layout
+        operands.append(Operand.of_value(holder.name, argument.meta["val"], layout))
     for i, result in enumerate(outputs(body.graph)):
         operands.append(Operand.of_value(f"out{i}", result.meta["val"]))
     return operands

@@ -14,10 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aios_compile.codegen.packing import check_finite, pack_rows16
+from aios_compile.codegen.packing import check_finite, pack_quant16, pack_rows16
 from aios_compile.codegen.program import Program, WeightEntry
+from aios_compile.codegen.quantized_weights import PACKED, QuantizedWeight, describe, source_of
 from aios_compile.errors import CheckpointError
 from aios_compile.ir.module import IRModule, Recipe
+from aios_compile.ir.quant_format import QuantFormat
+from aios_compile.ir.quantize_rows import quantize_rows
 
 Array = NDArray[Any]
 Read = Callable[[str], Tensor]
@@ -60,34 +63,61 @@ def pack_weights(
     read: Read,
     writer: TensorWriter,
     on_progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Write every weight of the program. `read(name)` gives a checkpoint tensor or KeyError.
+) -> list[QuantizedWeight]:
+    """Write every weight of the program; describe the quantised ones.
+
+    `read(name)` gives a checkpoint tensor or KeyError.
 
     Raises CheckpointError naming the tensor for NaN or Inf values.
     """
     tensors = CheckpointTensors(module, read)
+    described = []
     for i, entry in enumerate(program.weights):
         recipe = module.weights[entry.name.removesuffix(f".{entry.packed}")]
-        array, dtype = _packed(entry, recipe, tensors)
-        writer.add_tensor(entry.name, array, dtype)
+        if entry.packed.startswith(PACKED):
+            array, weight = _quantized(entry, recipe, tensors)
+            described.append(weight)
+            writer.add_tensor(entry.name, array, entry.dtype)
+        else:
+            writer.add_tensor(entry.name, _packed(entry, recipe, tensors), entry.dtype)
         if on_progress is not None:
             on_progress(i + 1, len(program.weights))
+    return described
 
 
-def _packed(entry: WeightEntry, recipe: Recipe, tensors: Mapping[str, Tensor]) -> tuple[Array, str]:
+def _packed(entry: WeightEntry, recipe: Recipe, tensors: Mapping[str, Tensor]) -> Array:
     dtype = getattr(torch, entry.dtype)
     with torch.no_grad():
         value = recipe.run(tensors).to(dtype)
+    label = _checked(entry, recipe, value)
+    array = to_numpy(value.contiguous())
+    if entry.packed == "rows16":
+        return pack_rows16(array, label)
+    check_finite(array, label)
+    return array
+
+
+def _quantized(
+    entry: WeightEntry, recipe: Recipe, tensors: Mapping[str, Tensor]
+) -> tuple[Array, QuantizedWeight]:
+    form = QuantFormat.parse(entry.packed.removeprefix(PACKED))
+    source = source_of(recipe)
+    with torch.no_grad():
+        value = None if source is None else source.run(tensors)
+        rows = recipe.run(tensors) if value is None else quantize_rows(value, form.name)
+        label = _checked(entry, recipe, rows)
+        array = pack_quant16(rows.numpy(), form, label)
+        return array, describe(label, entry.packed, rows, value)
+
+
+def _checked(entry: WeightEntry, recipe: Recipe, value: Tensor) -> str:
+    """Return what errors call a weight; raise CheckpointError when it has another shape."""
     label = " + ".join(recipe.names[:3])
     if tuple(value.shape) != entry.shape:
         raise CheckpointError(
             f"{label}: shape {tuple(value.shape)}, expected {entry.shape} for {entry.name}"
         )
-    array = to_numpy(value.contiguous())
-    if entry.packed == "rows16":
-        return pack_rows16(array, label), entry.dtype
-    check_finite(array, label)
-    return array, entry.dtype
+    return label
 
 
 def to_numpy(value: Tensor) -> Array:

@@ -3,6 +3,11 @@
 rows16: [ceil(N / 16)][K][16], the rows of w[N, K] in blocks of 16, element k of the 16 rows side by
 side, so that one vector load feeds 16 rows and a block is one sequential stream. Rows beyond N are
 zeros. bfloat16 travels as its bits in uint16.
+
+quant16.<format>: [ceil(N / 16)][row_bytes * 16], the rows uint8[N, row_bytes] of a quantised matrix
+(ir/quant_format.py) in blocks of 16. Each field of a super-block is interleaved in its own pieces:
+four bytes of codes (four k of a row: a lane of a dot product), a scale, a minimum. Codes and scales
+stay one sequential stream.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aios_compile.errors import CheckpointError
+from aios_compile.ir.quant_format import QuantFormat
 
 Array = NDArray[Any]
 ROWS = 16
@@ -49,6 +55,52 @@ def unpack_rows16(packed: Array, rows: int) -> Array:
     blocks, depth, width = packed.shape
     assert width == ROWS and 0 <= blocks * ROWS - rows < ROWS, f"{packed.shape} is not {rows} rows"
     return np.ascontiguousarray(packed.transpose(0, 2, 1).reshape(blocks * ROWS, depth)[:rows])
+
+
+def pack_quant16(rows: Array, form: QuantFormat, label: str = "weight") -> Array:
+    """Return quantised rows uint8[N, row_bytes] as [ceil(N / 16), row_bytes * 16].
+
+    Raises CheckpointError when a scale or a minimum is NaN or infinite: a weight was, or is too
+    large for the format. Memory: the result and less than 2 MiB.
+    """
+    count, row_bytes = rows.shape
+    blocks = -(-count // ROWS)
+    packed = np.empty((blocks, row_bytes // form.span_bytes, form.span_bytes * ROWS), np.uint8)
+    step = max(1, CHUNK_ELEMENTS // (ROWS * row_bytes))
+    for first in range(0, blocks, step):
+        chunk = rows[first * ROWS : (first + step) * ROWS]
+        _check_scales(chunk, form, label, first * ROWS)
+        if len(chunk) % ROWS:
+            chunk = np.pad(chunk, ((0, -len(chunk) % ROWS), (0, 0)))
+        spans = chunk.reshape(-1, ROWS, packed.shape[1], form.span_bytes).transpose(0, 2, 1, 3)
+        for field in form.fields():
+            part = spans[..., field.begin : field.end]
+            pieces = part.reshape(*part.shape[:-1], -1, field.unit).swapaxes(2, 3)
+            into = packed[first : first + step, :, field.begin * ROWS : field.end * ROWS]
+            into[...] = pieces.reshape(into.shape)
+    return packed.reshape(blocks, -1)
+
+
+def unpack_quant16(packed: Array, form: QuantFormat, count: int) -> Array:
+    """Return the rows uint8[count, row_bytes] of a quant16 array."""
+    spans = packed.reshape(len(packed), -1, form.span_bytes * ROWS)
+    rows = np.empty((len(packed), ROWS, spans.shape[1], form.span_bytes), np.uint8)
+    for field in form.fields():
+        part = spans[..., field.begin * ROWS : field.end * ROWS]
+        pieces = part.reshape(*part.shape[:2], -1, ROWS, field.unit).transpose(0, 3, 1, 2, 4)
+        rows[..., field.begin : field.end] = pieces.reshape(*pieces.shape[:3], -1)
+    return rows.reshape(len(packed) * ROWS, -1)[:count]
+
+
+def _check_scales(rows: Array, form: QuantFormat, label: str, first_row: int) -> None:
+    """Raise CheckpointError for the first scale or minimum that is NaN or infinite."""
+    kinds = {"f16": np.float16, "bf16": np.uint16, "f32": np.float32}
+    spans = rows.reshape(len(rows), -1, form.span_bytes)
+    for field in form.fields():
+        if field.dtype in kinds:
+            data = np.ascontiguousarray(spans[..., field.begin : field.end])
+            values = data.view(kinds[field.dtype]).reshape(len(rows), -1)
+            _check_chunk(values, f"scales of {label}", first_row)
 
 
 def check_finite(array: Array, label: str) -> None:

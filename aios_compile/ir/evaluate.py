@@ -17,11 +17,12 @@ aten = torch.ops.aten
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MATMULS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.matmul.default)
 LINEAR = torch.ops.aios.linear.default
+QUANTIZED_LINEAR = torch.ops.aios.quantized_linear.default
 HALVES = (torch.bfloat16, torch.float16)
 
 # Name of a region call -> for each output, the position of the argument that is passed through.
 Skips = Mapping[str, tuple[int, ...]]
-Widened = Callable[[Tensor], Tensor]
+Widened = Callable[..., Tensor]
 Observe = Callable[[fx.Node, Any], None]
 
 
@@ -42,9 +43,10 @@ def call(
     precision matmuls are computed in float32 and rounded once: PyTorch's own are up to 100 times
     slower on a CPU without bf16 instructions, and their sums are float32 as well. A loop of its
     own, because fx.Interpreter takes longer a node than small tensors do. widened: gives the
-    float32 copy of a half precision weight, to save the cast in each linear. observe: is told
-    the result of every call of a region or kernel in this graph. exact_halves: use PyTorch's own
-    half precision matmuls all the same.
+    float32 copy of a half precision weight, to save the cast in each linear, and, called with a
+    format, of quantised rows: these linears then have exact activations, so that rounding
+    them cannot hide a pass's mistake. observe: is told the result of every call of a region or
+    kernel in this graph. exact_halves: use PyTorch's own half precision matmuls all the same.
     """
     assert isinstance(graph_module, fx.GraphModule)
     given = iter(arguments)
@@ -74,6 +76,9 @@ def call(
             args = read(node.args)
             if widened and node.target is LINEAR and _casts_weight(args):
                 args = (args[0], widened(args[1]), *args[2:])
+            if widened and node.target is QUANTIZED_LINEAR:
+                env[node] = _dequantized_linear(widened, *args, **read(node.kwargs))
+                continue
             env[node] = _apply(node, args, read(node.kwargs), computed_in, exact_halves)
     raise AssertionError("the graph has no output")
 
@@ -93,6 +98,13 @@ def _apply(
         wide = (a.float() if isinstance(a, Tensor) else a for a in args)
         return node.target(*wide, **kwargs).to(args[0].dtype)
     return node.target(*args, **kwargs)
+
+
+def _dequantized_linear(
+    widened: Widened, x: Tensor, rows: Tensor, form: str, bias: Tensor | None = None
+) -> Tensor:
+    result: Tensor = LINEAR(x, widened(rows, form).to(x.dtype), bias)
+    return result
 
 
 def _casts_weight(args: Any) -> bool:

@@ -69,6 +69,22 @@ class Recipe:
         graph.output(result.node)
         return Recipe(graph, tuple(names))
 
+    def until(self, node: fx.Node) -> Recipe:
+        """Return the recipe of an intermediate value of this one."""
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        names: list[str] = []
+        for name, holder in zip(self.names, placeholders(self.graph)):
+            if depends_on(node, holder):
+                copies[holder] = graph.placeholder(f"w{len(names)}")
+                names.append(name)
+        for step in self.graph.nodes:
+            if step.op not in ("placeholder", "output") and (
+                step is node or depends_on(node, step)
+            ):
+                copies[step] = graph.node_copy(step, copies.__getitem__)
+        graph.output(copies[node])
+        return Recipe(graph, tuple(names))
+
     def text(self) -> str:
         """Return the recipe as one line of Python over checkpoint names."""
         names = dict(zip([n for n in self.graph.nodes if n.op == "placeholder"], self.names))
@@ -131,6 +147,18 @@ class IRModule:
     def graphs(self) -> dict[str, fx.GraphModule]:
         """Return every graph that passes work on: the regions, then the outer graph as ""."""
         return {**self.regions(), "": self.root}
+
+
+def depends_on(node: fx.Node, source: fx.Node) -> bool:
+    """Return whether a node is `source` or is computed from it."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if current is source:
+            return True
+        pending += [n for n in current.all_input_nodes if n not in seen]
+        seen.update(current.all_input_nodes)
+    return False
 
 
 def is_region_call(owner: fx.GraphModule, node: fx.Node) -> bool:

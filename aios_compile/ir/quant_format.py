@@ -38,6 +38,7 @@ from dataclasses import dataclass
 SUPER_BLOCK = 256  # values under one f16 in formats with a k: llama.cpp's QK_K
 SIZES = {"f16": 2, "bf16": 2, "f32": 4, "k": 1, "zero": 1, "": 0}
 UNIT_DEPTH = {8: 4, 4: 8, 6: 16, 5: 32}  # values whose codes fill whole units
+SHORT_NAMES = {"int8": "int8_g32_f16", "int4": "int4_g32_f16"}  # what users write
 _NAME = re.compile(
     r"(u?)int([4568])_g(16|32|64|128)_(f16|bf16|f32|k)(?:_min_(f16|bf16|f32|k|zero))?"
 )
@@ -45,11 +46,18 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class Field:
-    """Bytes [begin, end) of a super-block that rows interleave in pieces of `unit` bytes."""
+    """Bytes [begin, end) of a super-block: codes, or one scale or minimum.
+
+    dtype: "codes", "f16", "bf16", "f32", or "byte". unit: the bytes that belong together.
+    """
 
     begin: int
     end: int
-    unit: int
+    dtype: str
+
+    @property
+    def unit(self) -> int:
+        return 4 if self.dtype == "codes" else self.end - self.begin
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,12 @@ class QuantFormat:
         sign = "" if self.low else "u"
         minimum = f"_min_{self.minimums}" if self.minimums else ""
         return f"{sign}int{self.bits}_g{self.group}_{self.scales}{minimum}"
+
+    @property
+    def can_quantize(self) -> bool:
+        """Whether weights can be quantised to it here (every format can be run)."""
+        floats = self.scales != "k" and self.minimums not in ("k", "zero")
+        return floats and self.bits in (4, 8) and bool(self.minimums) == (self.low == 0)
 
     @property
     def span(self) -> int:
@@ -112,18 +126,14 @@ class QuantFormat:
 
     def fields(self) -> list[Field]:
         """Return the fields of a super-block, in order."""
-        found, at = [], 0
-
-        def add(size: int, unit: int) -> None:
-            nonlocal at
+        found: list[Field] = []
+        stored = {"k": "byte", "zero": "byte"}
+        group = [("codes", self.code_bytes)]
+        for kind in (self.scales, self.minimums):
+            group += [(stored.get(kind, kind), SIZES[kind])]
+        heads = [("f16", 2 * (kind == "k")) for kind in (self.scales, self.minimums)]
+        for dtype, size in (*heads, *group * (self.span // self.group)):
             if size:
-                found.append(Field(at, at + size, unit))
-                at += size
-
-        add(2 * (self.scales == "k"), 2)
-        add(2 * (self.minimums == "k"), 2)
-        for _ in range(self.span // self.group):
-            add(self.code_bytes, 4)
-            add(SIZES[self.scales], SIZES[self.scales])
-            add(SIZES[self.minimums], SIZES[self.minimums])
+                begin = found[-1].end if found else 0
+                found.append(Field(begin, begin + size, dtype))
         return found

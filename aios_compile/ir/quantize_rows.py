@@ -30,7 +30,7 @@ def quantize_rows(weight: Tensor, form: str) -> Tensor:
     Memory: the result and a few MiB.
     """
     parsed = QuantFormat.parse(form)
-    assert can_quantize(parsed), f"{form} is a format of files, nothing is quantised to it"
+    assert parsed.can_quantize, f"{form} is a format of files, nothing is quantised to it"
     rows, depth = weight.shape
     result = torch.empty(rows, parsed.row_bytes(depth), dtype=torch.uint8)
     step = max(1, CHUNK_ELEMENTS // max(1, depth))
@@ -43,12 +43,6 @@ def quantize_rows(weight: Tensor, form: str) -> Tensor:
         whole = QuantFields(fields.codes.reshape(shape), fields.scales.reshape(shape), minimums)
         result[first : first + step] = pack_fields(parsed, whole)
     return result
-
-
-def can_quantize(form: QuantFormat) -> bool:
-    """Return whether weights can be quantised to a format (all formats can be run)."""
-    plain = form.scales in SCALE_DTYPES and form.minimums in ("", *SCALE_DTYPES)
-    return plain and form.bits in REACHES and bool(form.minimums) == (form.low == 0)
 
 
 def fake_quantize_rows(weight: Tensor, form: str) -> Tensor:

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from aios_compile.ir.module import IRModule, Recipe, placeholders
+from aios_compile.ir.module import IRModule, Recipe, outputs, placeholders
+from aios_compile.ir.quant_format import QuantFormat
+from aios_compile.ir.quantized import dequantize
 
 VOCABULARY_ROWS = 64
 _SLACK = 1 << 16  # offsets are spread over this many elements
@@ -29,6 +31,8 @@ class RandomWeights:
     """Seeded values for checkpoint names.
 
     vocabulary: tensors of that many rows keep VOCABULARY_ROWS of them; 0 keeps every tensor whole.
+    quantized: text of a recipe -> the recipe that quantises its result; such a weight is given out
+    dequantised (float32), so that a program before quantisation has the weights of the one after.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -36,6 +40,7 @@ class RandomWeights:
     known: Mapping[str, Tensor]
     seed: int
     vocabulary: int = 0
+    quantized: Mapping[str, Recipe] = field(default_factory=dict)
     _buffers: dict[tuple[torch.dtype, torch.dtype], Tensor] = field(default_factory=dict)
     _built: dict[tuple[str, bool], Tensor] = field(default_factory=dict)
     _wide: dict[tuple[int, torch.Size], Tensor] = field(default_factory=dict)
@@ -63,6 +68,10 @@ class RandomWeights:
 
     def weight(self, recipe: Recipe, in_float64: bool = False) -> Tensor:
         """Return what a recipe makes of the random checkpoint; the oracle's is upcast."""
+        if self.quantized and (after := self.quantized.get(recipe.text())):
+            form = str(outputs(after.graph)[0].args[1])
+            value = self.widened(self.weight(after), form)
+            return _upcast(value) if in_float64 else value
         if recipe.is_identity():
             return self.tensor(recipe.names[0], in_float64)
         key = (recipe.text(), in_float64)
@@ -72,8 +81,16 @@ class RandomWeights:
             self._built[key] = _upcast(value) if in_float64 else value
         return self._built[key]
 
-    def widened(self, weight: Tensor) -> Tensor:
-        """Return the float32 copy of a half precision weight that this object gave out."""
+    def widened(self, weight: Tensor, form: str = "") -> Tensor:
+        """Return the float32 copy of a half precision weight that this object gave out.
+
+        form: the format of quantised rows, which are dequantised.
+        """
+        if form:
+            key = (weight.data_ptr(), weight.shape)
+            if key not in self._wide:
+                self._wide[key] = dequantize(weight, QuantFormat.parse(form))
+            return self._wide[key]
         if not weight.is_contiguous():
             return weight.float()
         for (stored, dtype), buffer in list(self._buffers.items()):
@@ -137,6 +154,19 @@ class RandomWeights:
 
 def _upcast(value: Tensor) -> Tensor:
     return value.to(torch.float64) if value.is_floating_point() else value
+
+
+def quantized_recipes(before: IRModule, after: IRModule) -> dict[str, Recipe]:
+    """Return, by the text of a weight's recipe before a pass, the recipe that quantises it."""
+    known = {recipe.text() for recipe in before.weights.values()}
+    found = {}
+    for recipe in after.weights.values():
+        result = outputs(recipe.graph)[0]
+        if result.target is torch.ops.aios.quantize_rows.default:
+            source = recipe.until(result.args[0])
+            if source.text() in known:
+                found[source.text()] = recipe
+    return found
 
 
 def shrinkable_vocabulary(*modules: IRModule) -> int:

@@ -9,6 +9,10 @@ program before in its own precision (in the wider one, after a pass that widens)
 few roundings; c belongs to the numerics tier, never to a pass. Passes in a row share one program
 before (see _Chain).
 
+A pass that quantises weights is proven on dequantised weights: the program before gets the values
+that the recipes of the program after make, activations are exact, and what is left to differ is
+rounding. How much quantisation changes is no property of the rewrite: the loader measures it.
+
 A pass that pages the KV cache is proven by running the program after it in two chunks over permuted
 pages against one whole sequence; from then on the samples are mixed batches over filled caches.
 Windows and chunks that the samples would not reach are made small in both programs, or the samples
@@ -146,7 +150,7 @@ class Certifier:
     def measure(self, before: IRModule, after: IRModule, function: PassFunction) -> Certificate:
         """Compare a program before and after a pass, or find the certificate of the same."""
         tier = info_of(function).numerics
-        if self._chain is None or not self._chain.fits(before):
+        if self._chain is None or not self._chain.fits(before) or tier == "lossy":
             self._chain = _Chain.begin(before, self.cache is not None)
         chain = self._chain
         factor = max(chain.factor, FACTORS[tier])
@@ -174,6 +178,9 @@ class Certifier:
             chain.vocabulary, chain.sampled, chain.computed_in = samples
             chain.eager.clear()
         weights.learn(after)
+        quantized = random_weights.quantized_recipes(chain.start, after) if lossy else {}
+        if quantized:  # the same rounded weights on both sides: no budget for them
+            weights = replace(weights, quantized=quantized, _buffers={}, _built={}, _wide={})
         storage = storage_roundoff(after)
         if not lossy or storage <= storage_roundoff(chain.start):
             storage = 0.0  # nothing is stored in less precision than before

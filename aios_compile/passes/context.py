@@ -25,13 +25,17 @@ class Refusal:
 
 @dataclass(frozen=True)
 class PassOptions:
-    """The settings that passes read. Dtypes are torch dtypes; page_size counts tokens."""
+    """The settings that passes read. Dtypes are torch dtypes; page_size counts tokens.
+
+    quantization: the name of a format (ir/quant_format.py) for the weights of linears, or "".
+    """
 
     target: str = "cpp"
     page_size: int = 16
     kv_dtype: torch.dtype = torch.float32
     num_pages: int = 64
     max_pages_per_sequence: int = 8
+    quantization: str = ""
 
 
 @dataclass

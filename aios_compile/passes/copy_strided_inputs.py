@@ -11,9 +11,11 @@ from torch import fx
 
 from aios_compile.ir.refresh import refresh_node
 from aios_compile.passes.context import PassContext
+from aios_compile.passes.fusion_groups import is_call
 from aios_compile.passes.graph_pass import graph_pass
 
 aten, aios = torch.ops.aten, torch.ops.aios
+LINEARS = (aios.linear.default, aios.quantized_linear.default)
 
 
 @graph_pass(numerics="exact", required=True)
@@ -34,7 +36,7 @@ def copy_strided_inputs(graph: fx.Graph, context: PassContext) -> int:
             return aios.linear.default(b, w, None)
     """
     hits = 0
-    for node in graph.find_nodes(op="call_function", target=aios.linear.default):
+    for node in [n for n in graph.nodes if is_call(n, *LINEARS)]:
         x = node.args[0]
         assert isinstance(x, fx.Node)
         if x.op == "call_function":

@@ -46,8 +46,10 @@ DTYPES = {
     "f16": torch.float16,
     "i64": torch.int64,
     "i32": torch.int32,
+    "u8": torch.uint8,
     "b8": torch.bool,
 }
+OPTIONS = PassOptions(quantization="int8_g32_f16")  # what the examples assume
 _ANNOTATION = re.compile(r"(?:(weight|input|state)\s+)?(\w+)\[(.*)\]")
 
 
@@ -116,7 +118,7 @@ def apply(function: PassFunction, module: IRModule, options: PassOptions | None 
     """Run a pass on the graphs of a program and clean up; return its rewrites."""
     hits = 0
     for region in list(module.graphs()):
-        context = PassContext(module, region, options or PassOptions())
+        context = PassContext(module, region, options or OPTIONS)
         hits += function(context.graph_module.graph, context)
     drop_dead(module)
     module.root.graph.lint()

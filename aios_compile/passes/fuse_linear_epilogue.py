@@ -29,7 +29,11 @@ aten = torch.ops.aten
 aios = torch.ops.aios
 BLOCK = 16  # columns that a packed weight keeps together: each half starts at a block
 IN_REGISTERS = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.bool)
-KINDS = {aios.linear.default: "linear", aten.embedding.default: "embedding"}
+KINDS = {
+    aios.linear.default: "linear",
+    aios.quantized_linear.default: "quantized_linear",
+    aten.embedding.default: "embedding",
+}
 
 
 class Match(NamedTuple):

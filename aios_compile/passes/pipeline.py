@@ -17,8 +17,8 @@ from aios_compile.passes.merge_gate_up import merge_gate_up
 from aios_compile.passes.merge_qkv import merge_qkv
 from aios_compile.passes.own_outputs import own_outputs
 from aios_compile.passes.page_attention import page_attention
+from aios_compile.passes.quantize_weights import quantize_weights
 from aios_compile.passes.raise_attention import raise_attention
-from aios_compile.passes.raise_expert_linear import raise_expert_linear
 from aios_compile.passes.raise_gated_mlp import raise_gated_mlp
 from aios_compile.passes.raise_layer_norm import raise_layer_norm
 from aios_compile.passes.raise_linear import raise_linear
@@ -37,7 +37,6 @@ RAISE = Stage(
         fold_constants,
         eliminate_common_subexpressions,
         raise_linear,
-        raise_expert_linear,
         raise_rms_norm,
         raise_layer_norm,
         raise_rope,
@@ -56,6 +55,7 @@ REWRITE = Stage(
         sample_tokens,
         merge_qkv,
         merge_gate_up,
+        quantize_weights,  # after the merges: they concatenate floats
     ),
 )
 FUSE = Stage(

@@ -33,11 +33,12 @@ def make_body(
     function: Callable[..., Any],
     inputs: dict[str, tuple[Sequence[Any], torch.dtype]],
     strided: dict[str, Sequence[int]] | None = None,
-    packed: Sequence[str] = (),
+    packed: Sequence[str] | dict[str, str] = (),
 ) -> tuple[fx.GraphModule, list[Operand]]:
     """Trace `function` on fake inputs; return the body and its operands (inputs, then outputs).
 
     inputs: name -> (sizes, each a number or "T", "S", "R"; dtype). strided: name -> strides.
+    packed: name -> layout; names alone are rows16.
     """
     mode = new_fake_mode()
     fakes = []
@@ -49,9 +50,9 @@ def make_body(
         fakes.append(fake)
     body = fx.symbolic_trace(function)
     FakeTensorProp(body, mode).propagate_dont_convert_inputs(*fakes)
+    layouts = packed if isinstance(packed, dict) else dict.fromkeys(packed, "rows16")
     operands = [
-        Operand.of_value(name, fake, "rows16" if name in packed else None)
-        for name, fake in zip(inputs, fakes)
+        Operand.of_value(name, fake, layouts.get(name)) for name, fake in zip(inputs, fakes)
     ]
     (result,) = body.graph.output_node().args
     results = result if isinstance(result, (tuple, list)) else (result,)

@@ -92,7 +92,13 @@ def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"avx2", "fma", "f16c"}, "avx2"),
         ({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"}, "avx512"),
         ({"avx2", "fma", "f16c", "avx512f"}, "avx2"),
+        (
+            {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+            "avx512vnni",
+        ),
+        ({"avx2", "fma", "f16c", "avx_vnni"}, "avxvnni"),
         ({"asimd"}, "neon"),
+        ({"asimd", "asimddp"}, "neondot"),
         (set(), "portable"),
     ):
         monkeypatch.setattr(build, "cpu_features", lambda found=frozenset(features): found)

@@ -6,9 +6,19 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 
-from aios_compile.codegen.packing import check_finite, pack_rows16, unpack_rows16
+from aios_compile.codegen.packing import (
+    check_finite,
+    pack_quant16,
+    pack_rows16,
+    unpack_quant16,
+    unpack_rows16,
+)
 from aios_compile.errors import CheckpointError
+from aios_compile.ir import quantized
+from aios_compile.ir.quant_format import QuantFormat
+from tests.ir.test_quantized import FORMATS, random_fields
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])
@@ -51,3 +61,33 @@ def test_memory_beyond_the_result_is_small():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < packed.nbytes + (2 << 20)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rows", [16, 37])
+def test_quantised_rows_interleave_and_come_back(name, rows):
+    form = QuantFormat.parse(name)
+    made = quantized.pack_fields(form, random_fields(form, rows, 512)).numpy()
+    packed = pack_quant16(made, form)
+    assert packed.shape == (-(-rows // 16), made.shape[1] * 16) and packed.flags.c_contiguous
+    assert np.array_equal(unpack_quant16(packed, form, rows), made)
+    first = next(f for f in form.fields() if f.dtype == "codes").begin
+    for row in (0, rows - 1):  # a lane of the first dot product: four bytes of codes
+        at = first * 16 + row % 16 * 4
+        assert np.array_equal(packed[row // 16, at : at + 4], made[row, first : first + 4])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bad_scales_are_named(name):
+    form = QuantFormat.parse(name)
+    fields = random_fields(form, 40, 512)
+    scales = fields.scales if fields.super_scales is None else fields.super_scales
+    scales[35, -1] = float("inf")
+    with pytest.raises(CheckpointError, match=r"scales of q_proj.*first at \[35, "):
+        pack_quant16(quantized.pack_fields(form, fields).numpy(), form, "q_proj")
+    if form.minimums in quantized.SCALE_DTYPES:
+        fields = random_fields(form, 3, 512)
+        assert fields.minimums is not None
+        fields.minimums[1, 0] = torch.nan
+        with pytest.raises(CheckpointError, match="scales of q_proj"):
+            pack_quant16(quantized.pack_fields(form, fields).numpy(), form, "q_proj")

@@ -66,10 +66,22 @@ class Target:
 
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
-# From wide to narrow, each with the processor features that it needs. The last needs none.
+
+
+def _x86(name: str, vector_bytes: int, *features: str) -> tuple[Target, frozenset[str]]:
+    """Return a target and its features; Linux writes avx512_vnni for what gcc calls avx512vnni."""
+    flags = tuple(f"-m{f.replace('_', '')}" for f in features)
+    return Target(name, flags, vector_bytes), frozenset(features)
+
+
+# From wide to narrow, each with the processor features that it needs. The last needs none. VNNI and
+# dotprod are dot products of bytes.
 TARGETS: tuple[tuple[Target, frozenset[str]], ...] = (
-    (Target("avx512", tuple(f"-m{f}" for f in _AVX512), 64), frozenset(_AVX512)),
-    (Target("avx2", tuple(f"-m{f}" for f in _AVX2), 32), frozenset(_AVX2)),
+    _x86("avx512vnni", 64, *_AVX512, "avx512_vnni"),
+    _x86("avx512", 64, *_AVX512),
+    _x86("avxvnni", 32, *_AVX2, "avx_vnni"),
+    _x86("avx2", 32, *_AVX2),
+    (Target("neondot", ("-march=armv8.2-a+dotprod",), 16), frozenset({"asimd", "asimddp"})),
     (Target("neon", (), 16), frozenset({"asimd"})),
     (Target("portable", (), 16), frozenset()),
 )
@@ -77,14 +89,14 @@ TARGETS: tuple[tuple[Target, frozenset[str]], ...] = (
 
 def cpu_features() -> frozenset[str]:
     """Return the processor's feature names as Linux spells them; empty where they are unknown."""
-    if platform.machine().lower() in ("arm64", "aarch64"):
-        return frozenset({"asimd"})  # part of the base architecture
+    arm = platform.machine().lower() in ("arm64", "aarch64")
+    base = frozenset({"asimd"} if arm else ())  # part of the base architecture
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return frozenset()
-    found = re.search(r"^flags\s*:\s*(.*)$", text, re.MULTILINE)
-    return frozenset(found.group(1).split()) if found else frozenset()
+        return base
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    return base | frozenset(found.group(1).split()) if found else base
 
 
 @dataclass(frozen=True)

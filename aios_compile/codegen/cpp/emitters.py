@@ -6,13 +6,13 @@ from types import ModuleType
 
 from aios_compile.codegen.cpp import (
     embedding,
-    expert_linear,
     kv_write,
     linear,
     matmul,
     paged_attention,
     pointwise,
     qk_norm_rope_kv_write,
+    quantized_linear,
     rope,
     row_reduction,
     sample,
@@ -22,7 +22,7 @@ from aios_compile.codegen.cpp import (
 EMITTERS: tuple[ModuleType, ...] = (
     embedding,
     linear,
-    expert_linear,
+    quantized_linear,
     paged_attention,
     qk_norm_rope_kv_write,
     kv_write,

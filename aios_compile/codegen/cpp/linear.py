@@ -77,8 +77,7 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> LinearSpec | N
     """Return the spec of a body of one aios.linear and a pointwise tail, else None."""
     targets = (torch.ops.aios.linear.default, torch.ops.aios.linear)
     nodes = [n for n in body.graph.nodes if n.target in targets]
-    results = outputs(body)
-    if len(nodes) != 1 or not all(isinstance(r, fx.Node) for r in results):
+    if len(nodes) != 1 or not all(isinstance(r, fx.Node) for r in outputs(body)):
         return None
     x = without_leading_ones(resolve(nodes[0].args[0], operands), 2)
     weight = resolve(nodes[0].args[1], operands)
@@ -88,24 +87,29 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> LinearSpec | N
     dense = x.operand.strides[1] == 1 and x.operand.dtype == "f32"
     if not dense or not isinstance(depth, int) or not isinstance(rows, int):
         return None
-    columns = {shape_of(r)[-1] for r in results}
-    streams = 1 if columns == {rows} else 2
-    if streams == 2 and (columns != {rows // 2} or rows % (2 * BLOCK)):
-        return None
-    return _with_tail(body, operands, nodes[0], x, weight.index, streams)
+    bias = nodes[0].args[2] if len(nodes[0].args) > 2 else nodes[0].kwargs.get("bias")
+    return with_tail(body, operands, nodes[0], bias, x, weight.index)
 
 
-def _with_tail(
+def with_tail(
     body: fx.GraphModule,
     operands: Sequence[Operand],
     node: fx.Node,
+    bias: Any,
     x: Strided,
     weight: int,
-    streams: int,
 ) -> LinearSpec | None:
-    rows = operands[weight].shape[0]
+    """Return the spec of a body whose product `node` of operands x and weight has a pointwise tail.
+
+    None when the tail is not pointwise, or splits the product other than into two halves.
+    """
+    rows, results = operands[weight].shape[0], outputs(body)
     assert isinstance(rows, int)
-    columns, results = rows // streams, outputs(body)
+    widths = {shape_of(r)[-1] for r in results}
+    streams = 1 if widths == {rows} else 2
+    if streams == 2 and (widths != {rows // 2} or rows % (2 * BLOCK)):
+        return None
+    columns = rows // streams
     sums = [Operand(f"sum{s}", "f32", (1, columns), (0, 1)) for s in range(streams)]
 
     def sum_of(reader: Reader, at: fx.Node, coordinates: Coordinates) -> Expr | None:
@@ -120,7 +124,6 @@ def _with_tail(
             raise NotExpressible("the tail mixes tokens of a linear")
         place = Linear.of(Index(1))
         value: Expr = reader.leaf(Access(len(operands) + streams_of[start], place), "f32")
-        bias: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         return value if bias is None else call("add", (value, reader.at(bias, (column,))), "f32")
 
     reader = Reader(body, operands, ((0, None), (0, columns)), sum_of)
@@ -173,25 +176,30 @@ def inplace(spec: LinearSpec) -> tuple[tuple[int, int], ...]:
 
 def emit(spec: LinearSpec) -> KernelSource:
     """Return the kernel's text."""
+    kind = C_TYPES[spec.operands[spec.weight].dtype]
+    text = [f"using Weight = {kind};", *definitions(spec)]
+    count = spec.outputs().stop
+    return kernel("linear", spec, text, count, inplace=inplace(spec), lines=spec.lines)
+
+
+def definitions(spec: LinearSpec) -> list[str]:
+    """Return the definitions that the templates of products share: sizes, addresses, epilogue."""
     weight = spec.operands[spec.weight]
     depth = spec.x.operand.shape[1]
     assert isinstance(depth, int)
     base = Operand(weight.name, weight.dtype, (), ())
     names = [spec.operands[leaf.operand].name for leaf in spec.leaves]
-    definitions = [
+    return [
         *(f"// out{i} = {formula(v, names)}" for i, v in enumerate(spec.values)),
-        f"using Weight = {C_TYPES[weight.dtype]};",
         constants(K=depth, COLUMNS=spec.columns, STREAMS=spec.streams),
         number("num_tokens", spec.x.operand.shape[0]),
         address_function("x_row", spec.x.index, spec.x.operand, ("t",), spec.x.offset),
         address_function("weight", spec.weight, base, ()),
-        _epilogue(spec),
+        epilogue(spec),
     ]
-    count = spec.outputs().stop
-    return kernel("linear", spec, definitions, count, inplace=inplace(spec), lines=spec.lines)
 
 
-def _epilogue(spec: LinearSpec) -> str:
+def epilogue(spec: LinearSpec) -> str:
     """Return the C function that turns the sums of token i0, columns [begin, end), into outputs."""
     nest = Nest(spec.operands, spec.leaves, 2)
     used = {leaf.operand for leaf in spec.leaves} | set(spec.outputs())

@@ -22,6 +22,8 @@ C_TYPES = {
     "f16": "f16",
     "i64": "int64_t",
     "i32": "int32_t",
+    "i8": "int8_t",
+    "u8": "uint8_t",
 }
 
 
@@ -84,6 +86,7 @@ def kernel(
     template: str | None = None,
     inplace: tuple[tuple[int, int], ...] = (),
     lines: tuple[str, ...] = (),
+    header: str = "prelude.h",
 ) -> KernelSource:
     """Return the kernel whose template defines `<name>_items(n)` and `<name>(n, p, begin, end)`."""
     symbol, function = symbol_of(name, spec), template or name
@@ -91,7 +94,7 @@ def kernel(
     sources = "".join(f"//   {line}\n" for line in lines)
     text = (
         f"// {symbol}\n{'// computes' + chr(10) + sources if lines else ''}"
-        '#include "prelude.h"\n\nnamespace {\n\n'
+        f'#include "{header}"\n\nnamespace {{\n\n'
         + "\n".join(definitions)
         + f"\n\n{body}\n}}  // namespace\n\n"
         f'extern "C" int64_t {symbol}_items(const Sizes* n) {{ return {function}_items(n); }}\n'

@@ -1,0 +1,94 @@
+"""y[t, n] = f(sum_k q(x)[t, k] * w[n, k], ...): a linear on quantised weights, any pointwise tail.
+
+Layouts: x[T, K] float32 (any row stride); w packed as quant16 (codes and scales of 16 rows in one
+stream, codegen/packing.py) in any format of ir/quant_format.py; the tail as in linear.py, gated
+halves included. Each token is quantised to int8 by 32 values when a worker begins, then dot
+products are whole numbers: vpdpbusd (AVX-512, AVX), vpmaddubsw (AVX2; four-bit codes are summed in
+16 bits), sdot (NEON), or shifts and products of plain vectors. Their float part is one chain of
+fused multiply-adds over groups ascending: the same bits for every path, T, tile and split.
+Bytes: w once for up to 12 tokens (4 on AVX2), and once a chunk of tokens beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from aios_compile.codegen.access import outputs
+from aios_compile.codegen.cpp import linear
+from aios_compile.codegen.cpp.head_rows import without_leading_ones
+from aios_compile.codegen.cpp.template import C_TYPES, constants, kernel
+from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.source import KernelSource
+from aios_compile.codegen.strided import resolve
+from aios_compile.ir.quant_format import QuantFormat
+
+TYPES = {**C_TYPES, "k": "int8_t", "": "uint8_t", "zero": "uint8_t"}
+
+
+@dataclass(frozen=True)
+class QuantizedLinearSpec:
+    """A linear's spec (its weight are the rows), and the format of the rows."""
+
+    linear: linear.LinearSpec
+    form: QuantFormat
+
+
+def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> QuantizedLinearSpec | None:
+    """Return the spec of a body of one aios.quantized_linear and a pointwise tail, else None."""
+    target = torch.ops.aios.quantized_linear.default
+    nodes = [n for n in body.graph.nodes if n.target is target]
+    if len(nodes) != 1 or not all(isinstance(r, fx.Node) for r in outputs(body)):
+        return None
+    form = QuantFormat.parse(str(nodes[0].args[2]))
+    x = without_leading_ones(resolve(nodes[0].args[0], operands), 2)
+    weight = resolve(nodes[0].args[1], operands)
+    if x is None or weight is None or weight.operand.packed != f"quant16.{form.name}":
+        return None
+    depth, dense = x.operand.shape[1], x.operand.strides[1] == 1 and x.operand.dtype == "f32"
+    if not dense or not isinstance(depth, int):
+        return None
+    bias = nodes[0].args[3] if len(nodes[0].args) > 3 else nodes[0].kwargs.get("bias")
+    spec = linear.with_tail(body, operands, nodes[0], bias, x, weight.index)
+    return None if spec is None else QuantizedLinearSpec(spec, form)
+
+
+def reference(spec: QuantizedLinearSpec, body: fx.GraphModule, *tensors: Tensor) -> Any:
+    """Compute the outputs in eager PyTorch from unpacked rows: the body is the definition."""
+    return body(*tensors)
+
+
+def emit(spec: QuantizedLinearSpec) -> KernelSource:
+    """Return the kernel's text."""
+    form, base = spec.form, spec.linear
+    minimum = "uint8_t" if form.minimums == "k" else TYPES[form.minimums]
+    definitions = [
+        f"// weights: {form.name}",
+        f"using Scale = {TYPES[form.scales]};\nusing Minimum = {minimum};",
+        constants(
+            BITS=form.bits,
+            GROUP=form.group,
+            LOW=form.low,
+            SPAN=form.span,
+            HEADER=form.header_bytes,
+            GROUP_BYTES=form.group_bytes,
+            MINIMUMS=bool(form.minimums),
+            SUPER_SCALE=form.scales == "k",
+            SUPER_MINIMUM=form.minimums == "k",
+            ZERO_POINT=form.minimums == "zero",
+        ),
+        *linear.definitions(base),
+    ]
+    return kernel(
+        "quantized_linear",
+        spec,
+        definitions,
+        base.outputs().stop,
+        inplace=linear.inplace(base),
+        lines=base.lines,
+        header="quantized.h",
+    )

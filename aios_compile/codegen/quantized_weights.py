@@ -1,0 +1,78 @@
+"""What quantisation did to each weight: bits a weight and error, measured while packing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from aios_compile.codegen.program import Program
+from aios_compile.ir.module import Recipe, outputs
+from aios_compile.ir.quant_format import QuantFormat
+from aios_compile.ir.quantized import dequantize
+
+PACKED = "quant16."
+SAMPLED_ROWS = 128  # of a matrix whose error is measured
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """error: root mean square of the difference over that of the weights, on rows spread evenly.
+
+    None for weights that were quantised before (their file holds nothing to compare with).
+    """
+
+    name: str
+    form: str
+    rows: int
+    depth: int
+    bits: float
+    error: float | None
+
+
+def describe(name: str, packed: str, rows: Tensor, source: Tensor | None) -> QuantizedWeight:
+    """Describe quantised rows; `source` is the matrix [N, K] that they were made of."""
+    form = QuantFormat.parse(packed.removeprefix(PACKED))
+    depth = form.depth(rows.shape[1])
+    error = None
+    if source is not None:
+        picked = torch.linspace(0, len(rows) - 1, min(len(rows), SAMPLED_ROWS)).long()
+        want = source[picked].float()
+        lost = (dequantize(rows[picked], form) - want).square().mean()
+        error = float((lost / want.square().mean().clamp_min(1e-30)).sqrt())
+    return QuantizedWeight(name, form.name, len(rows), depth, 8 * rows.shape[1] / depth, error)
+
+
+def source_of(recipe: Recipe) -> Recipe | None:
+    """Return the recipe of what a weight is quantised from, None when it is not here."""
+    result = outputs(recipe.graph)[0]
+    if result.target is not torch.ops.aios.quantize_rows.default:
+        return None
+    return recipe.until(result.args[0])
+
+
+def remarks(program: Program, weights: Sequence[QuantizedWeight]) -> list[str]:
+    """Return what the report says: bits a weight of all linears, those kept too, and errors."""
+    if not weights:
+        return []
+    kept = [w for w in program.weights if w.packed == "rows16"]
+    count = sum(w.rows * w.depth for w in weights) + sum(prod(w.shape) for w in kept)
+    total = sum(w.rows * w.depth * w.bits for w in weights)
+    total += sum(8 * BYTES[w.dtype] * prod(w.shape) for w in kept)
+    forms = ", ".join(dict.fromkeys(w.form for w in weights))
+    lines = [
+        f"{len(weights)} matrices quantised to {forms}, {len(kept)} kept: "
+        f"{total / count:.2f} bits a weight over {count / 1e6:.1f} million"
+    ]
+    errors = sorted((w.error, w.name) for w in weights if w.error is not None)
+    if errors:
+        (least, _), (middle, _), (most, name) = errors[0], errors[len(errors) // 2], errors[-1]
+        lines.append(
+            f"relative error of the quantised weights: {least:.2%} to {most:.2%}, median "
+            f"{middle:.2%}, largest in {name} (all of them: quantization.json)"
+        )
+    return lines

@@ -1,0 +1,161 @@
+"""The quantised linear: every format, target and tile gives the same bits; tails, splits, NaN."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from aios_compile.codegen.cpp import build, quantized_linear
+from aios_compile.codegen.packing import pack_quant16
+from aios_compile.ir import ops, quantized
+from aios_compile.ir.quant_format import QuantFormat
+from tests.codegen.harness import Kernel, make_body
+from tests.ir.test_quantized import FORMATS, random_fields
+
+assert ops.TABLE
+aios, aten = torch.ops.aios, torch.ops.aten
+RUNNABLE = [t.name for t, needs in build.TARGETS if needs <= build.cpu_features()]
+EVERYWHERE = ("int8_g32_f16", "int4_g32_f16", "uint5_g32_k_min_k", "int6_g16_k")
+TOKENS = (1, 2, 3, 5, 12, 13, 40)
+ROWS, DEPTH = 37, 512
+
+
+def random_rows(name, rows, depth, seed=0):
+    torch.manual_seed(seed)
+    form = QuantFormat.parse(name)
+    return quantized.pack_fields(form, random_fields(form, rows, depth))
+
+
+def packed(rows, name):
+    return pack_quant16(rows.numpy(), QuantFormat.parse(name))
+
+
+def plain(x, w, form):
+    return aios.quantized_linear.default(x, w, form)
+
+
+def with_bias_and_residual(x, w, form, bias, residual):
+    return aten.add.Tensor(residual, aios.quantized_linear.default(x, w, form, bias))
+
+
+def gated(x, w, form):
+    y = aios.quantized_linear.default(x, w, form)
+    gate, up = aten.split.Tensor(y, w.shape[0] // 2, 1)
+    return aios.gated_activation.default(gate, up, "silu")
+
+
+@functools.cache
+def source_of(function, rows, depth, name, row=None, extra=()):
+    inputs = {"x": (("T", depth), torch.float32)}
+    inputs["w"] = ((rows, QuantFormat.parse(name).row_bytes(depth)), torch.uint8)
+    inputs |= {key: (shape, torch.float32) for key, shape in extra}
+    strided = {"x": (row, 1)} if row else None
+
+    def short(x, w):
+        return function(x, w, name)
+
+    def long(x, w, bias, residual):
+        return function(x, w, name, bias, residual)
+
+    traced = long if extra else short
+    body, operands = make_body(traced, inputs, strided, packed={"w": f"quant16.{name}"})
+    spec = quantized_linear.spec_of(body, operands)
+    assert spec is not None
+    return spec, body, quantized_linear.emit(spec)
+
+
+def close(actual, expected):
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(actual, expected, atol=2e-6 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_all_formats_targets_and_tiles_give_the_same_bits(name):
+    """Every instruction set for one format of each width; the rest, which share it, on the host."""
+    rows, depth = ROWS, DEPTH
+    weights = random_rows(name, rows, depth)
+    spec, body, source = source_of(plain, rows, depth, name, depth + 3)
+    merged = torch.randn(max(TOKENS), depth + 3)
+    merged[4, 32:64] = 0
+    want = quantized_linear.reference(spec, body, merged[:, :depth], weights)
+    first = None
+    for target in RUNNABLE if name in EVERYWHERE else RUNNABLE[:1]:
+        built = Kernel(source, build.Target.named(target))
+        for tokens in TOKENS:
+            out = torch.full((tokens, rows), float("nan"))
+            for splits in (1, 3):
+                built({"T": tokens}, merged[:tokens], packed(weights, name), out, splits=splits)
+            first = out if first is None else first
+            close(out, want[:tokens])
+            assert torch.equal(out[0], first[0]), f"{target}, {tokens} tokens"
+            if tokens == max(TOKENS):
+                whole = out if target == RUNNABLE[0] else whole  # noqa: F821
+                assert torch.equal(out, whole), target
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    rows, depth, name = 48, 3072, "int4_g32_f16"
+    weights = packed(random_rows(name, rows, depth), name)
+    _, _, source = source_of(plain, rows, depth, name)
+    built, x = Kernel(source), torch.randn(150, depth)
+    whole, one = torch.empty(150, rows), torch.empty(1, rows)
+    built({"T": 150}, x, weights, whole, splits=5)
+    for t in range(0, 150, 7):
+        built({"T": 1}, x[t], weights, one)
+        assert torch.equal(one[0], whole[t])
+
+
+@pytest.mark.parametrize("target", RUNNABLE[:1])
+@pytest.mark.parametrize("tokens", [1, 7, 30])
+def test_tails(tokens, target):
+    rows, depth, name = 50, 96, "int8_g32_f16"
+    extra = (("bias", (rows,)), ("residual", ("T", rows)))
+    spec, body, source = source_of(with_bias_and_residual, rows, depth, name, extra=extra)
+    assert source.inplace == ((0, 3),)
+    weights, x = random_rows(name, rows, depth), torch.randn(tokens, depth)
+    bias, residual = torch.randn(rows), torch.randn(tokens, rows)
+    want = quantized_linear.reference(spec, body, x, weights, bias, residual)
+    built = Kernel(source, build.Target.named(target))
+    built({"T": tokens}, x, packed(weights, name), bias, residual, residual, splits=2)
+    close(residual, want)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 29])
+def test_gated_halves(tokens):
+    rows, depth, name = 2 * 48, 128, "int4_g64_f16"
+    spec, body, source = source_of(gated, rows, depth, name)
+    assert spec.linear.streams == 2
+    weights, x = random_rows(name, rows, depth), torch.randn(tokens, depth)
+    out = torch.full((tokens, rows // 2), float("nan"))
+    Kernel(source)({"T": tokens}, x, packed(weights, name), out, splits=2)
+    close(out, quantized_linear.reference(spec, body, x, weights))
+
+
+def test_the_largest_codes_do_not_overflow():
+    """All codes and activations at their ends, where sums in 16 bits would wrap or saturate."""
+    for name in EVERYWHERE:
+        form = QuantFormat.parse(name)
+        fields = random_fields(form, ROWS, DEPTH)
+        fields.codes.fill_((1 << form.bits) - 1)
+        fields.codes[3] = 0
+        weights = quantized.pack_fields(form, fields)
+        _, _, source = source_of(plain, ROWS, DEPTH, name, DEPTH + 3)
+        x = torch.ones(3, DEPTH + 3)
+        x[1], x[2, ::2] = -1, -1
+        want, out = aios.quantized_linear(x[:, :DEPTH], weights, name), torch.empty(3, ROWS)
+        for target in RUNNABLE:
+            Kernel(source, build.Target.named(target))({"T": 3}, x, packed(weights, name), out)
+            close(out, want)
+
+
+def test_nan_in_one_token_stays_in_its_row():
+    name = "int8_g32_f16"
+    weights, x = random_rows(name, ROWS, DEPTH), torch.randn(5, DEPTH + 3)
+    x[2, 40] = float("nan")
+    _, _, source = source_of(plain, ROWS, DEPTH, name, DEPTH + 3)
+    out = torch.zeros(5, ROWS)
+    for target in RUNNABLE:
+        Kernel(source, build.Target.named(target))({"T": 5}, x, packed(weights, name), out)
+        assert out[2].isnan().all() and out[[0, 1, 3, 4]].isfinite().all()

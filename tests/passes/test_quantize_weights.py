@@ -1,0 +1,163 @@
+"""quantize_weights: fires, refusals by reason, what is proven, planted mistakes that are caught."""
+
+# ruff: noqa: F722, F821, UP037  (annotations are shapes)
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from aios_compile.ir import snapshot
+from aios_compile.ir.module import IRModule, placeholders
+from aios_compile.ir.quant_format import QuantFormat
+from aios_compile.ir.quantized import dequantize
+from aios_compile.passes.context import PassContext, PassOptions
+from aios_compile.passes.graph_pass import graph_pass
+from aios_compile.passes.merge_gate_up import merge_gate_up
+from aios_compile.passes.merge_qkv import merge_qkv
+from aios_compile.passes.quantize_weights import quantize_weights
+from aios_compile.passes.result import PassResult
+from aios_compile.passes.runner import Stage, run_pipeline
+from tests.passes import helpers
+
+aten, aios = torch.ops.aten, torch.ops.aios
+INT8 = "int8_g32_f16"
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 128}
+
+
+def run(module: IRModule, *passes: Any, form: str = INT8) -> dict[str, PassResult]:
+    options = PassOptions(quantization=form)
+    return {r.name: r for r in run_pipeline(module, [Stage(module.level, passes)], options)}
+
+
+def traced(function: Any) -> IRModule:
+    module = helpers.trace(function)
+    for node in module.root.graph.nodes:
+        node.meta["source_lines"] = (f"model.py: {node.name}",)
+    return module
+
+
+def two(
+    x: "f32[T, 64]", w: "weight f32[96, 64]", v: "weight bf16[64, 96]", b: "weight f32[64]"
+) -> Any:
+    return aios.linear(torch.relu(aios.linear(x, w)), v, b)
+
+
+def test_off_by_default() -> None:
+    module = traced(two)
+    assert helpers.apply(quantize_weights, module).total == 0
+
+
+@pytest.mark.parametrize("form", [INT8, "int4_g32_f16", "uint4_g32_bf16_min_bf16"])
+def test_weights_become_rows_of_the_format(form: str) -> None:
+    module = traced(two)
+    sources = dict(module.tensors)
+    result = run(module, quantize_weights, form=form)["quantize_weights"]
+    assert (result.hits, result.kept, result.refusals) == (2, True, ()), result
+    assert helpers.targets(module) == ["aios.quantized_linear", "relu", "aios.quantized_linear"]
+    assert result.max_error is not None and result.max_error < 1e-5
+    values = {n.name: n.meta["val"] for n in placeholders(module.root.graph)}
+    for name, width in (("w", 64), ("v", 96)):
+        new = f"{name}_{form}"
+        assert name not in values and values[new].dtype == torch.uint8
+        rows = module.weights[new].run(sources)
+        parsed = QuantFormat.parse(form)
+        assert rows.shape == values[new].shape == (len(sources[name]), parsed.row_bytes(width))
+        lost = dequantize(rows, parsed) - sources[name].float()
+        assert lost.norm() / sources[name].float().norm() < (0.01 if form == INT8 else 0.1)
+    assert run(module, quantize_weights, form=form)["quantize_weights"].hits == 0
+
+
+def test_refusals() -> None:
+    def f(
+        x: "f32[T, 80]",
+        y: "f32[T, 64]",
+        odd: "weight f32[64, 80]",
+        few: "weight f32[8, 64]",
+        made: "weight f32[64, 64]",
+        fits: "weight f32[64, 64]",
+    ) -> Any:
+        return (aios.linear(x, odd), aios.linear(y, few), aios.linear(y, made * 2.0),
+                aios.linear(y, fits))  # fmt: skip
+
+    result = run(traced(f), quantize_weights)["quantize_weights"]
+    assert result.hits == 1 and result.kept
+    text = " ".join(result.refusals)
+    for reason in ("rows of 80 values, no multiple of the 32", "a matrix of 8 rows", "computed"):
+        assert reason in text
+
+
+def test_a_tied_table_keeps_its_rows_for_the_embedding() -> None:
+    module = helpers.captured("llama", torch.bfloat16, tie_word_embeddings=True, **WIDE)
+    results = run(module, quantize_weights)
+    assert results["quantize_weights"].hits == 0  # level 1 has no aios.linear
+    module = level2_model(tie_word_embeddings=True)
+    results = run(module, merge_qkv, merge_gate_up, quantize_weights)
+    assert results["quantize_weights"].hits == 5, results["quantize_weights"]
+    names = [r.names[0] for r in module.weights.values() if r.is_identity()]
+    assert any("embed" in n for n in names), names
+
+
+def level2_model(**changes: Any) -> IRModule:
+    from aios_compile.passes.pipeline import RAISE
+
+    module = helpers.captured("llama", torch.bfloat16, **{**WIDE, **changes})
+    run_pipeline(module, [RAISE], PassOptions(), verify=0)
+    return module
+
+
+@graph_pass(numerics="lossy")
+def wrong_rows(graph: fx.Graph, context: PassContext) -> int:
+    """Quantise, and bind the first two calls of a region to each other's weights."""
+    hits = quantize_weights(graph, context)
+    if hits and context.region:
+        first, second = context.module.calls(context.region)[:2]
+        index = next(i for i, a in enumerate(first.args) if INT8 in str(a))
+        left, right = list(first.args), list(second.args)
+        left[index], right[index] = right[index], left[index]
+        first.args, second.args = tuple(left), tuple(right)
+    return hits
+
+
+@graph_pass(numerics="lossy")
+def lost_residual(graph: fx.Graph, context: PassContext) -> int:
+    """Quantise, and scale one product by a hundredth too much."""
+    hits = quantize_weights(graph, context)
+    for node in graph.find_nodes(op="call_function", target=aios.quantized_linear.default)[:1]:
+        with graph.inserting_after(node):
+            scaled = context.call(graph, aten.mul.Tensor, node, 1.01, source=[node])
+        node.replace_all_uses_with(scaled, lambda user, own=scaled: user is not own)
+    return hits
+
+
+@graph_pass(numerics="lossy")
+def wrong_recipe(graph: fx.Graph, context: PassContext) -> int:
+    """Quantise half of the weight: the recipe makes other values than the graph had."""
+    hits = 0
+    for node in graph.find_nodes(op="call_function", target=aios.linear.default):
+        if not context.is_weight(node.args[1]):
+            continue
+
+        def build(w: Any) -> Any:
+            return aios.quantize_rows.default(torch.mul(w, 0.5), INT8)
+
+        rows = context.add_weight(graph, "halved", [node.args[1]], build)
+        with graph.inserting_before(node):
+            target = aios.quantized_linear.default
+            new = context.call(graph, target, node.args[0], rows, INT8, source=[node])
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        hits += 1
+    return hits
+
+
+@pytest.mark.parametrize("wrong", [wrong_rows, lost_residual, wrong_recipe])
+def test_planted_mistakes_are_reverted_although_quantisation_is_lossy(wrong: Any) -> None:
+    module = level2_model()
+    before = snapshot.module_text(module)
+    result = run(module, wrong)[wrong.__name__]
+    assert result.hits and not result.kept and "exceeds the budget" in result.reason, result
+    assert snapshot.module_text(module) == before
+    assert run(module, quantize_weights)["quantize_weights"].kept
