@@ -25,6 +25,7 @@ from aios_compile.runtime.outputs import RequestOutput
 from aios_compile.sampling_params import SamplingParams
 
 DEFAULT_MAX_WAITING = 512  # requests without a step; beyond that a client is better told at once
+DEFAULT_STALL_S = 60.0
 DRAIN_POLL_S = 0.005
 
 
@@ -64,7 +65,7 @@ class AsyncEngine:
         model: Any,
         *,
         max_waiting: int = DEFAULT_MAX_WAITING,
-        stall_s: float = 60.0,
+        stall_s: float = DEFAULT_STALL_S,
         probe_s: float = 30.0,
     ) -> None:
         self.model = model
@@ -79,12 +80,16 @@ class AsyncEngine:
         self._is_draining = False
 
     @classmethod
-    async def load(cls, model: Any, **options: Any) -> AsyncEngine:
-        """Return an engine for a folder or hub id; options are those of load_and_compile too."""
-        from aios_compile.api import load_and_compile
+    async def load(cls, model: Any, *, in_process: bool = True, **options: Any) -> AsyncEngine:
+        """Return an engine for a folder or hub id; options are those of load_and_compile too.
 
-        own = {k: options.pop(k) for k in ("max_waiting", "stall_s", "probe_s") if k in options}
-        engine = cls(await asyncio.to_thread(load_and_compile, model, **options), **own)
+        in_process False: the engine runs in a process of its own, which is started again when it
+        dies or hangs, and no request loses a token (runtime/engine_front.py). Needs a Unix.
+        """
+        own: dict[str, Any] = {
+            k: options.pop(k) for k in ("max_waiting", "stall_s", "probe_s") if k in options
+        }
+        engine = cls(await asyncio.to_thread(_load, model, in_process, own, options), **own)
         await engine.start()
         return engine
 
@@ -199,6 +204,22 @@ class AsyncEngine:
                 stream.fail(EngineStalledError(health.reason))
         elif health.live and not health.ready:
             self._backend.probe()
+
+
+def _load(model: Any, in_process: bool, own: dict[str, Any], options: dict[str, Any]) -> Any:
+    if in_process:
+        from aios_compile.api import load_and_compile
+
+        return load_and_compile(model, **options)
+    from aios_compile.engine_process import start_front
+
+    front = start_front(model, stall_s=own.get("stall_s", DEFAULT_STALL_S), **options)
+    try:
+        front.wait_until_ready()
+    except BaseException:
+        front.close()
+        raise
+    return front
 
 
 async def _watch(held: weakref.ref[AsyncEngine]) -> None:

@@ -202,7 +202,7 @@ class SpeculativeConfig:
     """
 
     method: str
-    num_speculative_tokens: int = 4
+    num_speculative_tokens: int = 3  # 1 + 3 rows are one tile of the CPU's linear kernels
     model: str | None = None
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 4
@@ -235,7 +235,7 @@ class SpeculativeConfig:
             raise ConfigError(f"{where}: method {method} and model={values.get('model')!r}")
         _whole(
             f"{where}: num_speculative_tokens",
-            values.get("num_speculative_tokens", 4),
+            values.get("num_speculative_tokens", 1),
             1,
             64,
             optional=False,

@@ -23,6 +23,8 @@ class OpenStream(Protocol):
     @property
     def request_id(self) -> int: ...
 
+    def is_admitted(self) -> bool: ...
+
     def take_nowait(self) -> StreamChunk | None: ...
 
     def fail(self, error: Exception) -> None: ...
@@ -108,6 +110,14 @@ class AsyncStream:
                 work.add_done_callback(_close_result)  # the thread cannot be stopped
                 raise
         self._on_open(self)
+        try:
+            while not self._open.is_admitted():
+                self._changed.clear()
+                if not self._open.is_admitted():
+                    await self._changed.wait()
+        except BaseException:
+            self.abort()
+            raise
 
     def __aiter__(self) -> AsyncStream:
         return self

@@ -118,15 +118,12 @@ class Committer:
 
     def _token(self, sequence: Sequence, token_id: int, row: int, result: StepResult) -> None:
         """Append one sampled token and decide whether the sequence ends with it."""
-        params = sequence.admitted.params
-        sequence.tokens.append(token_id)
-        self.num_sampled += 1
-        if sequence.penalties is not None:
-            sequence.penalties.add(token_id)
+        entry = None
         if sequence.logprobs is not None:
-            entry = self._logprobs(token_id, row, params.logprobs or 0, result)
-            sequence.logprobs.append(entry)
-            sequence.cumulative_logprob += entry[token_id].logprob
+            count = sequence.admitted.params.logprobs or 0
+            entry = self._logprobs(token_id, row, count, result)
+        sequence.append(token_id, entry)
+        self.num_sampled += 1
         self._decide(sequence, token_id)
         if sequence.finish_reason is not None:
             finish_text(sequence)
@@ -141,11 +138,10 @@ class Committer:
             if token_id in admitted.stop_token_ids:
                 sequence.finish_reason, sequence.stop_reason = "stop", token_id
                 return
-        if sequence.text is not None:
-            stop = sequence.text.append(token_id, can_stop=count > admitted.params.min_tokens)
-            if stop is not None:
-                sequence.finish_reason, sequence.stop_reason = "stop", stop
-                return
+        stop = sequence.append_text(token_id)
+        if stop is not None:
+            sequence.finish_reason, sequence.stop_reason = "stop", stop
+            return
         if count >= admitted.max_tokens or len(sequence.tokens) >= self._limits.max_model_len:
             sequence.finish_reason = "length"
 

@@ -29,7 +29,7 @@ from aios_compile.runtime.health import Health, judge, now_us
 from aios_compile.runtime.metrics import MetricsSnapshot
 from aios_compile.runtime.output_text import Tokenizer
 from aios_compile.runtime.outputs import RequestOutput, StreamChunk
-from aios_compile.runtime.request import Request
+from aios_compile.runtime.request import Progress, Request
 from aios_compile.runtime.schedule_state import SchedulerOptions
 from aios_compile.runtime.speculator import SpeculationStats, Speculator
 from aios_compile.sampling_params import SamplingDefaults, SamplingParams
@@ -125,9 +125,11 @@ class Engine:
         *,
         on_change: Callable[[], None] | None = None,
         max_waiting: int | None = None,
+        progress: Progress | None = None,
     ) -> TextStream:
         """Do what `stream` does; on_change is called in the engine's thread when there is news.
 
+        progress: the tokens that it has already; its chunks go on after them.
         Raises QueueFullError, before anything is done, when more than max_waiting requests wait.
         """
         self._check_alive()
@@ -139,6 +141,8 @@ class Engine:
                 raise RequestError(f"n={given.n} is out of range: a stream has one completion")
             admitted = self.admission.admit(prompt, given)
             request = Request(admitted, self.tokenizer, True, on_change)
+            if progress is not None:
+                request.resume(progress)
             self._core.submit([request], max_waiting)
         except AiosError as error:
             self._core.metrics.errors[error_code(error)] += 1
@@ -166,6 +170,20 @@ class Engine:
             at_us=now_us(),
             stall_us=int(stall_s * 1e6),
             probe_us=int(probe_s * 1e6),
+        )
+
+    def pulse_ages_us(self) -> tuple[int | None, int | None]:
+        """Return how long ago the running step began and the last one ended; None: there is none.
+
+        A thread that has ended shows as a step that began for ever ago.
+        """
+        if not self._thread.is_alive() or self._core.is_closing:
+            return now_us(), None
+        pulse, at_us = self._core.pulse, now_us()
+        began, ended = pulse.started_us, pulse.finished_us
+        return (
+            None if began is None else at_us - began,
+            None if ended is None else at_us - ended,
         )
 
     def metrics(self) -> MetricsSnapshot:
@@ -261,6 +279,14 @@ class TextStream:
     @property
     def request_id(self) -> int:
         return self._request.request_id
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self._request.admitted.prompt_token_ids
+
+    def is_admitted(self) -> bool:
+        """Return whether it was checked and queued; in this process it always is."""
+        return True
 
     def output(self) -> RequestOutput:
         """Return the whole result; only after the last chunk."""

@@ -252,7 +252,8 @@ class EngineCore:
                 num_sequences=len(request.sequences),
                 all_rows=admitted.all_rows,
                 samples=not admitted.wants_logits,
-                tokens=tuple(admitted.prompt_token_ids),
+                tokens=tuple(request.sequences[0].tokens),
+                num_output_tokens=request.sequences[0].num_output_tokens,
                 tenant=admitted.params.tenant,
             )
         )

@@ -12,8 +12,8 @@ class Arrive:
 
     all_rows: the logits of every prompt position are wanted. samples False: no token is sampled,
     the sequence ends when its rows are computed. tokens: the prompt's ids; without them the
-    request neither hits the prefix cache nor feeds it. tenant: with whom cached
-    pages are shared.
+    request neither hits the prefix cache nor feeds it. tenant: with whom cached pages are shared.
+    num_output_tokens: tokens that an engine that is gone has sampled; they follow the prompt's.
     """
 
     request_id: int
@@ -24,6 +24,7 @@ class Arrive:
     samples: bool = True
     tokens: tuple[int, ...] = ()
     tenant: str = ""
+    num_output_tokens: int = 0
 
 
 @dataclass(frozen=True)

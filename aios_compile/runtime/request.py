@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from aios_compile.runtime.batch import Floats, Ints
@@ -93,6 +94,22 @@ class Sequence:
     def num_output_tokens(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
 
+    def append(self, token_id: int, entry: TokenLogprobs | None) -> None:
+        """Take in one output token, with its log-probabilities if they were asked for."""
+        self.tokens.append(token_id)
+        if self.penalties is not None:
+            self.penalties.add(token_id)
+        if self.logprobs is not None and entry is not None:
+            self.logprobs.append(entry)
+            self.cumulative_logprob += entry[token_id].logprob
+
+    def append_text(self, token_id: int) -> str | None:
+        """Take in the last token's text; return the stop string that it completed."""
+        if self.text is None:
+            return None
+        can_stop = self.num_output_tokens > self.admitted.params.min_tokens
+        return self.text.append(token_id, can_stop)
+
     def output(self) -> CompletionOutput:
         """Return what the caller sees of it."""
         assert self.finish_reason is not None
@@ -105,6 +122,15 @@ class Sequence:
             logprobs=self.logprobs,
             cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
         )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a request's reader has already, from an engine that is gone: it goes on after that."""
+
+    token_ids: Seq[int]
+    num_chars: int
+    logprobs: Seq[TokenLogprobs] | None = None
 
 
 class Delivery:
@@ -217,9 +243,22 @@ class Request:
             seed = mix_seed(engine_seed, request_id)
         self.request_id = request_id
         self.submitted_us = now_us
+        if self.num_sent_tokens:  # resumed: its first token was long ago
+            self.first_token_us = self.last_token_us = now_us
         for sequence in self.sequences:
             sequence.sequence_id = sequence_id + sequence.index
             sequence.seed = as_int64(mix_seed(seed, sequence.index))
+
+    def resume(self, progress: Progress) -> None:
+        """Take up where an engine that is gone left off, as if every step had been run here."""
+        sequence = self.sequences[0]
+        assert len(self.sequences) == 1 and self.streams, "only a stream can be resumed"
+        for place, token_id in enumerate(progress.token_ids):
+            entry = None if progress.logprobs is None else progress.logprobs[place]
+            sequence.append(token_id, entry)
+            assert sequence.append_text(token_id) is None, "it had ended already"
+        self.num_sent_tokens = len(progress.token_ids)
+        self.num_sent_chars = progress.num_chars
 
     def next_chunk(self) -> StreamChunk:
         """Return what a stream has not sent yet; empty for a request that does not stream."""

@@ -84,13 +84,14 @@ def replay(
 def _arrive(ctx: StepContext, event: Arrive) -> None:
     state, first = ctx.state, event.sequence_id
     cacheable = state.pool.cache is not None and event.samples and bool(event.tokens)
-    assert not event.tokens or len(event.tokens) == event.num_prompt_tokens
+    num_known = event.num_prompt_tokens + event.num_output_tokens
+    assert not event.tokens or len(event.tokens) == num_known
     for i in range(event.num_sequences):
         sequence = SequenceState(
             sequence_id=first + i,
             request_id=event.request_id,
             num_prompt_tokens=event.num_prompt_tokens,
-            num_tokens=event.num_prompt_tokens,
+            num_tokens=num_known,
             all_rows=event.all_rows and i == 0,
             samples=event.samples,
             forks_from=first if i else None,
