@@ -39,12 +39,16 @@ def emit_kernels(
     module: IRModule,
     emitters: Sequence[ModuleType],
     on_progress: Callable[[int, int], None] | None = None,
+    packs: bool = True,
 ) -> Emitted:
-    """Emit every kernel of a level-3 module. Raises CodegenError naming the model line."""
+    """Emit every kernel of a level-3 module. Raises CodegenError naming the model line.
+
+    packs: store the weights of linears in blocks of rows (the C++ target), else as they are.
+    """
     emitted = Emitted()
     graphs = list(module.graphs().items())
     calls = [(name, call) for name, gm in graphs for call in kernel_calls(gm.graph)]
-    streamed = _streamed_weights(module)
+    streamed = _streamed_weights(module) if packs else None
     digests: dict[str, int] = {}
     for i, (region, call) in enumerate(calls):
         operands = _operands(call, module, region, streamed, emitted)
@@ -105,7 +109,7 @@ def bound_weights(module: IRModule, region: str, node: fx.Node) -> list[str]:
 
 
 def _operands(
-    call: fx.Node, module: IRModule, region: str, streamed: set[str], emitted: Emitted
+    call: fx.Node, module: IRModule, region: str, streamed: set[str] | None, emitted: Emitted
 ) -> list[Operand]:
     body = body_of(call)
     arguments = tensor_arguments(call)
@@ -118,8 +122,8 @@ def _operands(
     ]
     operands = []
     for i, (holder, argument) in enumerate(zip(holders, arguments)):
-        names = bound_weights(module, region, argument)
-        table = ROWS16 if i in tables and set(names) <= streamed else None
+        names = bound_weights(module, region, argument) if streamed is not None else []
+        table = ROWS16 if i in tables and set(names) <= (streamed or set()) else None
         layout = weights.get(i, table) if names else None
         if layout:
             emitted.packed[call, i] = layout

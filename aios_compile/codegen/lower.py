@@ -6,6 +6,7 @@ One function a graph. A region's scratch offsets are local to it; what differs f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from aios_compile.codegen.layout import (
     result_base,
     shift_bytes,
 )
-from aios_compile.codegen.operand import DTYPE_NAMES, dim_of
+from aios_compile.codegen.operand import BYTES, DTYPE_NAMES, Operand, dim_of, dim_value
 from aios_compile.codegen.program import (
     BufferRow,
     Function,
@@ -102,6 +103,7 @@ class Lowering:
             sizes=self.sizes,
             num_launches=sum(self._launches(n, regions) for n in root.nodes),
             settings=dict(settings),
+            counters=max((s.counters for s in self.emitted.sources), default=0),
         )
 
     def _phased(self, name: str, graph_module: fx.GraphModule) -> _Graph:
@@ -179,10 +181,23 @@ class Lowering:
             if base in spans:
                 spans[base][1] = end
         self._share_in_place(graph, spans)
-        return [
+        lifetimes = [
             Lifetime(base.name, num_bytes(base.value, self.sizes), *span)
             for base, span in spans.items()
         ]
+        for node in graph.nodes:
+            for name, space in self._workspace(node):
+                size = math.prod(dim_value(d, self.sizes) for d in space.shape)
+                phase = graph.phases[node]
+                lifetimes.append(Lifetime(name, size * BYTES[space.dtype], phase, phase))
+        return lifetimes
+
+    def _workspace(self, node: fx.Node) -> list[tuple[str, Operand]]:
+        """Return the buffers that a kernel call needs besides its operands, by name."""
+        if node not in self.emitted.by_call:
+            return []
+        source = self.emitted.sources[self.emitted.by_call[node]]
+        return [(f"{node.name}.{space.name}", space) for space in source.workspace]
 
     def _share_in_place(self, graph: _Graph, spans: dict[Base, list[int]]) -> None:
         """Give a kernel's result the buffer of an operand that dies there, where it may."""
@@ -237,7 +252,10 @@ class Lowering:
         base = graph.aliases.get(base, base)
         if base in graph.results:
             return Ref("argument", graph.results[base], shift)
-        offset = graph.offsets[base.name] + (self.scratch[graph.name] if graph.name else 0)
+        return self._arena_ref(graph, base.name, shift)
+
+    def _arena_ref(self, graph: _Graph, name: str, shift: Any = 0) -> Ref:
+        offset = graph.offsets[name] + (self.scratch[graph.name] if graph.name else 0)
         return Ref("arena", offset, shift)
 
     def _placeholder_ref(self, graph: _Graph, name: str, packing: str, shift: Any) -> Ref:
@@ -301,6 +319,9 @@ class Lowering:
                 refs.append(self._buffer_ref(graph, base))
             else:  # written in place: the result is the operand
                 refs.append(self._ref(graph, node.args[node.meta["written_in_place"][i]], ""))
+        refs += [self._arena_ref(graph, name) for name, _ in self._workspace(node)]
+        if self.emitted.sources[self.emitted.by_call[node]].counters:
+            refs.append(Ref("counters", 0))
         return Launch(self.emitted.by_call[node], tuple(refs), phase, str(node.target))
 
     def _launches(self, node: fx.Node, regions: Mapping[str, _Graph]) -> int:

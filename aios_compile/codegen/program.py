@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from aios_compile.codegen.operand import Dim, SizeExpr, dim_text
 
-Space = Literal["arena", "argument", "weight", "state", "input"]
+Space = Literal["arena", "argument", "weight", "state", "input", "counters"]
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,14 @@ class Ref:
             "weight": f"r->weights[{self.index}]",
             "state": f"r->states[{self.index}]",
             "input": f"r->inputs[{self.index}]",
+            "counters": "nullptr",  # no C++ kernel has any
         }[self.space]
         return base if self.shift == 0 else f"{base} + {dim_text(self.shift, 'r->n.')}"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel call: index into Program.kernels, operands (inputs, then outputs), its phase."""
+    """One kernel call: index into Program.kernels, operands (inputs, outputs, workspace), phase."""
 
     kernel: int
     operands: tuple[Ref, ...]
@@ -130,7 +131,10 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Program:
-    """Everything that the executor needs, besides the library and the weights' bytes."""
+    """Everything that the executor needs, besides the library and the weights' bytes.
+
+    counters: 32-bit integers that are zero before and after each launch; all launches share them.
+    """
 
     kernels: tuple[Kernel, ...]
     functions: tuple[Function, ...]
@@ -142,6 +146,7 @@ class Program:
     sizes: dict[str, int]
     num_launches: int
     settings: dict[str, Any]
+    counters: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
@@ -159,6 +164,7 @@ class Program:
             dict(data["sizes"]),
             int(data["num_launches"]),
             dict(data["settings"]),
+            int(data.get("counters", 0)),
         )
 
     def function(self, name: str) -> Function:

@@ -49,6 +49,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x.to(wide(x.dtype)), w, b).to(x.dtype)
 
 
+def expert_linear(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows = torch.arange(experts.shape[0]) // (experts.shape[0] // x.shape[0])
+    out = x.new_empty(experts.shape[0], weight.shape[1])
+    for expert in range(weight.shape[0]):  # one at a time: all chosen matrices would not fit
+        own = experts == expert
+        chosen = None if bias is None else bias[expert]
+        out[own] = linear(x[rows[own]], weight[expert], chosen)
+    return out
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, scale_in_float32: bool) -> Tensor:
     h = x.to(wide(x.dtype))
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
@@ -109,6 +119,10 @@ def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+def _fake_expert_linear(x: Tensor, weight: Tensor, experts: Tensor, *unused: Any) -> Tensor:
+    return x.new_empty(experts.shape[0], weight.shape[1])
+
+
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *unused: Any) -> Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
@@ -132,6 +146,14 @@ OPS: tuple[Op, ...] = (
         linear,
         _fake_linear,
         "x[..., K] @ weight[N, K].T + bias[N]; a half-precision weight is upcast, exactly",
+    ),
+    Op(
+        "expert_linear",
+        "(Tensor x, Tensor weight, Tensor experts, Tensor? bias=None) -> Tensor",
+        expert_linear,
+        _fake_expert_linear,
+        "row p: x[p // (P / M)] @ weight[experts[p]].T + bias[experts[p]], of x[M, K], experts[P], "
+        "weight[E, N, K], bias[E, N]: a mixture's matrix product, P / M choices a token",
     ),
     Op(
         "rms_norm",

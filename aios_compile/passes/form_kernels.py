@@ -33,6 +33,7 @@ aios = torch.ops.aios
 KINDS = {
     aten.embedding.default: "embedding",
     aios.linear.default: "linear",
+    aios.expert_linear.default: "expert_linear",
     aios.quantized_linear.default: "quantized_linear",
     aios.rope.default: "rope",
     aios.kv_write.default: "kv_write",

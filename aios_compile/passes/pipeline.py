@@ -19,6 +19,7 @@ from aios_compile.passes.own_outputs import own_outputs
 from aios_compile.passes.page_attention import page_attention
 from aios_compile.passes.quantize_weights import quantize_weights
 from aios_compile.passes.raise_attention import raise_attention
+from aios_compile.passes.raise_expert_linear import raise_expert_linear
 from aios_compile.passes.raise_gated_mlp import raise_gated_mlp
 from aios_compile.passes.raise_layer_norm import raise_layer_norm
 from aios_compile.passes.raise_linear import raise_linear
@@ -37,6 +38,7 @@ RAISE = Stage(
         fold_constants,
         eliminate_common_subexpressions,
         raise_linear,
+        raise_expert_linear,
         raise_rms_norm,
         raise_layer_norm,
         raise_rope,

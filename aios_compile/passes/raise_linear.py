@@ -101,7 +101,7 @@ def _weight(matrix: Any, context: PassContext) -> tuple[fx.Node | None, bool]:
         stripped = without_casts(matrix)
         if stripped is not matrix:
             matrix = stripped
-        elif _swaps_last(matrix):
+        elif swaps_last(matrix):
             transposed, sizes = not transposed, sizes[::-1]
             matrix = matrix.args[0]
         elif _adds_batch(matrix) and shape_of(matrix.args[0])[-2:] == sizes:
@@ -111,7 +111,8 @@ def _weight(matrix: Any, context: PassContext) -> tuple[fx.Node | None, bool]:
     return None, False
 
 
-def _swaps_last(node: Any) -> bool:
+def swaps_last(node: Any) -> bool:
+    """Return whether a node exchanges the last two dimensions and nothing else."""
     if not is_call(node, *TRANSPOSES):
         return False
     rank = rank_of(node)

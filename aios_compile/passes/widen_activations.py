@@ -1,8 +1,9 @@
 """Compute every activation in float32; weights keep their stored half precision.
 
-Vector units of a CPU multiply float32, and each store of a half-precision activation would cost a
-rounding and a conversion; activations are a small part of the bytes of a step, weights are nearly
-all. Upcasting a weight where it is used is exact, and the kernels do it while they load it.
+Vector units multiply float32, and each store of a half-precision activation would cost a rounding
+and a conversion; activations are a small part of the bytes of a step, weights are nearly all.
+Upcasting a weight where it is used is exact, and the kernels do it while they load it. Both targets
+then compute the same numbers, and each is an oracle for the other.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ aten = torch.ops.aten
 LOOKUP = aten.embedding.default
 
 
-@graph_pass(numerics="lossy", required=True, target="cpp")
+@graph_pass(numerics="lossy", required=True)
 def widen_activations(graph: fx.Graph, context: PassContext) -> int:
     """Make half-precision activations float32 and upcast weights where they are used.
 

@@ -39,6 +39,7 @@ def sampling(rows: int) -> tuple[Tensor, ...]:
 
 EXAMPLES: dict[str, tuple[Any, ...]] = {
     "linear": (rand(3, 8), rand(5, 8, dtype=torch.bfloat16), rand(5)),
+    "expert_linear": (rand(3, 8), rand(4, 5, 8), torch.tensor([1, 0, 3, 3, 0, 2]), rand(4, 5)),
     "rms_norm": (rand(3, 2, 8).transpose(0, 1), rand(8), 1e-6, True),
     "layer_norm": (rand(3, 8), rand(8), None, 1e-5),
     "rope": (rand(1, 3, 2, 8), rand(1, 3, 4), rand(1, 3, 4), True),
@@ -75,6 +76,9 @@ PERMUTED = {
     "gated_activation": lambda x: aios.gated_activation(x, x, "silu"),
     "rope": lambda x: aios.rope(x, x[..., 0, :], x[..., 0, :], False),
     "linear": lambda x: aios.linear(x, torch.ones(5, 8)),
+    "expert_linear": lambda x: aios.expert_linear(
+        x[0, 0].t().contiguous().t(), torch.ones(3, 5, 8), torch.arange(x.shape[2]) % 3
+    ),
     "attention": lambda x: aios.attention(x[0], x[0], x[0], 1.0),
 }
 

@@ -6,6 +6,7 @@ from types import ModuleType
 
 from aios_compile.codegen.cpp import (
     embedding,
+    expert_linear,
     kv_write,
     linear,
     matmul,
@@ -22,6 +23,7 @@ from aios_compile.codegen.cpp import (
 EMITTERS: tuple[ModuleType, ...] = (
     embedding,
     linear,
+    expert_linear,
     quantized_linear,
     paged_attention,
     qk_norm_rope_kv_write,

@@ -71,7 +71,9 @@ def layout(operand: Operand) -> str:
 def dim_name(dim: Dim) -> str:
     """Return a dimension for people, e.g. `2*T`."""
     return (
-        str(dim) if isinstance(dim, int) else re.sub(r"INT64_C\((\d+)\)", r"\1", dim.text(""))[1:-1]
+        str(dim)
+        if isinstance(dim, int)
+        else re.sub(r"INT64_C\((-?\d+)\)", r"\1", dim.text(""))[1:-1]
     )
 
 

@@ -82,9 +82,9 @@ def compile_ahead(
         command = [sys.executable, "-m", __name__, str(module), target, str(out)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise CodegenError(
-                f"{source.symbol} does not compile for {target}: {done.stderr.strip()[-2000:]}"
-            )
+            causes = [x for x in done.stderr.splitlines() if x and not x.startswith(" ")]
+            told = " | ".join(causes)[:2000]  # Triton tells the innermost cause first
+            raise CodegenError(f"{source.symbol} does not compile for {target}: {told}")
         return [Binary(**row) for row in json.loads((out / "binaries.json").read_text())]
 
     with ThreadPoolExecutor(jobs) as pool:

@@ -1,0 +1,75 @@
+"""What the executor of the Triton target asks of a device: memory, copies, launches, graphs.
+
+`torch_device.py` implements it for CUDA and, with recorded graphs, for Triton's interpreter; tests
+implement it with a device that watches what a captured graph may not do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Memory = Any  # bytes on the device, at an address that never changes
+Bytes = NDArray[np.uint8]
+
+
+class Graph(Protocol):
+    """Captured launches: kernels, grids, scalars and addresses as they were when captured."""
+
+    def replay(self) -> None:
+        """Launch all of them again, on what the addresses hold now."""
+        ...
+
+
+class Device(Protocol):
+    """A device with its memory. Everything that has been asked for runs in the order asked."""
+
+    name: str
+
+    def allocate(self, num_bytes: int) -> Memory:
+        """Return zeroed memory. Raises EngineError when the device has none left."""
+        ...
+
+    def host_bytes(self, num_bytes: int) -> Bytes:
+        """Return zeroed host memory that `upload` and `download` copy without waiting."""
+        ...
+
+    def typed(self, memory: Memory, offset: int, pointer: str) -> Any:
+        """Return the elements from a byte offset on, as Triton's pointer type says ("*fp32")."""
+        ...
+
+    def write(self, memory: Memory, offset: int, array: NDArray[Any]) -> None:
+        """Copy an array to the device and wait for it."""
+        ...
+
+    def upload(self, memory: Memory, staged: Bytes, begin: int, end: int) -> None:
+        """Copy staged[begin:end] to the same place in memory; staged may change after a wait."""
+        ...
+
+    def download(self, memory: Memory, offset: int, into: Bytes) -> None:
+        """Copy bytes from the device; they are there after `synchronize`."""
+        ...
+
+    def copy(self, memory: Memory, source: int, target: int, num_bytes: int) -> None:
+        """Copy within memory; the two ranges do not overlap."""
+        ...
+
+    def load(self, path: Path) -> Any:
+        """Import a generated kernel module."""
+        ...
+
+    def capture(self, run: Callable[[], None]) -> Graph:
+        """Return the launches that `run` asks for as a graph. Raises EngineError if `run` waits."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until everything has run."""
+        ...
+
+    def close(self) -> None:
+        """Free everything; idempotent."""
+        ...

@@ -1,0 +1,246 @@
+"""The Executor of the Triton target: one launch list, captured as a graph for each token bucket.
+
+A step copies its inputs to one block on the device, replays the bucket's graph, and copies the
+sampled rows back; that copy is the only wait. All that differs from step to step (lengths, pages,
+slots, sampling) is read from that block by the kernels; grids and scalars depend on the bucket
+alone. Weights, KV pages, arena and counters are allocated once; a step allocates nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aios_compile.codegen.operand import BYTES, dim_value
+from aios_compile.codegen.program import Program, TensorEntry
+from aios_compile.errors import EngineError
+from aios_compile.runtime.batch import Batch, Limits, StepResult
+from aios_compile.runtime.device import Bytes, Device, Graph
+from aios_compile.runtime.launch_list import Call, Place, launch_list
+from aios_compile.runtime.program_runner import NUMPY_DTYPES, state_page_bytes
+from aios_compile.runtime.staging import ALIGNMENT, Staging
+
+LAZY = "logits"  # an output that is large and seldom read: copied when it is
+
+
+def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
+    """Return the numbers of tokens that steps are padded to: 1, 2, 4, 8, then steps that grow.
+
+    Padding costs at most an eighth beyond 64 tokens, and a model has a few dozen graphs at most.
+    """
+    buckets, size = [1, 2, 4], 8
+    while size < max_num_batched_tokens:
+        buckets.append(size)
+        size += max(8, 1 << max(0, size.bit_length() - 4))
+    return (*(b for b in buckets if b < max_num_batched_tokens), max_num_batched_tokens)
+
+
+class GpuExecutor:
+    """Runs batches of a program on a device, which it owns. See runtime.batch.Executor.
+
+    modules: the kernel modules in the order of program.kernels. weights: WeightEntry.name -> array.
+    captures: replay graphs (the default), else launch every kernel in every step.
+    """
+
+    usable = True
+
+    def __init__(
+        self,
+        program: Program,
+        modules: Sequence[Any],
+        weights: Mapping[str, NDArray[Any]],
+        limits: Limits,
+        device: Device,
+        *,
+        captures: bool = True,
+    ) -> None:
+        self.program, self.modules, self.limits, self.device = program, modules, limits, device
+        self.buckets = limits.token_buckets or token_buckets(limits.max_num_batched_tokens)
+        self.captures = captures
+        self.calls: list[Call] = launch_list(program)
+        self.graphs: dict[int, Graph] = {}
+        self._arena = device.allocate(program.plan.arena_bytes)
+        self._counters = device.allocate(4 * program.counters)
+        self._place_weights(weights)
+        self._place_states()
+        self.staging = Staging(program.inputs, limits, device)
+        self._outputs = {entry.name: self._host_output(entry) for entry in program.outputs}
+        self._closed = False
+
+    def _place_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """Copy all weights into one block; a table gives the offset of each."""
+        sizes = [weights[entry.name].nbytes for entry in self.program.weights]
+        self._weight_offsets = _offsets(sizes)
+        self._weights = self.device.allocate(sum(map(_aligned, sizes)))
+        for entry, offset in zip(self.program.weights, self._weight_offsets):
+            self.device.write(self._weights, offset, weights[entry.name])
+
+    def _place_states(self) -> None:
+        """Allocate the KV pages of all layers as one block, zeroed."""
+        self._page_bytes = state_page_bytes(self.program)
+        pools = [size * self.limits.num_pages for size in self._page_bytes]
+        self._state_offsets = _offsets(pools)
+        self._states = self.device.allocate(sum(map(_aligned, pools)))
+
+    def _host_output(self, entry: TensorEntry) -> Bytes:
+        shape = [dim_value(d, self.program.sizes) for d in entry.shape]
+        return self.device.host_bytes(int(np.prod(shape)) * BYTES[entry.dtype])
+
+    def sizes_of(self, bucket: int) -> dict[str, int]:
+        """Return the sizes of a bucket's step: what its graph is captured with."""
+        limits = self.limits
+        return {
+            "T": bucket,
+            "S": min(limits.max_num_seqs, bucket),
+            "R": min(limits.max_num_logit_rows, bucket),
+            "P": limits.max_pages_per_sequence,
+        }
+
+    def operand(self, place: Place, pointer: str, sizes: Mapping[str, int]) -> Any:
+        """Return the elements that a launch's operand begins at."""
+        shift = place.offset(sizes)
+        if place.space == "arena":
+            return self.device.typed(self._arena, shift, pointer)
+        if place.space == "counters":
+            return self.device.typed(self._counters, shift, pointer)
+        if place.space == "weight":
+            begin = self._weight_offsets[place.index]
+            return self.device.typed(self._weights, begin + shift, pointer)
+        if place.space == "state":
+            begin = self._state_offsets[place.index]
+            return self.device.typed(self._states, begin + shift, pointer)
+        slot = self.staging.slots[self.program.inputs[place.index].name]
+        return self.device.typed(self.staging.memory, slot.offset + shift, pointer)
+
+    def launch_all(self, sizes: Mapping[str, int]) -> None:
+        """Launch every kernel of a step, in order, on what the inputs' block holds."""
+        for call in self.calls:
+            module = self.modules[call.kernel]
+            assert len(module.TYPES) == len(call.operands), call.label
+            operands = [self.operand(p, t, sizes) for p, t in zip(call.operands, module.TYPES)]
+            module.launch(operands, **sizes)
+
+    def capture(self, buckets: Sequence[int] | None = None) -> None:
+        """Run each bucket once on padding (that compiles) and capture it, the largest first."""
+        for bucket in sorted(buckets or self.buckets, reverse=True):
+            sizes = self.sizes_of(bucket)
+            self.staging.fill_empty(sizes)
+            self.staging.upload()
+            self.launch_all(sizes)
+            self.device.synchronize()
+            if self.captures:
+                self.graphs[bucket] = self.device.capture(partial(self.launch_all, sizes))
+
+    def step(self, batch: Batch) -> StepResult:
+        """Write the cache, compute the rows' logits and sample; results are valid until the next.
+
+        Raises EngineError for a batch beyond the planned sizes.
+        """
+        bucket = self._bucket(batch)
+        sizes = self.sizes_of(bucket)
+        self.staging.fill(batch, sizes)
+        if self.staging.moved:  # the lists have grown: captured graphs read the old place
+            self.graphs.clear()
+            self.staging.moved = False
+        self.staging.upload()
+        self._run(bucket, sizes)
+        rows = batch.num_rows
+        entries = {e.name: e for e in self.program.outputs}
+        found = {n: self._read(e, rows) for n, e in entries.items() if n != LAZY}
+        self.device.synchronize()
+        if LAZY not in entries:
+            return StepResult(**found)
+        return LazyResult(self, entries[LAZY], rows, found)
+
+    def _bucket(self, batch: Batch) -> int:
+        limits = self.limits
+        for what, got, most in (
+            ("tokens", batch.num_tokens, self.buckets[-1]),
+            ("sequences", batch.num_sequences, limits.max_num_seqs),
+            ("logit rows", batch.num_rows, limits.max_num_logit_rows),
+        ):
+            if got > most:
+                raise EngineError(f"a step of {got} {what}, planned for at most {most}")
+        most = max(batch.num_tokens, batch.num_sequences, batch.num_rows)
+        return next(bucket for bucket in self.buckets if bucket >= most)
+
+    def _run(self, bucket: int, sizes: Mapping[str, int]) -> None:
+        if not self.captures:
+            self.launch_all(sizes)
+            return
+        if bucket not in self.graphs:
+            self.graphs[bucket] = self.device.capture(partial(self.launch_all, sizes))
+        self.graphs[bucket].replay()
+
+    def _read(self, entry: TensorEntry, rows: int) -> NDArray[Any]:
+        """Ask for the first rows of an output; they are there after synchronize."""
+        width = [dim_value(d, self.program.sizes) for d in entry.shape[1:]]
+        size = rows * int(np.prod(width)) * BYTES[entry.dtype]
+        into = self._outputs[entry.name][:size]
+        self.device.download(self._arena, entry.offset, into)
+        return into.view(NUMPY_DTYPES[entry.dtype]).reshape([rows, *width])
+
+    def read_now(self, entry: TensorEntry, rows: int) -> NDArray[Any]:
+        """Return the first rows of an output of the last step."""
+        found = self._read(entry, rows)
+        self.device.synchronize()
+        return found
+
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages (source, target) in all layers, in the order given."""
+        for begin, size in zip(self._state_offsets, self._page_bytes):
+            for source, target in pairs:
+                self.device.copy(self._states, begin + source * size, begin + target * size, size)
+
+    def state_bytes(self) -> Bytes:
+        """Return a copy of all KV pages (tests and debugging)."""
+        into = self.device.host_bytes(sum(map(_aligned, self._pools())))
+        self.device.download(self._states, 0, into)
+        self.device.synchronize()
+        return into
+
+    def _pools(self) -> list[int]:
+        return [size * self.limits.num_pages for size in self._page_bytes]
+
+    def close(self) -> None:
+        """Drop graphs and memory. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self.device.synchronize()
+        self.graphs.clear()
+        self._arena = self._weights = self._states = self._counters = None
+        self.device.close()
+
+
+class LazyResult(StepResult):
+    """A result whose logits are copied from the device when somebody looks at them."""
+
+    def __init__(
+        self, executor: GpuExecutor, entry: TensorEntry, rows: int, found: Mapping[str, Any]
+    ) -> None:
+        self._source = (executor, entry, rows)
+        vars(self).update(found)
+
+    def __getattr__(self, name: str) -> Any:
+        if name != LAZY:
+            raise AttributeError(name)
+        executor, entry, rows = self._source
+        self.logits = executor.read_now(entry, rows)
+        return self.logits
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _offsets(sizes: Sequence[int]) -> list[int]:
+    begins, end = [], 0
+    for size in sizes:
+        begins.append(end)
+        end += _aligned(size)
+    return begins

@@ -1,0 +1,198 @@
+"""The device of the Triton target with torch tensors: CUDA (or ROCm), or Triton's interpreter.
+
+torch is imported when a device is made, not before. A CUDA graph is captured by the driver; the
+interpreter's graph is the list of launches with the grids, scalars and tensors that they had, which
+is what a driver keeps too, so a value that a graph freezes by mistake is frozen here as well.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aios_compile.errors import ConfigError, EngineError
+from aios_compile.runtime.device import Bytes, Graph, Memory
+
+DTYPES = {
+    "*fp32": "float32", "*bf16": "bfloat16", "*fp16": "float16", "*fp64": "float64",
+    "*i64": "int64", "*i32": "int32", "*i16": "int16", "*i8": "int8", "*u8": "uint8", "*i1": "bool",
+    "*fp8e4nv": "float8_e4m3fn",
+}  # fmt: skip
+
+
+def open_device(name: str) -> TorchDevice:
+    """Return the device "cuda", "cuda:1" or "interpreter"; ConfigError if it is not there."""
+    if name == "interpreter":
+        return InterpreterDevice()
+    require_cuda(name)
+    return CudaDevice(name)
+
+
+def require_cuda(name: str) -> None:
+    """Raise ConfigError unless torch and Triton can use the GPU `name`."""
+    import torch
+
+    advice = "use device='cpu', or look at the kernels with `aios compile MODEL --target cuda:90`"
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r}: torch {torch.__version__} sees no GPU", advice=advice)
+    index = name.partition(":")[2] or "0"
+    if not index.isdigit() or int(index) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ConfigError(f"device={name!r}: there are {found} GPUs", advice=advice)
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(f"device={name!r}: triton is not installed", advice=advice)
+
+
+class TorchDevice:
+    """What both devices share. `name` is torch's name of the device."""
+
+    def __init__(self, name: str) -> None:
+        import torch
+
+        self.torch, self.name = torch, name
+
+    def allocate(self, num_bytes: int) -> Memory:
+        try:
+            return self.torch.zeros(max(num_bytes, 1), dtype=self.torch.uint8, device=self.name)
+        except (RuntimeError, MemoryError) as error:
+            raise EngineError(f"{self.name} has no {num_bytes} bytes left: {error}") from error
+
+    def typed(self, memory: Memory, offset: int, pointer: str) -> Any:
+        dtype = getattr(self.torch, DTYPES[pointer])
+        size = (memory.numel() - offset) // dtype.itemsize * dtype.itemsize
+        return memory[offset : offset + size].view(dtype)
+
+    def write(self, memory: Memory, offset: int, array: NDArray[Any]) -> None:
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        if len(raw):
+            source = self.torch.from_numpy(raw if raw.flags.writeable else raw.copy())
+            memory[offset : offset + len(raw)].copy_(source)
+
+    def upload(self, memory: Memory, staged: Bytes, begin: int, end: int) -> None:
+        source = self.torch.from_numpy(staged)[begin:end]
+        memory[begin:end].copy_(source, non_blocking=True)
+
+    def download(self, memory: Memory, offset: int, into: Bytes) -> None:
+        target = self.torch.from_numpy(into)
+        target.copy_(memory[offset : offset + len(into)], non_blocking=True)
+
+    def copy(self, memory: Memory, source: int, target: int, num_bytes: int) -> None:
+        memory[target : target + num_bytes].copy_(memory[source : source + num_bytes])
+
+    def load(self, path: Path) -> Any:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def close(self) -> None:
+        pass
+
+
+class CudaDevice(TorchDevice):
+    """A GPU. Host memory is pinned; graphs share one pool of memory."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.torch.cuda.set_device(self.torch.device(name if ":" in name else "cuda:0"))
+        self._pool = self.torch.cuda.graph_pool_handle()
+
+    def host_bytes(self, num_bytes: int) -> Bytes:
+        pinned: Bytes = self.torch.zeros(
+            max(num_bytes, 1), dtype=self.torch.uint8, pin_memory=True
+        ).numpy()
+        return pinned
+
+    def capture(self, run: Callable[[], None]) -> Graph:
+        graph = self.torch.cuda.CUDAGraph()
+        try:
+            with self.torch.cuda.graph(graph, pool=self._pool):
+                run()
+        except RuntimeError as error:
+            raise EngineError(f"a step cannot be captured as a CUDA graph: {error}") from error
+        captured: Graph = graph
+        return captured
+
+    def synchronize(self) -> None:
+        self.torch.cuda.synchronize()
+
+    def close(self) -> None:
+        self.synchronize()
+
+
+class Recorded:
+    """A kernel that runs when it is launched, or is noted while a graph is captured."""
+
+    def __init__(self, kernel: Any, device: InterpreterDevice) -> None:
+        self.kernel, self.device = kernel, device
+        self.__name__ = kernel.__name__
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            self.device.launch(self.kernel, grid, arguments, options)
+
+        return launch
+
+
+class RecordedGraph:
+    """Launches as they were captured: kernel, grid, tensors and numbers."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = []
+
+    def replay(self) -> None:
+        for kernel, grid, arguments, options in self.launches:
+            kernel[grid](*arguments, **options)
+
+
+class InterpreterDevice(TorchDevice):
+    """Triton's interpreter on the CPU: for tests and for reading along, thousands of times slower.
+
+    `num_launches` counts what has run outside of graphs.
+    """
+
+    def __init__(self) -> None:
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigError(
+                "device='interpreter' needs TRITON_INTERPRET=1 before Python starts",
+                advice="run TRITON_INTERPRET=1 aios ... --device interpreter",
+            )
+        super().__init__("cpu")
+        self.graph: RecordedGraph | None = None
+        self.num_launches = 0
+
+    def host_bytes(self, num_bytes: int) -> Bytes:
+        return np.zeros(max(num_bytes, 1), np.uint8)
+
+    def load(self, path: Path) -> Any:
+        module = super().load(path)
+        for variant in module.VARIANTS:
+            for launch in variant["launches"]:
+                launch["kernel"] = Recorded(launch["kernel"], self)
+        return module
+
+    def launch(self, kernel: Any, grid: Any, arguments: Any, options: Any) -> None:
+        """Run a kernel, or note it in the graph that is being captured."""
+        if self.graph is not None:
+            self.graph.launches.append((kernel, grid, arguments, options))
+        else:
+            self.num_launches += 1
+            kernel[grid](*arguments, **options)
+
+    def capture(self, run: Callable[[], None]) -> Graph:
+        self.graph = graph = RecordedGraph()
+        try:
+            run()
+        finally:
+            self.graph = None
+        return graph
+
+    def synchronize(self) -> None:
+        pass
