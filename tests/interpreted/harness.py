@@ -18,7 +18,7 @@ from aios_compile.codegen.lower import lower
 from aios_compile.codegen.pack_weights import pack_weights
 from aios_compile.codegen.program import Program
 from aios_compile.codegen.triton.emitters import EMITTERS
-from aios_compile.compiler import _limits, _pass_options
+from aios_compile.compiler import limits_of, pass_options
 from aios_compile.config import CompileOptions
 from aios_compile.ir.module import IRModule
 from aios_compile.ir.refresh import refresh
@@ -32,7 +32,6 @@ from aios_compile.runtime.gpu_executor import GpuExecutor
 from aios_compile.runtime.torch_device import InterpreterDevice
 from aios_compile.study.eager_executor import EagerExecutor
 from tests import zoo
-from tests.interpreted import eager_sample
 
 PAGES, WIDTH, PAGE, SEQUENCES = 32, 8, 16, 4
 
@@ -79,11 +78,11 @@ def model(name: str, dtype: str = "float32", tokens: int = 8) -> Model:
     source = open_source(str(zoo.make(name, folder, dtype)), options)
     built, sizes = source.build(), options.resolve_sizes(source.max_model_len)
     module = capture(built, flat=source.flat, max_tokens=tokens)
-    chosen = dataclasses.replace(_pass_options(options, source, sizes, built), target="triton")
+    chosen = dataclasses.replace(pass_options(options, source, sizes, built), target="triton")
     run_pipeline(module, STAGES, chosen, verify=0)
     refresh(module)
-    emitted = emit_kernels(module, (*EMITTERS, eager_sample), packs=False)
-    program = lower(module, emitted, _limits(module, sizes), {}, plan_memory)
+    emitted = emit_kernels(module, EMITTERS, packs=False)
+    program = lower(module, emitted, limits_of(module, sizes), {}, plan_memory)
     memory = _Memory()
     pack_weights(program, module, source.read, memory)
     place = Path(tempfile.mkdtemp(prefix="aios-triton-"))

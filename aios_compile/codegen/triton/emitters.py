@@ -14,6 +14,7 @@ from aios_compile.codegen.triton import (
     qk_norm_rope_kv_write,
     rope,
     row_reduction,
+    sample,
 )
 
 EMITTERS: tuple[ModuleType, ...] = (
@@ -24,6 +25,7 @@ EMITTERS: tuple[ModuleType, ...] = (
     kv_write,
     rope,
     row_reduction,
+    sample,
     matmul,
     pointwise,
 )
