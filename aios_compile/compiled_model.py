@@ -74,10 +74,13 @@ class CompiledModel:
         self.program = Program.from_json(self._artefact.program)
         self.limits = make_limits(self.program, self.options)
         self.runner: ProgramRunner | None = None
+        self.scheduler_options = make_scheduler_options(
+            self.program, self.options, self.limits, can_swap=make_executor is None
+        )
         executor = (make_executor or self._kernels)(self.limits)
         self._closing.callback(executor.close)  # again, and should the engine not start
         self.tokenizer = _load_tokenizer(self._artefact)
-        settings = self.program.settings
+        settings, log = self.program.settings, self.options.decision_log
         self.engine = Engine(
             executor,
             self.tokenizer,
@@ -85,7 +88,8 @@ class CompiledModel:
             defaults=SamplingParams.defaults_from(settings["generation_config"]),
             seed=self.options.seed,
             why_not=settings.get("why_not", ""),
-            options=SchedulerOptions(enable_prefix_caching=self.options.enable_prefix_caching),
+            options=self.scheduler_options,
+            decision_sink=None if log is None else Path(log),
             speculator=make_speculator(self.options, self.limits, draft),
         )
 
@@ -100,6 +104,7 @@ class CompiledModel:
             self.options.threads(),
             num_pages=limits.num_pages,
             page_table_width=limits.max_pages_per_sequence,
+            num_host_pages=self.scheduler_options.num_host_pages,
         )
         return CpuExecutor(self.runner, limits)
 
@@ -282,6 +287,28 @@ def make_speculator(
             )
         proposer = DraftModel(draft.engine.executor)
     return Speculator(proposer, config.num_speculative_tokens, limits)
+
+
+def make_scheduler_options(
+    program: Program, options: CompileOptions, limits: Limits, can_swap: bool
+) -> SchedulerOptions:
+    """Return what the scheduler is told about the model, the machine and the user's wishes.
+
+    By default a step that carries running streams takes prompt tokens for a quarter of the largest
+    step, so that a long prompt slows them by little; a step of prompts alone is not cut.
+    """
+    page_bytes = max(1, sum(state_page_bytes(program)))
+    host_bytes = options.swap_space_bytes
+    if host_bytes is None:
+        host_bytes = limits.num_pages * page_bytes // 4
+    chunk = options.chunked_prefill_size or max(1, limits.max_num_batched_tokens // 4)
+    return SchedulerOptions(
+        policy=options.scheduling_policy,
+        enable_prefix_caching=options.enable_prefix_caching,
+        chunked_prefill_size=chunk,
+        window_tokens=program.settings.get("window_tokens"),
+        num_host_pages=host_bytes // page_bytes if can_swap else 0,
+    )
 
 
 def free_memory_bytes() -> int:

@@ -27,6 +27,7 @@ from aios_compile.codegen.program import Program
 from aios_compile.codegen.quantized_weights import QuantizedWeight, remarks
 from aios_compile.codegen.source import KernelSource
 from aios_compile.config import CompileOptions, ResolvedSizes
+from aios_compile.ir.attention_window import window_tokens
 from aios_compile.ir.module import IRModule
 from aios_compile.ir.refresh import refresh
 from aios_compile.model_source import ModelSource
@@ -157,6 +158,7 @@ def settings_of(source: ModelSource, module: IRModule, sizes: ResolvedSizes) -> 
         "notes": list(source.notes),
         "generatable": not module.not_generatable,
         "why_not": module.not_generatable,
+        "window_tokens": window_tokens(module),
         "target": build.Target.host().name,
     }
 

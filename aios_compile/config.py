@@ -19,6 +19,7 @@ from aios_compile.ir.quant_format import SHORT_NAMES, QuantFormat
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16")
+SCHEDULING_POLICIES = ("fcfs", "priority", "fair_share", "shortest_remaining")
 # The names that vLLM and torch use for the same thing.
 _DTYPE_ALIASES = {"float": "float32", "half": "float16", "fp32": "float32", "bf16": "bfloat16"}
 
@@ -31,6 +32,10 @@ NOT_IN_KEY = {
     "num_threads": "kernels give the same bits for every number of threads",
     "enable_prefix_caching": "a policy of the runtime",
     "speculative_config": "a policy of the runtime; the draft model has an artefact of its own",
+    "scheduling_policy": "a policy of the runtime",
+    "chunked_prefill_size": "a policy of the runtime",
+    "swap_space_bytes": "sizes a pool that no kernel sees",
+    "decision_log": "says what is written down",
     "kv_cache_memory_bytes": "sizes the runtime's pool of pages, which no kernel depends on",
 }
 
@@ -57,6 +62,14 @@ class CompileOptions:
     kv_cache_memory_bytes: int | None = _option(None, "size of the KV cache, in bytes")
     gpu_memory_utilization: float = _option(0.9, "share of the GPU's memory to use, 0..1")
     enable_prefix_caching: bool = _option(True, "share the pages of equal prefixes")
+    scheduling_policy: str = _option("fcfs", "fcfs, priority, fair_share or shortest_remaining")
+    chunked_prefill_size: int | None = _option(
+        None, "prompt tokens in a step that also continues running sequences; default a quarter"
+    )
+    swap_space_bytes: int | None = _option(
+        None, "host memory for preempted sequences, in bytes; default a quarter of the KV cache"
+    )
+    decision_log: str | None = _option(None, "file for every decision of the scheduler, see replay")
     speculative_config: Mapping[str, Any] | None = _option(
         None, "drafts: method ngram or a draft model, num_speculative_tokens, prompt_lookup_min/max"
     )
@@ -74,7 +87,7 @@ class CompileOptions:
         for name in ("device", "dtype", "kv_cache_dtype"):
             text = str(getattr(self, name)).removeprefix("torch.")
             self._set(name, _DTYPE_ALIASES.get(text, text) if name != "device" else text)
-        for name in ("tokenizer", "cache_dir"):
+        for name in ("tokenizer", "cache_dir", "decision_log"):
             value = getattr(self, name)
             if value is not None:
                 if not isinstance(value, str | os.PathLike):
@@ -96,6 +109,8 @@ class CompileOptions:
             raise _bad("dtype", self.dtype, ", ".join(DTYPES))
         if self.quantization is not None:
             self._check_quantization(self.quantization)
+        if self.scheduling_policy not in SCHEDULING_POLICIES:
+            raise _bad("scheduling_policy", self.scheduling_policy, ", ".join(SCHEDULING_POLICIES))
         known = (*KV_CACHE_DTYPES, "int8", "fp8", "fp8_e4m3", "fp8_e5m2")
         if self.kv_cache_dtype not in known:
             raise _bad("kv_cache_dtype", self.kv_cache_dtype, ", ".join(KV_CACHE_DTYPES))
@@ -108,6 +123,8 @@ class CompileOptions:
         _whole("max_num_seqs", self.max_num_seqs, 1, 4096)
         _whole("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)
         _whole("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 1 << 50)
+        _whole("chunked_prefill_size", self.chunked_prefill_size, 1, 1 << 20)
+        _whole("swap_space_bytes", self.swap_space_bytes, 0, 1 << 50)
         _whole("num_threads", self.num_threads, 1, 1024)
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             _whole(name, getattr(self, name), 1, 1024, optional=False)

@@ -19,7 +19,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 MAX_N = 1024
 MAX_TENANT_LENGTH = 256
-OF_THE_REQUEST = ("seed", "logprobs", "tenant")  # never a model's default
+OF_THE_REQUEST = ("seed", "logprobs", "tenant", "priority", "timeout_s")  # never a model's default
 ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 ALIASES |= {"num_return_sequences": "n", "do_sample": "temperature"}
 
@@ -32,7 +32,9 @@ class SamplingParams:
     logprobs k reports the chosen token and the k best ones, from the raw logits. seed None derives
     one from the engine's seed and the request's number. Aliases of transformers: max_new_tokens,
     min_new_tokens, num_return_sequences, do_sample (False means temperature 0). tenant: requests
-    share cached prefixes with those of the same tenant only (vLLM's cache_salt).
+    share cached prefixes with those of the same tenant only (vLLM's cache_salt), and a fair share
+    under scheduling_policy="fair_share". priority: smaller is more urgent, under "priority".
+    timeout_s: after so many seconds the request ends with finish_reason "abort".
     Raises RequestError with the field, the value and the range; unknown names list the known ones.
     """
 
@@ -57,6 +59,8 @@ class SamplingParams:
     logprobs: int | None
     prompt_logprobs: int | None
     tenant: str
+    priority: int
+    timeout_s: float | None
 
     def __init__(
         self,
@@ -82,6 +86,8 @@ class SamplingParams:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         tenant: str = "",
+        priority: int = 0,
+        timeout_s: float | None = None,
         **aliases: Any,
     ) -> None:
         given = dict(locals())
@@ -194,11 +200,15 @@ def _integer(low: int, high: float = math.inf, *, none: bool = False) -> Any:
     return check
 
 
-def _number(low: float, high: float, *, open_low: bool = False, or_zero: bool = False) -> Any:
+def _number(
+    low: float, high: float, *, open_low: bool = False, or_zero: bool = False, none: bool = False
+) -> Any:
     expected = f"a number from {low} {'(not included) ' if open_low else ''}to {high}"
-    expected += ", or 0" if or_zero else ""
+    expected += (", or 0" if or_zero else "") + (", or None" if none else "")
 
-    def check(name: str, value: Any) -> float:
+    def check(name: str, value: Any) -> float | None:
+        if value is None and none:
+            return None
         if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
             raise _out_of_range(name, value, expected)
         number = float(value)
@@ -289,4 +299,6 @@ _CHECKS: dict[str, Any] = {
     "logprobs": _integer(0, MAX_LOGPROBS, none=True),
     "prompt_logprobs": _integer(0, MAX_LOGPROBS, none=True),
     "tenant": _tenant,
+    "priority": _integer(-(2**31), 2**31),
+    "timeout_s": _number(0.0, 1e9, open_low=True, none=True),
 }

@@ -107,6 +107,8 @@ SAMPLING = OptionTable(
         "bad_words": (list[str], "words that never come; may be repeated"),
         "logprobs": (int, "log-probabilities of so many best tokens (with --json)"),
         "prompt_logprobs": (int, "the same for the prompt (with --json)"),
+        "priority": (int, "smaller is more urgent (--scheduling-policy priority)"),
+        "timeout_s": (float, "end the request after so many seconds"),
         "tenant": (str, "cached prefixes are shared within a tenant only"),
     },
     _sampling_values,

@@ -144,3 +144,15 @@ class Executor(Protocol):
     def close(self) -> None:
         """Free everything; idempotent."""
         ...
+
+
+class SwappingExecutor(Executor, Protocol):
+    """An Executor with a second pool of pages, in host memory; its page 0 is not used."""
+
+    def swap_out(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages (page, host page) in all layers to host memory."""
+        ...
+
+    def swap_in(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages (host page, page) in all layers back."""
+        ...

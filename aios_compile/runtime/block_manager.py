@@ -53,7 +53,7 @@ def is_being_computed(state: SchedulerState, sequence: SequenceState, hit: Hit) 
     index = len(hit.entries)
     if state.pool.cache is None or sequence.pages or index >= len(sequence.digests):
         return False
-    if sequence.tokens is None or sequence.all_rows:
+    if sequence.tokens is None or sequence.all_rows or sequence.num_swapped:
         return False
     digest = sequence.digests[index]
     return any(
@@ -69,6 +69,8 @@ def pages_needed(state: SchedulerState, sequence: SequenceState, hit: Hit) -> in
     """
     pool, page_size = state.pool, state.limits.page_size
     total = -(-sequence.num_tokens // page_size)
+    if is_on_host(sequence, hit):
+        return total - sequence.num_swapped_dropped
     if hit.entries:
         held = sum(pool.reference_counts[entry.page] > 0 for entry in hit.entries)
         return total - held
@@ -77,8 +79,23 @@ def pages_needed(state: SchedulerState, sequence: SequenceState, hit: Hit) -> in
     return total - len(sequence.pages) + shared
 
 
+def is_on_host(sequence: SequenceState, hit: Hit) -> bool:
+    """Return whether a sequence comes back from host memory: it has more there than the hit."""
+    known = sum(len(entry.tokens) for entry in hit.entries) + hit.num_partial
+    return sequence.num_swapped > known
+
+
+def forget_host_copy(state: SchedulerState, sequence: SequenceState) -> None:
+    """Free the host pages of a sequence, if it has any."""
+    if state.host is not None:
+        state.host.release(sequence.host_pages)
+    sequence.host_pages = []
+    sequence.num_swapped = sequence.num_swapped_dropped = 0
+
+
 def take(ctx: StepContext, sequence: SequenceState, hit: Hit) -> None:
     """Give a sequence the pages of all its known tokens, those of the hit first."""
+    forget_host_copy(ctx.state, sequence)
     if hit.entries or hit.source is not None:
         _take_hit(ctx, sequence, hit)
     else:

@@ -171,12 +171,14 @@ def finish_text(sequence: Sequence) -> None:
     sequence.text.finish(sequence.tokens[-1] if shown else None)
 
 
-def end_request(request: Request, reason: str) -> list[tuple[int, str]]:
+def end_request(
+    request: Request, reason: str, stop_reason: str | None = None
+) -> list[tuple[int, str]]:
     """End all unfinished sequences of a request; return their ids with the reason."""
     ended = []
     for sequence in request.sequences:
         if sequence.finish_reason is None:
-            sequence.finish_reason = reason
+            sequence.finish_reason, sequence.stop_reason = reason, stop_reason
             finish_text(sequence)
             ended.append((sequence.sequence_id, reason))
     request.num_unfinished = 0

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 KINDS = (
     "arrive", "admit", "wait", "hit", "evict", "decode", "draft", "accept", "chunk", "copy", "fork",
-    "window", "preempt", "finish", "abort",
+    "window", "preempt", "swap_out", "swap_in", "promote", "pressure", "expire", "finish", "abort",
 )  # fmt: skip
 
 

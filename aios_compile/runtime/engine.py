@@ -211,6 +211,17 @@ class Engine:
             self._core.abort([request])
         return request is not None
 
+    def hold_back(self, num_pages: int) -> None:
+        """Keep so many KV pages out of use from the next step on, 0 for none.
+
+        Cached pages go first, then running sequences are preempted; what one sequence of the
+        largest length needs always stays.
+        """
+        self._check_alive()
+        if num_pages < 0:
+            raise ConfigError(f"num_pages={num_pages} is out of range, expected 0 or more")
+        self._core.hold_back(num_pages)
+
     def close(self) -> None:
         """End all requests (callers get EngineClosedError) and free everything; idempotent."""
         atexit.unregister(self._atexit)

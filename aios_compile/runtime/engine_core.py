@@ -18,11 +18,21 @@ from aios_compile.runtime.batch_builder import BatchBuilder
 from aios_compile.runtime.commit import Committer, end_request
 from aios_compile.runtime.decisions import DecisionLog
 from aios_compile.runtime.engine_stats import EngineStats, counters, queue_and_pages
-from aios_compile.runtime.events import Abort, Arrive, Commit, Event, Schedule, event_record
+from aios_compile.runtime.events import (
+    Abort,
+    Arrive,
+    Commit,
+    Event,
+    Expire,
+    MemoryPressure,
+    Schedule,
+    event_record,
+)
 from aios_compile.runtime.health import Pulse, now_us
 from aios_compile.runtime.metrics import EngineMetrics, MetricsSnapshot
 from aios_compile.runtime.output_text import Tokenizer
 from aios_compile.runtime.outputs import StreamChunk
+from aios_compile.runtime.page_moves import PageMover, TokenCost
 from aios_compile.runtime.request import Request, Sequence
 from aios_compile.runtime.schedule_state import Plan, SchedulerOptions, SchedulerState
 from aios_compile.runtime.scheduler import advance
@@ -49,6 +59,10 @@ class EngineCore:
         self._drafts: dict[int, list[int]] = {}  # of the step that is planned
         self.state = SchedulerState.empty(executor.limits, options, os.urandom(32))
         self.log = log
+        self._pages = PageMover(executor, self.state.options)
+        self._token_cost: TokenCost | None = None  # measured when the thread starts
+        self._next_deadline_us = SchedulerState.NEVER_US
+        self._held_back: int | None = None  # guarded by _wake
         self.stats = EngineStats()
         self.metrics = EngineMetrics()
         self._probe_metrics = EngineMetrics()  # of the watchdog's own requests; nobody reads them
@@ -114,6 +128,12 @@ class EngineCore:
             self._aborted.extend(requests)
             self._wake.notify()
 
+    def hold_back(self, num_pages: int) -> None:
+        """Let the scheduler do without so many pages from the next step on."""
+        with self._wake:
+            self._held_back = num_pages
+            self._wake.notify()
+
     def request_close(self) -> None:
         """Let the thread end everything after the step that runs; returns at once."""
         with self._wake:
@@ -126,7 +146,9 @@ class EngineCore:
         """Serve until closed. Whatever happens, every caller gets an answer."""
         failure: Exception | None = None
         try:
+            self._token_cost = TokenCost(self._pages.measure_page_copy_us())
             while self._take_commands():
+                self._expire()
                 if self.state.has_work:
                     self.step()
         except Exception as error:  # noqa: BLE001 - callers must not wait for a dead thread
@@ -144,7 +166,10 @@ class EngineCore:
         if result is not None:
             self._commit(plan, batch, result)
         self.pulse.end(passed=result is not None)
-        self.stats.step_us += (time.perf_counter() - start) * 1e6
+        step_us = (time.perf_counter() - start) * 1e6
+        self.stats.step_us += step_us
+        if self._token_cost is not None and (event := self._token_cost.observe(plan, step_us)):
+            self._advance(event)
 
     def _schedule(self) -> Plan:
         if self.speculator is not None:
@@ -169,8 +194,7 @@ class EngineCore:
         """Run the batch; if the executor raises, its requests end with EngineError."""
         start = time.perf_counter()
         try:
-            if plan.copies:
-                self.executor.copy_pages(plan.copies)
+            self._pages.move(plan)
             return self.executor.step(batch)
         except Exception as error:  # noqa: BLE001 - one bad step must not take the engine down
             self._fail_batch(plan, error)
@@ -223,20 +247,39 @@ class EngineCore:
 
     def _take_commands(self) -> bool:
         """Apply what callers left; sleep when there is nothing to do. False: close."""
-        if self.state.has_work and not (self._inbox or self._aborted or self._closing):
+        if self.state.has_work and not self._has_commands:
             return True  # the hot path takes no lock
         with self._wake:
-            while not (self._inbox or self._aborted or self._closing or self.state.has_work):
+            while not (self._has_commands or self.state.has_work):
                 self._wake.wait()
             arrived, self._inbox = self._inbox, deque()
             aborted, self._aborted = self._aborted, deque()
             closing = self._closing
+            held_back, self._held_back = self._held_back, None
         for requests in arrived:
             for request in requests:
                 self._arrive(request)
         for request in aborted:
             self._abort(request)
+        if held_back is not None:
+            self._advance(MemoryPressure(held_back))
         return not closing
+
+    def _expire(self) -> None:
+        """End the requests whose deadline has passed."""
+        if now_us() < self._next_deadline_us:
+            return
+        for request_id in self._advance(Expire()).expired:
+            request = self.requests[request_id]
+            end_request(request, "abort", "timeout")
+            self._finish(request, None)
+        left = (s.deadline_us for s in self.state.sequences.values() if s.deadline_us is not None)
+        self._next_deadline_us = min(left, default=SchedulerState.NEVER_US)
+
+    @property
+    def _has_commands(self) -> bool:
+        held_back = self._held_back is not None
+        return bool(self._inbox or self._aborted) or self._closing or held_back
 
     def _arrive(self, request: Request) -> None:
         admitted = request.admitted
@@ -255,9 +298,14 @@ class EngineCore:
                 tokens=tuple(request.sequences[0].tokens),
                 num_output_tokens=request.sequences[0].num_output_tokens,
                 tenant=admitted.params.tenant,
+                priority=admitted.params.priority,
+                max_tokens=admitted.max_tokens,
+                deadline_us=request.deadline_us,
             )
         )
         self.stats.num_prompt_tokens += len(admitted.prompt_token_ids)
+        if request.deadline_us is not None:
+            self._next_deadline_us = min(self._next_deadline_us, request.deadline_us)
 
     def _abort(self, request: Request) -> None:
         if self.requests.get(request.request_id) is request:
@@ -314,6 +362,8 @@ class EngineCore:
             self.log.event(event_record(event, at_us))
         plan = advance(self.state, event, at_us)
         self.log.extend(plan.decisions)
+        if plan.swap_outs and not isinstance(event, Schedule):
+            self._pages.move(plan)
         for sequence_id in plan.preempted:
             self.sequences[sequence_id].num_preemptions += 1
             self.stats.num_preemptions += 1

@@ -12,8 +12,10 @@ class Arrive:
 
     all_rows: the logits of every prompt position are wanted. samples False: no token is sampled,
     the sequence ends when its rows are computed. tokens: the prompt's ids; without them the
-    request neither hits the prefix cache nor feeds it. tenant: with whom cached pages are shared.
-    num_output_tokens: tokens that an engine that is gone has sampled; they follow the prompt's.
+    request neither hits the prefix cache nor feeds it. tenant: who shares cached pages and a fair
+    share. priority: smaller is more urgent (vLLM's order). max_tokens: most output tokens, 0 when
+    nobody knows. deadline_us: when an Expire event ends it. num_output_tokens: tokens that an
+    engine that is gone has sampled; they follow the prompt's.
     """
 
     request_id: int
@@ -25,6 +27,9 @@ class Arrive:
     tokens: tuple[int, ...] = ()
     tenant: str = ""
     num_output_tokens: int = 0
+    priority: int = 0
+    max_tokens: int = 0
+    deadline_us: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,15 +68,44 @@ class Abort:
 
 
 @dataclass(frozen=True)
+class Expire:
+    """Drop the requests whose deadline has passed; the plan's `expired` names them."""
+
+
+@dataclass(frozen=True)
 class Preempt:
-    """Take a sequence's pages away now, as a shortage would. Nobody sees it in the output."""
+    """Take a sequence's pages away now, as a shortage would. Nobody sees it in the output.
+
+    how: "recompute", "swap", or "auto", what costs less.
+    """
 
     sequence_id: int
+    how: str = "auto"
 
 
-Event = Arrive | Schedule | Commit | Abort | Preempt
+@dataclass(frozen=True)
+class MemoryPressure:
+    """Keep `num_pages` pages out of use from now on (0: none), at most what one sequence leaves.
+
+    Cached pages go first, then sequences are preempted. The plan's `withheld` and `returned` are
+    the pages whose memory the owner may give to the operating system and must back again.
+    """
+
+    num_pages: int
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """New measurements: microseconds to compute a token, and to copy a page to or from the host."""
+
+    token_us: float
+    page_copy_us: float
+
+
+Event = Arrive | Schedule | Commit | Abort | Expire | Preempt | MemoryPressure | Calibrate
 _KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Arrive, Schedule, Commit, Abort, Preempt)
+    kind.__name__: kind
+    for kind in (Arrive, Schedule, Commit, Abort, Expire, Preempt, MemoryPressure, Calibrate)
 }
 
 

@@ -39,6 +39,14 @@ class CpuExecutor:
         """Copy whole pages (source, target) in all layers, in the order given."""
         self.runner.copy_pages(pairs)
 
+    def swap_out(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages (page, host page) in all layers to the second pool."""
+        self.runner.swap_out(pairs)
+
+    def swap_in(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages (host page, page) in all layers back."""
+        self.runner.swap_in(pairs)
+
     def close(self) -> None:
         """Stop the threads and unmap all memory. Idempotent."""
         self.runner.close()

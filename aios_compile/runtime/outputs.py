@@ -33,7 +33,7 @@ class CompletionOutput:
     """One of the n completions. `token_ids` are all that were generated, a stop token included.
 
     finish_reason: "stop" | "length" | "abort" | "error". stop_reason: the stop string or stop token
-    id that ended it; None for the end-of-sequence token and for the other reasons.
+    id that ended it; "timeout" for an abort by timeout_s; else None.
     """
 
     index: int

@@ -50,9 +50,10 @@ class ProgramRunner:
     """One program with its memory and threads.
 
     weights: WeightEntry.name -> array whose memory outlives the runner. num_pages: KV pages, the
-    trash page included. page_table_width: entries of a page-table row. guarded: tests only; the
-    arena is exactly the plan's bytes between pages that may not be touched, poisoned before each
-    run.
+    trash page included. page_table_width: entries of a page-table row. num_host_pages: pages of the
+    second pool, the host's; its memory is not touched before a page is swapped out. guarded: tests
+    only; the arena is exactly the plan's bytes between pages that may not be touched, poisoned
+    before each run.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class ProgramRunner:
         *,
         num_pages: int = 0,
         page_table_width: int = 0,
+        num_host_pages: int = 0,
         guarded: bool = False,
     ) -> None:
         self.program = program
@@ -76,6 +78,7 @@ class ProgramRunner:
         self._arena = Region(program.plan.arena_bytes, guarded=guarded)
         pool_bytes = [-(-b * num_pages // 64) * 64 for b in self._page_bytes]
         self._kv = Region(sum(pool_bytes), guarded=guarded)
+        self._host = Region(sum(self._page_bytes) * (num_host_pages + 1) if num_host_pages else 0)
         begins = np.cumsum([0, *pool_bytes[:-1]]) if pool_bytes else np.zeros(0, np.int64)
         self._states: Pointers = np.array([self._kv.address + int(b) for b in begins], np.uint64)
         self._weights: Pointers = np.array(
@@ -184,6 +187,24 @@ class ProgramRunner:
             for source, target in pairs:
                 ctypes.memmove(int(base) + target * size, int(base) + source * size, size)
 
+    def swap_out(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages (page, host page) to the host's pool; a host page has all layers."""
+        stride = sum(self._page_bytes)
+        for page, host_page in pairs:
+            place = self._host.address + host_page * stride
+            for base, size in zip(self._states, self._page_bytes):
+                ctypes.memmove(place, int(base) + page * size, size)
+                place += size
+
+    def swap_in(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages (host page, page) back."""
+        stride = sum(self._page_bytes)
+        for host_page, page in pairs:
+            place = self._host.address + host_page * stride
+            for base, size in zip(self._states, self._page_bytes):
+                ctypes.memmove(int(base) + page * size, place, size)
+                place += size
+
     def poison_pages(self, pages: Sequence[int]) -> None:
         """Fill pages with NaN bytes in all layers (tests: freed pages must never be read)."""
         for base, size in zip(self._states, self._page_bytes):
@@ -202,3 +223,4 @@ class ProgramRunner:
         self._keep.clear()
         self._arena.close()
         self._kv.close()
+        self._host.close()

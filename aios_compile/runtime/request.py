@@ -231,6 +231,7 @@ class Request:
         if admitted.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
         self.submitted_us = 0
+        self.deadline_us: int | None = None
         self.started_us: int | None = None
         self.first_token_us: int | None = None
         self.last_token_us = 0
@@ -245,6 +246,8 @@ class Request:
         self.submitted_us = now_us
         if self.num_sent_tokens:  # resumed: its first token was long ago
             self.first_token_us = self.last_token_us = now_us
+        if self.admitted.params.timeout_s is not None:
+            self.deadline_us = now_us + int(self.admitted.params.timeout_s * 1e6)
         for sequence in self.sequences:
             sequence.sequence_id = sequence_id + sequence.index
             sequence.seed = as_int64(mix_seed(seed, sequence.index))

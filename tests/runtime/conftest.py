@@ -28,7 +28,8 @@ def checked_engine(tokenizer: Any = None, **options: Any) -> Engine:
         plan = advance(event)
         core.state.check_integrity()
         if isinstance(event, Commit) and not core.state.has_work:
-            assert core.state.pool.num_free == core.state.pool.num_pages - 1
+            pool = core.state.pool
+            assert pool.num_free + len(pool.withheld) == pool.num_pages - 1
         return plan
 
     core._advance = checked  # type: ignore[method-assign]

@@ -45,10 +45,14 @@ def _uniform(z: NDArray[np.uint64]) -> NDArray[np.float64]:
     return ((_mix(z) >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
 
 
-def logits_after(tokens: Iterable[int], vocab_size: int) -> NDArray[np.float32]:
-    """Return float32 [V]: the model. Depends on every token and its place."""
+def logits_after(
+    tokens: Iterable[int], vocab_size: int, window: int | None = None
+) -> NDArray[np.float32]:
+    """Return float32 [V]: the model. Depends on every token (in the window) and its place."""
     values = np.array(list(tokens), np.uint64)
     places = np.arange(1, len(values) + 1, dtype=np.uint64)
+    if window is not None:
+        values, places = values[-window:], places[-window:]
     with np.errstate(over="ignore"):
         state = np.sum(_mix(values * np.uint64(0x9E3779B97F4A7C15) + places), dtype=np.uint64)
         ids = np.arange(vocab_size, dtype=np.uint64)
@@ -117,15 +121,18 @@ def _choose(x: NDArray[np.float64], batch: Batch, row: int) -> int:
 class FakeExecutor:
     """Executor of the fake model. `free_pages` (set by tests) names pages to poison each step."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, window: int | None = None) -> None:
         self.limits = limits
+        self.window = window
         self.usable = True
         slots = limits.num_pages * limits.page_size
         self.tokens = np.full(slots, POISON, np.int64)
         self.positions = np.full(slots, POISON, np.int64)
+        self.host: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self.free_pages: Callable[[], Iterable[int]] = lambda: ()
         self.before_step: Callable[[Batch], None] = lambda batch: None
         self.after_logits: Callable[[Batch, NDArray[np.float32]], None] = lambda b, x: None
+        self.on_read: Callable[[int, NDArray[np.int64]], None] = lambda s, slots: None
         self.num_steps = 0
         self.num_closed = 0
         self.step_seconds = 0.0
@@ -137,6 +144,19 @@ class FakeExecutor:
         for source, target in pairs:
             assert source != 0 and target != 0, "the trash page was copied"
             pages[target], positions[target] = pages[source], positions[source]
+
+    def swap_out(self, pairs: Sequence[tuple[int, int]]) -> None:
+        size = self.limits.page_size
+        for page, host_page in pairs:
+            assert page != 0 and host_page != 0, "the trash page was swapped"
+            here = slice(page * size, (page + 1) * size)
+            self.host[host_page] = (self.tokens[here].copy(), self.positions[here].copy())
+
+    def swap_in(self, pairs: Sequence[tuple[int, int]]) -> None:
+        size = self.limits.page_size
+        for host_page, page in pairs:
+            here = slice(page * size, (page + 1) * size)
+            self.tokens[here], self.positions[here] = self.host.pop(host_page)
 
     def close(self) -> None:
         self.num_closed += 1
@@ -183,21 +203,22 @@ class FakeExecutor:
             assert value.flags.c_contiguous and value.dtype in (np.int64, np.float32)
 
     def _prefix(self, batch: Batch, s: int, end: int) -> NDArray[np.int64]:
-        """Read [0, end) of a sequence back; the canary."""
-        places = np.arange(end)
+        """Read [0, end) of a sequence back, or what its window shows of it; the canary."""
+        places = np.arange(0 if self.window is None else max(0, end - self.window), end)
         pages = batch.page_tables[s][places // self.limits.page_size]
         slots = pages * self.limits.page_size + places % self.limits.page_size
         assert np.array_equal(self.positions[slots], places), (
             f"sequence {s} reads a foreign, freed or missing page: {self.positions[slots]}"
         )
-        return self.tokens[slots]
+        self.on_read(s, slots)
+        return np.concatenate([np.zeros(places[0], np.int64), self.tokens[slots]])
 
     def _logits(self, batch: Batch) -> NDArray[np.float32]:
         logits = np.zeros((batch.num_rows, self.limits.vocab_size), np.float32)
         for row, token in enumerate(batch.logit_rows.tolist()):
             s = int(np.searchsorted(batch.query_starts, token, side="right")) - 1
             prefix = self._prefix(batch, s, int(batch.positions[token]) + 1)
-            logits[row] = logits_after(prefix, self.limits.vocab_size)
+            logits[row] = logits_after(prefix, self.limits.vocab_size, self.window)
         return logits
 
     def _sample(self, batch: Batch, logits: NDArray[np.float32]) -> StepResult:
@@ -266,9 +287,11 @@ class FakeTokenStream:
         return self._decoder.decode(b"", final=True)
 
 
-def greedy(prompt: Sequence[int], count: int, vocab_size: int = 50) -> list[int]:
+def greedy(
+    prompt: Sequence[int], count: int, vocab_size: int = 50, window: int | None = None
+) -> list[int]:
     """Return what the model says after a prompt, without any engine."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(int(np.argmax(logits_after(tokens, vocab_size))))
+        tokens.append(int(np.argmax(logits_after(tokens, vocab_size, window))))
     return tokens[len(prompt) :]

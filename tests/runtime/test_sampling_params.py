@@ -30,6 +30,8 @@ OUT_OF_RANGE = {
     "bad_words": [[""], [1]],
     "logprobs": [-1, 21, 1.5],
     "prompt_logprobs": [-1, 21],
+    "priority": [0.5, "high", None, 2**40],
+    "timeout_s": [0, -1.0, float("nan"), "soon"],
     "tenant": [None, 1, "x" * 257],
 }
 
