@@ -35,6 +35,7 @@ def call(
     widened: Widened | None = None,
     observe: Observe | None = None,
     exact_halves: bool = False,
+    watch: Observe | None = None,
 ) -> Any:
     """Run a graph, its regions and kernel bodies node by node; return what it returns.
 
@@ -47,6 +48,7 @@ def call(
     format, of quantised rows: these linears then have exact activations, so that rounding
     them cannot hide a pass's mistake. observe: is told the result of every call of a region or
     kernel in this graph. exact_halves: use PyTorch's own half precision matmuls all the same.
+    watch: is told the value of every node of this graph and of its regions, as they are computed.
     """
     assert isinstance(graph_module, fx.GraphModule)
     given = iter(arguments)
@@ -68,7 +70,12 @@ def call(
             inner = graph_module.get_submodule(str(node.target))
             values = [read(a) for a in node.args]
             env[node] = call(
-                inner, values, computed_in=computed_in, widened=widened, exact_halves=exact_halves
+                inner,
+                values,
+                computed_in=computed_in,
+                widened=widened,
+                exact_halves=exact_halves,
+                watch=watch if is_region_call(graph_module, node) else None,
             )
             if observe:
                 observe(node, env[node])
@@ -78,8 +85,10 @@ def call(
                 args = (args[0], widened(args[1]), *args[2:])
             if widened and node.target is QUANTIZED_LINEAR:
                 env[node] = _dequantized_linear(widened, *args, **read(node.kwargs))
-                continue
-            env[node] = _apply(node, args, read(node.kwargs), computed_in, exact_halves)
+            else:
+                env[node] = _apply(node, args, read(node.kwargs), computed_in, exact_halves)
+        if watch:
+            watch(node, env[node])
     raise AssertionError("the graph has no output")
 
 
@@ -122,11 +131,19 @@ def run(
     computed_in: torch.dtype | None = None,
     skips: Skips | None = None,
     widened: Widened | None = None,
+    watch: Observe | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Run the program on values by placeholder name; return (outputs, next states) by name."""
     arguments = [values[n.name] for n in placeholders(module.root.graph)]
     with torch.no_grad():
-        result = call(module.root, arguments, computed_in=computed_in, skips=skips, widened=widened)
+        result = call(
+            module.root,
+            arguments,
+            computed_in=computed_in,
+            skips=skips,
+            widened=widened,
+            watch=watch,
+        )
     results = list(result) if isinstance(result, (tuple, list)) else [result]
     states = {name: results[i] for name, i in module.states.items() if i >= 0}
     kept = [r for i, r in enumerate(results) if i not in set(module.states.values())]

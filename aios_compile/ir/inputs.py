@@ -210,16 +210,19 @@ def page_size_of(values: Iterable[Value]) -> int:
 
 
 def runtime_inputs(
-    values: Sequence[Value], step: Step, seed: int, *, vocabulary: int
+    values: Sequence[Value], step: Step, seed: int, *, vocabulary: int, prompt: Sequence[int] = ()
 ) -> dict[str, Tensor]:
-    """Return the runtime inputs of a step by runtime name: those in `values` that are known."""
-    made = every_input(values, step, seed, vocabulary=vocabulary)
+    """Return the runtime inputs of a step by runtime name: those in `values` that are known.
+
+    prompt: the token ids, over and over, instead of random ones.
+    """
+    made = every_input(values, step, seed, vocabulary=vocabulary, prompt=prompt)
     wanted = [v.source for v in values if v.kind == "input"]
     return {name: made[name] for name in wanted if name in made}
 
 
 def every_input(
-    values: Sequence[Value], step: Step, seed: int, *, vocabulary: int
+    values: Sequence[Value], step: Step, seed: int, *, vocabulary: int, prompt: Sequence[int] = ()
 ) -> dict[str, Tensor]:
     """Return every runtime input of a step that is known, whether `values` has it or not."""
     wanted = {v.source: v for v in values if v.kind == "input"}
@@ -227,16 +230,23 @@ def every_input(
     page_size = page_size_of(values)
     width = wanted["page_tables"].shape[1] if "page_tables" in wanted else 8
     assert isinstance(width, int)
-    made = _sequence_inputs(step, generator, vocabulary, page_size, width)
+    made = _sequence_inputs(step, generator, vocabulary, page_size, width, prompt)
     made.update(_sampling_inputs(step, generator, vocabulary))
     return made
 
 
 def _sequence_inputs(
-    step: Step, generator: torch.Generator, vocabulary: int, page_size: int, width: int
+    step: Step,
+    generator: torch.Generator,
+    vocabulary: int,
+    page_size: int,
+    width: int,
+    given: Sequence[int],
 ) -> dict[str, Tensor]:
     length = max([step.total, *(s + n for s, n in zip(step.starts, step.lengths))])
     prompt = torch.randint(0, vocabulary, (length,), generator=generator)
+    if given:
+        prompt = torch.tensor(given)[torch.arange(length) % len(given)]
     free = (1 + torch.randperm(MAX_PAGES - 1, generator=generator)).tolist()
     tables = torch.zeros(len(step.starts), width, dtype=torch.int64)
     ids, positions, slots, lengths, starts = [], [], [], [], [0]

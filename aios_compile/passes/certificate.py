@@ -46,6 +46,7 @@ from aios_compile.passes.measure import (
     TOKENS,
     Row,
     Run,
+    Samples,
     choose_skips,
     choose_steps,
     one_thread,
@@ -113,17 +114,20 @@ class _Chain:
     smaller: Mapping[int, int] = field(default_factory=dict)
     tokens: tuple[int, ...] = TOKENS
     sampled: bool = False  # whether `eager` holds what the sampler would return
+    whole: bool = False  # Samples.whole: nothing is made smaller
     computed_in: torch.dtype | None = None  # what `eager` was computed in, None as it is
     vocabulary: int = 0  # of the weights that `eager` ran on
     eager: dict[int, tuple[Run, Run]] = field(default_factory=dict)
 
     @staticmethod
-    def begin(module: IRModule, with_text: bool) -> _Chain:
+    def begin(module: IRModule, samples: Samples, with_text: bool) -> _Chain:
         """Start a chain at a program, large windows made small."""
         text = snapshot.module_text(module) if with_text else ""
+        if samples.whole:
+            return _Chain(snapshot.take(module), text, tokens=samples.tokens, whole=True)
         smaller = long_context.smaller_bounds(module)
         start = long_context.shrunk(snapshot.take(module), smaller)
-        tokens = (*TOKENS, *long_context.longer_samples(module))
+        tokens = (*samples.tokens, *long_context.longer_samples(module))
         return _Chain(start, text, smaller=smaller, tokens=tokens)
 
     def fits(self, before: IRModule) -> bool:
@@ -134,24 +138,34 @@ class _Chain:
         same_outputs = set(self.start.outputs) == set(before.outputs)
         unseen = long_context.smaller_bounds(before).keys() - self.smaller.keys()
         reached = all(window < self.tokens[-1] for window in unseen)
-        return same_outputs and reached and state_shapes(self.start) == state_shapes(before)
+        return (
+            same_outputs
+            and (reached or self.whole)
+            and state_shapes(self.start) == state_shapes(before)
+        )
 
 
 class Certifier:
     """Measures the passes over one program, in order, each after the last one that was kept."""
 
     def __init__(
-        self, module: IRModule, options: PassOptions, seed: int, cache: CertificateCache | None
+        self,
+        module: IRModule,
+        options: PassOptions,
+        seed: int,
+        cache: CertificateCache | None,
+        samples: Samples = Samples(),  # noqa: B008 - frozen
+        weights: RandomWeights | None = None,
     ) -> None:
-        self.options, self.seed, self.cache = options, seed, cache
-        self._weights = {0: RandomWeights.of(module, seed)}
+        self.options, self.seed, self.cache, self.samples = options, seed, cache, samples
+        self._weights = {0: weights or RandomWeights.of(module, seed)}
         self._chain: _Chain | None = None
 
     def measure(self, before: IRModule, after: IRModule, function: PassFunction) -> Certificate:
         """Compare a program before and after a pass, or find the certificate of the same."""
         tier = info_of(function).numerics
         if self._chain is None or not self._chain.fits(before) or tier == "lossy":
-            self._chain = _Chain.begin(before, self.cache is not None)
+            self._chain = _Chain.begin(before, self.samples, self.cache is not None)
         chain = self._chain
         factor = max(chain.factor, FACTORS[tier])
         key = self._key(chain, factor, before, after, function) if self.cache is not None else ""
@@ -166,7 +180,9 @@ class Certifier:
         return certificate
 
     def _measured(self, chain: _Chain, after: IRModule, factor: float, lossy: bool) -> Certificate:
-        vocabulary = random_weights.shrinkable_vocabulary(chain.start, after)
+        vocabulary = 0
+        if not chain.whole:
+            vocabulary = random_weights.shrinkable_vocabulary(chain.start, after)
         weights = self._weights.get(vocabulary)
         if weights is None:
             whole = self._weights[0]
@@ -188,11 +204,36 @@ class Certifier:
         rows: list[Row] = []
         with one_thread():
             for index in range(len(chain.tokens)):
-                rows += _compare(chain, after, weights, index, self.seed, factor, storage)
+                rows += self._compare(chain, after, weights, index, factor, storage)
                 weights.forget()
         worst = max(rows, key=lambda r: r.ratio, default=Row("nothing to compare", 0.0, 0.0))
         holds = worst.ratio <= 1
         return Certificate(worst.error, worst.budget, holds, worst.where, self.seed, chain.tokens)
+
+    def _compare(
+        self,
+        chain: _Chain,
+        after: IRModule,
+        weights: RandomWeights,
+        index: int,
+        factor: float,
+        storage: float,
+    ) -> list[Row]:
+        """Run oracle, eager and `after` at T = tokens[index]; return a row a shared output."""
+        start, num_tokens = chain.start, chain.tokens[index]
+        steps, after_steps = choose_steps(start, after, num_tokens)
+        skips, after_skips = ({}, {}) if chain.whole else choose_skips(start, after, index)
+        run = functools.partial(run_steps, weights=weights, seed=self.seed)
+        prompt = self.samples.prompt
+        if index not in chain.eager:
+            sample = functools.partial(
+                run, start, steps, skips=skips, sampled=chain.sampled, prompt=prompt
+            )
+            oracle = sample(computed_in=torch.float64)
+            chain.eager[index] = oracle, sample(computed_in=chain.computed_in)
+        oracle, eager = chain.eager[index]
+        result = run(after, after_steps, skips=after_skips, prompt=prompt)
+        return rows_between(oracle, eager, result, f"at T={num_tokens}", factor, storage)
 
     def _key(
         self,
@@ -209,30 +250,6 @@ class Certifier:
         texts += [info_of(function).name, str(factor), _source(function), _measuring_code()]
         texts += [torch.__version__, str(self.seed), str(self.options)]
         return hashlib.sha256("\0".join(texts).encode()).hexdigest()
-
-
-def _compare(
-    chain: _Chain,
-    after: IRModule,
-    weights: RandomWeights,
-    index: int,
-    seed: int,
-    factor: float,
-    storage: float,
-) -> list[Row]:
-    """Run oracle, eager and `after` at T = tokens[index]; return a row for each shared output."""
-    start, num_tokens = chain.start, chain.tokens[index]
-    steps, after_steps = choose_steps(start, after, num_tokens)
-    skips, after_skips = choose_skips(start, after, index)
-    if index not in chain.eager:
-        sample = functools.partial(
-            run_steps, start, steps, weights, skips, seed, sampled=chain.sampled
-        )
-        oracle = sample(computed_in=torch.float64)
-        chain.eager[index] = oracle, sample(computed_in=chain.computed_in)
-    oracle, eager = chain.eager[index]
-    result = run_steps(after, after_steps, weights, after_skips, seed)
-    return rows_between(oracle, eager, result, f"at T={num_tokens}", factor, storage)
 
 
 def _source(function: PassFunction) -> str:

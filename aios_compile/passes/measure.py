@@ -33,6 +33,17 @@ def one_thread() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """What programs are measured on. prompt: token ids instead of random ones. whole: every layer
+    computes, on weights as they are given, with every row of the vocabulary.
+    """
+
+    tokens: tuple[int, ...] = TOKENS
+    prompt: tuple[int, ...] = ()
+    whole: bool = False
+
+
+@dataclass(frozen=True)
 class Row:
     """One output at one T: relative error of the program after, and its budget."""
 
@@ -124,11 +135,14 @@ def run_steps(
     *,
     computed_in: torch.dtype | None = None,
     sampled: bool = False,
+    prompt: Sequence[int] = (),
+    watch: evaluate.Observe | None = None,
 ) -> Run:
     """Run a program over its steps, states going from one to the next.
 
     computed_in: the dtype of all floating-point values; None leaves the program's own. sampled: add
-    what the sampler's reference makes of the logits, as sample_tokens should.
+    what the sampler's reference makes of the logits, as sample_tokens should. prompt: token ids
+    instead of random ones. watch: is told the value of every node.
     """
     values = inputs.describe(module)
     used = _weights_in_use(module, skips)
@@ -147,16 +161,21 @@ def run_steps(
     rows: list[int] | None = []
     offset = 0
     for step in steps:
-        runtime = inputs.runtime_inputs(values, step, seed, vocabulary=vocabulary)
+        runtime = inputs.runtime_inputs(values, step, seed, vocabulary=vocabulary, prompt=prompt)
         given = {**fixed, **states, **_free_values(values, runtime, step, seed)}
         if computed_in is not None:
             given = {n: _cast(t, computed_in) for n, t in given.items()}
         results, states = evaluate.run(
-            module, given, computed_in=computed_in, skips=skips, widened=weights.widened
+            module,
+            given,
+            computed_in=computed_in,
+            skips=skips,
+            widened=weights.widened,
+            watch=watch,
         )
         found.append({n: r for n, r in results.items() if isinstance(r, Tensor)})
         if sampled:
-            every = inputs.every_input(values, step, seed, vocabulary=vocabulary)
+            every = inputs.every_input(values, step, seed, vocabulary=vocabulary, prompt=prompt)
             found[-1] |= _sampled(module, results, step, every, computed_in)
         picked = step.rows if "logit_rows" in module.inputs.values() else range(step.num_tokens)
         rows = [*rows, *(offset + r for r in picked)] if rows is not None else None
