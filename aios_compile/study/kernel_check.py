@@ -28,7 +28,7 @@ from aios_compile.codegen.packing import pack_rows16
 from aios_compile.codegen.source import KernelSource
 from aios_compile.errors import CodegenError
 from aios_compile.ir import evaluate
-from aios_compile.ir.module import body_of
+from aios_compile.ir.module import body_of, placeholders
 from aios_compile.passes.measure import FLOOR_ROUNDINGS
 
 FACTOR = 4.0  # times eager's own error: a kernel may sum in another order
@@ -148,9 +148,9 @@ def prepare(
     for i, kind in enumerate(kinds):
         operand = Operand.of_value(f"out{i}", kind)
         if i in in_place:
-            argument = call.args[in_place[i]]
-            assert isinstance(argument, fx.Node)
-            array, shape = arrays[tensors.index(argument)], tuple(given[argument].shape)
+            state = call.args[in_place[i]]
+            assert isinstance(state, fx.Node)
+            array, shape = arrays[tensors.index(state)], tuple(given[state].shape)
         else:
             shape = tuple(dim_value(d, sizes) for d in operand.shape)
             array = _aligned(_span(shape, operand, sizes) * _TORCH[operand.dtype].itemsize)
@@ -200,6 +200,8 @@ def check(
     The budget is FACTOR times the error of the body in PyTorch, plus a few roundings.
     """
     body = body_of(call)
+    kinds = [n.meta["val"] for n in placeholders(body.graph)]
+    values = [v.to(k.dtype) if _is_float(v) else v for v, k in zip(values, kinds)]
     native = _results(evaluate.call(body, values))
     wide = [v.double() if _is_float(v) else v for v in values]
     oracle = _results(evaluate.call(body, wide, computed_in=torch.float64))

@@ -54,7 +54,9 @@ class Trace:
                 yield call, source
 
     def _call(self, name: str) -> fx.Node:
-        return next(n for n in self.module.root.graph.nodes if n.name == name)
+        return next(
+            c for r in self.module.regions() for c in self.module.calls(r) if c.name == name
+        )
 
 
 def first_difference(before: Trace, after: Trace, output: int) -> fx.Node | None:
@@ -88,6 +90,9 @@ def _is_new(
     value = after.values[where]
     if node.op == "placeholder":
         return bool(call) and any(new.get(s, False) for s in after.sources(where))
+    if isinstance(value, (tuple, list)):
+        items = [v for v in value if isinstance(v, Tensor) and v.is_floating_point()]
+        return not all(_is_known(v, known) for v in items)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return any(new.get(s, False) for s in after.sources(where))
     if is_view(node) and node.op == "call_function":

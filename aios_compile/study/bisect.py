@@ -1,0 +1,276 @@
+"""Find what makes an output wrong: the first pass, else the first kernel, else the step.
+
+Passes: each is certified on the model's own weights, all layers and the given prompt, and the first
+one that does not hold ends the search; within it, the first node that leads to the wrong output by
+values that the program before did not have. Kernels: each one of level 3 is built alone and run on
+what PyTorch computes before it, against its body in float64. The step: the whole compiled model
+against level 1.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, fx
+
+from aios_compile.capture.capture import capture
+from aios_compile.capture.compare import compare_with_eager
+from aios_compile.codegen.cpp.emitters import EMITTERS
+from aios_compile.codegen.emit_kernels import emit_kernels
+from aios_compile.codegen.pack_weights import CheckpointTensors
+from aios_compile.compiler import pass_options
+from aios_compile.config import CompileOptions
+from aios_compile.errors import CaptureError, CheckpointError, ConfigError
+from aios_compile.ir import inputs, provenance, snapshot
+from aios_compile.ir.module import IRModule, is_kernel_call
+from aios_compile.ir.random_weights import RandomWeights
+from aios_compile.ir.refresh import refresh
+from aios_compile.model_source import ModelSource
+from aios_compile.passes.certificate import Certifier
+from aios_compile.passes.context import PassOptions
+from aios_compile.passes.graph_pass import info_of
+from aios_compile.passes.measure import Samples, one_thread, run_steps
+from aios_compile.passes.pipeline import STAGES
+from aios_compile.passes.runner import Stage, run_pipeline
+from aios_compile.study.kernel_check import Kernels, check
+from aios_compile.study.node_values import Trace, first_difference
+
+MAX_TOKENS = 8 * inputs.PAGE_SIZE  # what the smallest page table holds
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong. kind: "capture", "pass", "kernel", "step", or "" when everything is right.
+
+    name: the pass or kernel. node: the first wrong node, with its op. source_line: of the model.
+    file: where to look in the compiler. bisect: AIOS_BISECT=n with it, -1 for a required pass.
+    """
+
+    kind: str = ""
+    name: str = ""
+    node: str = ""
+    source_line: str = ""
+    file: str = ""
+    detail: str = ""
+    error: float = 0.0
+    budget: float = 0.0
+    bisect: int = -1
+
+    def __str__(self) -> str:
+        if not self.kind:
+            return "nothing is wrong: capture, passes, kernels and the step hold their budgets"
+        rows = [
+            (f"first wrong {self.kind}", self.name),
+            ("first wrong node", self.node),
+            ("model line", self.source_line),
+            ("look into", self.file),
+            ("measured", f"error {self.error:.2e}, allowed {self.budget:.2e}; {self.detail}"),
+        ]
+        lines = [f"{title:<18} {value}" for title, value in rows if value]
+        if self.bisect > 0:
+            lines.append(f"AIOS_BISECT={self.bisect - 1} stops before it, {self.bisect} has it")
+        return "\n".join(lines)
+
+
+@dataclass
+class Subject:
+    """What is searched: a captured program with its weights, and a prompt of token ids."""
+
+    captured: IRModule
+    options: PassOptions
+    weights: RandomWeights
+    prompt: tuple[int, ...]
+    seed: int = 0
+
+    @property
+    def samples(self) -> Samples:
+        return Samples((len(self.prompt),), self.prompt, whole=True)
+
+
+def open_subject(source: ModelSource, options: CompileOptions, prompt: Sequence[int]) -> Subject:
+    """Capture a model and read its weights. Raises CaptureError when capture is wrong already."""
+    limit = min(MAX_TOKENS, source.max_model_len)
+    if not 1 <= len(prompt) <= limit:
+        raise ConfigError(f"a prompt of {len(prompt)} tokens, expected 1 to {limit}")
+    sizes = options.resolve_sizes(source.max_model_len)
+    model = source.build()
+    captured = capture(model, flat=source.flat, max_tokens=sizes.max_num_batched_tokens)
+    compare_with_eager(model, captured, seed=options.seed)
+    tensors = CheckpointTensors(captured, source.read)
+    weights = RandomWeights.of(captured, options.seed)
+    names = {name for recipe in captured.weights.values() for name in recipe.names}
+    weights.known = {**weights.known, **_read(tensors, names)}
+    passes = pass_options(options, source, sizes, model)
+    return Subject(captured, passes, weights, tuple(prompt), options.seed)
+
+
+def _read(tensors: CheckpointTensors, names: Iterable[str]) -> dict[str, Tensor]:
+    found = {}
+    for name in sorted(names):
+        try:
+            found[name] = tensors[name]
+        except CheckpointError as error:
+            raise CheckpointError(
+                error.message, advice="bisect needs the model's weights"
+            ) from None
+    return found
+
+
+def find_wrong_capture(error: CaptureError) -> Finding:
+    """Return the finding for a program that differs from its model as soon as it is captured."""
+    line = error.source_line or ""
+    return Finding("capture", "capture", "", line, "capture/", error.message)
+
+
+def find_wrong_pass(
+    subject: Subject,
+    stages: Sequence[Stage] = STAGES,
+    disabled: Sequence[str] = (),
+    say: Say = lambda text: None,
+) -> tuple[Finding, IRModule]:
+    """Return the first pass whose certificate does not hold, and the program that it started from.
+
+    Without one the finding is empty and the program is level 3.
+    """
+    module = snapshot.take(subject.captured)
+    certifier = Certifier(
+        module, subject.options, subject.seed, None, subject.samples, subject.weights
+    )
+    optional = 0
+    for stage in stages:
+        passes = [p for p in stage.passes if info_of(p).target in ("", subject.options.target)]
+        for function in passes:
+            info = info_of(function)
+            if info.name in disabled:
+                continue
+            saved = snapshot.take(module)
+            one = Stage(module.level, (function,))
+            (result,) = run_pipeline(module, [one], subject.options, verify=0)
+            if not (result.kept and result.hits):
+                continue
+            optional += 0 if info.required else result.hits
+            certificate = certifier.measure(saved, module, function)
+            say(f"{info.name}: error {certificate.max_error:.1e}")
+            if not certificate.holds:
+                found = Finding(
+                    "pass",
+                    info.name,
+                    file=f"passes/{info.name}.py",
+                    detail=certificate.where,
+                    error=certificate.max_error,
+                    budget=certificate.error_budget,
+                    bisect=-1 if info.required else optional,
+                )
+                return _with_node(found, subject, saved, module), saved
+        done = Stage(stage.level_after, (), stage.analysis)
+        run_pipeline(module, [done], subject.options, verify=0)
+    return Finding(), module
+
+
+def _with_node(found: Finding, subject: Subject, before: IRModule, after: IRModule) -> Finding:
+    """Add the first wrong node of the program after a pass."""
+    traces = [_trace(subject, m, torch.float64)[0] for m in (before, after)]
+    node = None
+    for output in range(len(after.outputs)):
+        node = node or first_difference(traces[0], traces[1], output)
+    return found if node is None else _placed(found, node)
+
+
+def _placed(found: Finding, node: fx.Node) -> Finding:
+    lines = provenance.source_lines(node)
+    name = f"{node.name} = {snapshot.target_name(node)}"
+    return replace(found, node=name, source_line=lines[0] if lines else "")
+
+
+def _trace(
+    subject: Subject, module: IRModule, dtype: torch.dtype | None
+) -> tuple[Trace, Mapping[str, int]]:
+    """Run a program on the whole prompt at once; return all values and the sizes of the step."""
+    step = inputs.whole(len(subject.prompt))
+    trace = Trace(module)
+    with one_thread():
+        run_steps(
+            module,
+            [step],
+            subject.weights,
+            {},
+            subject.seed,
+            computed_in=dtype,
+            prompt=subject.prompt,
+            watch=trace.watch,
+        )
+    return trace, {**inputs.sizes_of(step), "P": subject.options.max_pages_per_sequence}
+
+
+def find_wrong_kernel(
+    subject: Subject,
+    module: IRModule,
+    emitters: Sequence[ModuleType] = EMITTERS,
+    folder: Path | None = None,
+    say: Say = lambda text: None,
+) -> Finding:
+    """Run each kernel of a level-3 program on the values that PyTorch gives it; return the first
+    one that is wrong. Each text is checked in the first call of it only.
+    """
+    refresh(module)
+    emitted = emit_kernels(module, emitters)
+    trace, sizes = _trace(subject, module, None)
+    with tempfile.TemporaryDirectory() as temporary:
+        kernels = Kernels(emitted.sources, folder or Path(temporary))
+        done: set[int] = set()
+        try:
+            for (region, call), _ in list(trace.values.items()):
+                if not is_kernel_call(call) or emitted.by_call[call] in done:
+                    continue
+                source = emitted.sources[emitted.by_call[call]]
+                done.add(emitted.by_call[call])
+                values = [trace.values.get((region, a), a) for a in call.args]  # type: ignore[arg-type]
+                checked = check(call, emitted, values, sizes, lambda p: p.run(kernels, splits=3))
+                say(f"{source.name}: error {checked.error:.1e}")
+                if not checked.holds:
+                    found = Finding(
+                        "kernel",
+                        source.name,
+                        file=f"codegen/cpp/ (kind {call.meta.get('kernel', '')})",
+                        detail=f"in call {region or 'of the outer graph'}",
+                        error=checked.error,
+                        budget=checked.budget,
+                    )
+                    return _placed(found, call)
+        finally:
+            kernels.close()
+    return Finding()
+
+
+def find_wrong_step(subject: Subject, logits: Tensor) -> Finding:
+    """Compare the logits [T, V] of the compiled model with level 1: the plan and step.cpp are left.
+
+    The model must keep its keys and values in float32, as the programs here do.
+    """
+    step = replace(inputs.whole(len(subject.prompt)), rows=tuple(range(len(subject.prompt))))
+    narrow, wide = (_logits(subject, step, dtype) for dtype in (torch.float32, torch.float64))
+    scale = float(wide.abs().max()) or 1.0
+    budget = 8 * float((narrow - wide).abs().max()) / scale + 8 * torch.finfo(torch.float32).eps
+    error = float((logits.double() - wide).abs().max()) / scale
+    if error <= budget:
+        return Finding()
+    return Finding(
+        "step", "the step", file="passes/plan_memory.py, codegen/lower.py, codegen/cpp/step.py",
+        detail="each kernel is right alone", error=error, budget=budget,
+    )  # fmt: skip
+
+
+def _logits(subject: Subject, step: inputs.Step, dtype: torch.dtype) -> Tensor:
+    with one_thread():
+        run = run_steps(
+            subject.captured, [step], subject.weights, {}, subject.seed,
+            computed_in=dtype, prompt=subject.prompt,
+        )  # fmt: skip
+    value = run.outputs[subject.captured.outputs[0]]
+    return value.reshape(-1, value.shape[-1]).double()

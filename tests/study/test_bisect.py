@@ -1,0 +1,162 @@
+"""Bisect finds planted mistakes by itself: the pass and its node, the kernel, the step."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from aios_compile.cli import bisect as command
+from aios_compile.cli.main import app
+from aios_compile.codegen.cpp.emitters import EMITTERS
+from aios_compile.config import CompileOptions
+from aios_compile.errors import ConfigError
+from aios_compile.ir import snapshot
+from aios_compile.ir.random_weights import RandomWeights
+from aios_compile.model_source import open_source
+from aios_compile.passes.context import PassOptions
+from aios_compile.passes.graph_pass import info_of
+from aios_compile.passes.pipeline import STAGES
+from aios_compile.passes.runner import run_pipeline
+from aios_compile.study import bisect as study
+from aios_compile.study.bisect import (
+    Finding,
+    Subject,
+    find_wrong_kernel,
+    find_wrong_pass,
+    find_wrong_step,
+    open_subject,
+)
+from tests import zoo
+from tests.planted import fuse_plants, programs, raise_plants, rewrite_plants
+from tests.planted.plants import PLANTS
+
+assert fuse_plants and raise_plants and rewrite_plants, "they register themselves"
+PROMPT = tuple(range(3, 22))
+# mistake -> the op of the first wrong node, the model's line in decoder.py
+NODES = {
+    "wrong_epsilon": ("aios.rms_norm.default", "self.weight * x32"),
+    "turned_backwards": ("aten.neg.default", "rope"),
+    "scale_missing": ("aios.attention.default", "scaled_dot_product_attention"),
+    "another_activation": ("aios.gated_activation.default", "down_proj"),
+    "merged_in_another_order": ("aios.linear.default", "q_proj"),
+    "norm_of_one_summand": ("kernel row_reduction", "self_attn"),
+    "wrong_gather_row": ("aten", ""),
+    "one_layers_weight_for_all": ("aios.linear.default", "q_proj"),
+}
+
+
+def subject(program: str) -> Subject:
+    captured = programs.level_1(program)
+    return Subject(captured, PassOptions(), RandomWeights.of(captured, 0), PROMPT)
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_a_planted_pass_is_found_with_its_node_and_line(name: str) -> None:
+    plant = next(p for p in PLANTS if p.name == name)
+
+    def planted(function: Any) -> Any:
+        return plant.apply_to(function) if info_of(function).name == plant.pass_name else function
+
+    stages = [replace(s, passes=tuple(map(planted, s.passes))) for s in STAGES]
+    found, _ = find_wrong_pass(subject(plant.program), stages)
+    op, line = NODES[name]
+    assert (found.kind, found.name) == ("pass", plant.pass_name)
+    assert op in found.node and line in found.source_line, found
+    assert found.error > found.budget and f"first wrong pass   {plant.pass_name}" in str(found)
+
+
+def lowered(program: str) -> tuple[Subject, Any]:
+    searched = subject(program)
+    module = snapshot.take(searched.captured)
+    run_pipeline(module, STAGES, searched.options, verify=0)
+    return searched, module
+
+
+def broken(name: str, right: str, wrong: str) -> list[ModuleType]:
+    """Return the emitters, one of which writes `wrong` for `right`."""
+
+    def spoil(emitter: ModuleType) -> ModuleType:
+        if not emitter.__name__.endswith(f".{name}"):
+            return emitter
+
+        def emit(spec: Any) -> Any:
+            source = emitter.emit(spec)
+            assert right in source.text, source.text
+            return replace(source, text=source.text.replace(right, wrong))
+
+        return cast(ModuleType, SimpleNamespace(spec_of=emitter.spec_of, emit=emit))
+
+    return [spoil(e) for e in EMITTERS]
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "line"),
+    [
+        ("row_reduction", "1e-06", "1e-03", "self.weight * x32"),
+        ("paged_attention", "0x1.6a09e6", "0x1.5a09e6", "scaled_dot_product_attention"),
+    ],
+)
+def test_a_planted_emitter_is_found(
+    tmp_path: Path, name: str, right: str, wrong: str, line: str
+) -> None:
+    searched, module = lowered("qwen3")
+    found = find_wrong_kernel(searched, module, broken(name, right, wrong), tmp_path)
+    assert found.kind == "kernel" and line in found.source_line, found
+    assert found.error > found.budget
+
+
+def test_right_passes_and_kernels_are_acquitted(tmp_path: Path) -> None:
+    searched = subject("half")
+    said: list[str] = []
+    found, module = find_wrong_pass(searched, say=said.append)
+    assert not found.kind and len(said) > 10, found
+    found = find_wrong_kernel(searched, module, folder=tmp_path, say=said.append)
+    assert not found.kind, found
+    assert "nothing is wrong" in str(found)
+
+
+def test_a_wrong_step_is_what_is_left(tmp_path: Path) -> None:
+    source = open_source(zoo.make("qwen3_gqa", tmp_path), CompileOptions())
+    searched = open_subject(source, CompileOptions(), PROMPT)
+    with torch.no_grad():
+        logits = zoo.decoder(Path(source.name))(torch.tensor(PROMPT), torch.arange(len(PROMPT)))
+    assert not find_wrong_step(searched, logits.float()).kind
+    assert find_wrong_step(searched, logits.float() + 1e-3).kind == "step"
+    with pytest.raises(ConfigError, match="0 tokens"):
+        open_subject(source, CompileOptions(), ())
+
+
+class Loaded:
+    """A compiled model that answers with the logits of PyTorch."""
+
+    def __init__(self, model: str) -> None:
+        self.decoder = zoo.decoder(Path(model))
+
+    def __call__(self, ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return self.decoder(torch.tensor(ids), torch.arange(len(ids)))
+
+    def __enter__(self) -> Loaded:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels have their own tests above: here they are not built."""
+    monkeypatch.setattr(study, "find_wrong_kernel", lambda *_, **__: Finding())
+    monkeypatch.setattr(command, "load", lambda model, options: Loaded(model))
+    model = str(zoo.make("llama_mqa", tmp_path))
+    done = CliRunner().invoke(app, ["bisect", model, "--json", "--against", "merge_qkv"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["kind"] == ""
+    wrong = CliRunner().invoke(app, ["bisect", model, "--against", "raise_attention"])
+    assert wrong.exit_code == 1 and "no optional pass" in wrong.output
