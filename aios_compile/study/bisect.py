@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -230,7 +231,8 @@ def find_wrong_kernel(
                     continue
                 source = emitted.sources[emitted.by_call[call]]
                 done.add(emitted.by_call[call])
-                values = [trace.values.get((region, a), a) for a in call.args]  # type: ignore[arg-type]
+                places: list[Any] = [(region, a) for a in call.args]
+                values = [trace.values.get(place, place[1]) for place in places]
                 checked = check(call, emitted, values, sizes, lambda p: p.run(kernels, splits=3))
                 say(f"{source.name}: error {checked.error:.1e}")
                 if not checked.holds:
