@@ -51,9 +51,18 @@ PROGRAMS: dict[str, Callable[[], IRModule]] = {
     "dynamic": lambda: captured("llama", **DYNAMIC),
     "layer_norm": lambda: _foreign("neox"),
     "gemma2": lambda: _foreign("gemma2"),
+    "quantised": lambda: captured("qwen3"),
     "strided": lambda: _traced(strided),
     "parts": lambda: _traced(parts),
 }
+
+
+QUANTISED = PassOptions(quantization="int8_g32_f16")
+
+
+def options_of(name: str) -> PassOptions:
+    """Return the options that a program is compiled with."""
+    return QUANTISED if name == "quantised" else PassOptions()
 
 
 @functools.cache
@@ -68,11 +77,14 @@ def _before(name: str, pass_name: str) -> IRModule:
         kept = []
         for function in stage.passes:
             if info_of(function).name == pass_name:
-                run_pipeline(module, [Stage(module.level, tuple(kept))], PassOptions(), verify=0)
+                run_pipeline(module, [Stage(module.level, tuple(kept))], options_of(name), verify=0)
                 return module
             kept.append(function)
         run_pipeline(
-            module, [Stage(stage.level_after, tuple(kept), stage.analysis)], PassOptions(), verify=0
+            module,
+            [Stage(stage.level_after, tuple(kept), stage.analysis)],
+            options_of(name),
+            verify=0,
         )
     raise AssertionError(f"no pass {pass_name}")
 

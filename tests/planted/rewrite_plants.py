@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from aios_compile.ir.module import Recipe
 from aios_compile.passes.context import PassContext
 from tests.planted.plants import calls, input_named, plant, rebuild, set_argument, swap
 
@@ -219,3 +220,37 @@ def halves_cut_one_row_late(graph: fx.Graph, context: PassContext) -> int:
 def merged_weight_rounded(graph: fx.Graph, context: PassContext) -> int:
     """Store the merged weight in less precision than its parts."""
     return rebuild(context, "gate_up_proj_weight", lambda w: (w * 8).round() / 8)
+
+
+def _quantised(context: PassContext) -> list[str]:
+    return [n for n in context.module.weights if "int8" in n]
+
+
+@plant("quantize_weights", "quantised")
+def quantised_rows_in_another_order(graph: fx.Graph, context: PassContext) -> int:
+    if context.region:
+        return 0
+    weights = context.module.weights
+    for name in _quantised(context):
+        weights[name] = Recipe.compose(lambda w: torch.roll(w, 1, 0), [weights[name]])
+    return len(_quantised(context))
+
+
+@plant("quantize_weights", "quantised")
+def one_layers_rows_for_all(graph: fx.Graph, context: PassContext) -> int:
+    weights = context.module.weights
+    names = [n for n in _quantised(context) if "gate_up" in n]
+    for name in names[1:]:
+        weights[name] = weights[names[0]]
+    return len(names[1:])
+
+
+@plant("quantize_weights", "quantised")
+def unquantised_input_scaled(graph: fx.Graph, context: PassContext) -> int:
+    nodes = calls(graph, aios.quantized_linear.default)
+    for node in nodes:
+        x: Any = node.args[0]
+        with graph.inserting_before(node):
+            new = context.call(graph, aten.mul.Tensor, x, 1.01, source=[node])
+        node.args = (new, *node.args[1:])
+    return len(nodes)

@@ -30,9 +30,9 @@ def test_a_planted_mistake_is_caught_and_named(plant: Plant) -> None:
     stages = [Stage(module.level, (wrong,))]
     if info_of(function).required:
         with pytest.raises(PassError, match=f"the required pass {plant.pass_name} failed: "):
-            run_pipeline(module, stages, PassOptions())
+            run_pipeline(module, stages, programs.options_of(plant.program))
     else:
-        (result,) = run_pipeline(module, stages, PassOptions())
+        (result,) = run_pipeline(module, stages, programs.options_of(plant.program))
         assert any(wrong.spoiled), "the mistake found nothing to spoil"
         assert not result.kept and result.name == plant.pass_name and result.reason
         assert snapshot.module_text(module) == before
@@ -52,7 +52,7 @@ def test_the_pipeline_goes_on_without_the_wrong_pass(name: str) -> None:
         replace(stage, passes=tuple(_planted(plant, p) for p in stage.passes)) for stage in STAGES
     ]
     module = snapshot.take(programs.level_1(plant.program))
-    results = run_pipeline(module, stages, PassOptions())
+    results = run_pipeline(module, stages, programs.options_of(plant.program))
     assert [r.name for r in results if not r.kept] == [plant.pass_name]
     without = snapshot.take(programs.level_1(plant.program))
     run_pipeline(without, STAGES, PassOptions(), disabled=[plant.pass_name], verify=0)
@@ -63,10 +63,10 @@ def _planted(plant: Plant, function: PassFunction) -> PassFunction:
     return plant.apply_to(function) if info_of(function).name == plant.pass_name else function
 
 
-@pytest.mark.parametrize("name", ["half", "wide_window", "huge_window", "dynamic"])
+@pytest.mark.parametrize("name", ["half", "wide_window", "huge_window", "dynamic", "quantised"])
 def test_right_passes_are_kept_on_the_same_programs(name: str) -> None:
     module = snapshot.take(programs.level_1(name))
-    results = run_pipeline(module, STAGES, PassOptions())
+    results = run_pipeline(module, STAGES, programs.options_of(name))
     assert all(r.kept for r in results), [r.reason for r in results if not r.kept]
     assert long_context.bounds(module) == WINDOWS.get(name, set()), "the program keeps its windows"
 
