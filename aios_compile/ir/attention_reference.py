@@ -20,6 +20,15 @@ def visible(
     return mask
 
 
+def falling(alibi: list[float] | None, positions: Tensor, num_keys: int) -> Tensor | None:
+    """Return slope * (key - query) [H, Q, K]: attention with linear biases (Press et al., 2021)."""
+    if alibi is None:
+        return None
+    distance = torch.arange(num_keys, device=positions.device)[None] - positions[:, None]
+    slopes = torch.tensor(alibi, dtype=torch.float64, device=positions.device)
+    return slopes[:, None, None] * distance
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -28,11 +37,12 @@ def attend(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attend q[Q, H, D] to k[K, G, D], v[K, G, Dv] under mask[Q, K]; return [Q, H, Dv].
 
     Half precision is computed in float32 and rounded once. `sinks` [H] is one extra logit a head
-    that takes probability and carries no value.
+    that takes probability and carries no value. `bias` [H, Q, K] is added to the capped scores.
     """
     wide = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
     groups = q.shape[1] // k.shape[1]
@@ -41,6 +51,8 @@ def attend(
     scores = torch.einsum("qhd,khd->hqk", q.to(wide), keys) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.to(wide)
     scores = scores.masked_fill(~mask[None], float("-inf"))
     if sinks is not None:
         column = sinks.to(wide)[:, None, None].expand(-1, scores.shape[1], 1)
@@ -94,9 +106,11 @@ def attention(
     softcap: float | None = None,
     chunk: int | None = None,
     sinks: Tensor | None = None,
+    alibi: list[float] | None = None,
 ) -> Tensor:
     positions = torch.arange(q.shape[0], device=q.device)
-    return attend(q, k, v, visible(positions, k.shape[0], window, chunk), scale, softcap, sinks)
+    mask, bias = visible(positions, k.shape[0], window, chunk), falling(alibi, positions, len(k))
+    return attend(q, k, v, mask, scale, softcap, sinks, bias)
 
 
 def paged_attention(
@@ -111,6 +125,7 @@ def paged_attention(
     softcap: float | None = None,
     chunk: int | None = None,
     sinks: Tensor | None = None,
+    alibi: list[float] | None = None,
 ) -> Tensor:
     page_size = v_cache.shape[2]
     out = q.new_zeros(*q.shape[:-1], v_cache.shape[-1])
@@ -123,7 +138,8 @@ def paged_attention(
         v = v_cache[pages].permute(0, 2, 1, 3).flatten(0, 1)[:length]
         positions = torch.arange(length - (end - begin), length, device=q.device)
         mask = visible(positions, length, window, chunk)
-        out[begin:end] = attend(q[begin:end], k, v, mask, scale, softcap, sinks)
+        bias = falling(alibi, positions, length)
+        out[begin:end] = attend(q[begin:end], k, v, mask, scale, softcap, sinks, bias)
     return out
 
 

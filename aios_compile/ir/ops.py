@@ -137,7 +137,10 @@ def _fake_kv_write(
     return k_cache.new_empty(k_cache.shape), v_cache.new_empty(v_cache.shape)
 
 
-_MASK = "float scale, int? window=None, float? softcap=None, int? chunk=None, Tensor? sinks=None"
+_MASK = (
+    "float scale, int? window=None, float? softcap=None, int? chunk=None, Tensor? sinks=None, "
+    "float[]? alibi=None"
+)
 
 OPS: tuple[Op, ...] = (
     Op(
@@ -198,7 +201,8 @@ OPS: tuple[Op, ...] = (
         f"(Tensor q, Tensor k, Tensor v, {_MASK}) -> Tensor",
         attention_reference.attention,
         _fake_attention,
-        "causal attention of one sequence: q[T, H, D], k[T, G, D], v[T, G, Dv] -> [T, H, Dv]",
+        "causal attention of one sequence: q[T, H, D], k[T, G, D], v[T, G, Dv] -> [T, H, Dv]; "
+        "alibi: a slope for each query head, times the distance (negative), is added to the scores",
     ),
     Op(
         "paged_attention",

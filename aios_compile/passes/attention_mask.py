@@ -2,7 +2,8 @@
 
 A mask is written in too many ways to match its graph: comparisons of positions, triangles of ones,
 minus infinity or the smallest float, tables of the whole context. Its values are few: causal,
-causal within a window, causal within a chunk. It is run at two sizes that go beyond every constant
+causal within a window, causal within a chunk; a bias that falls with the distance may be added
+(ALiBi: Press et al., 2021). It is run at two sizes that go beyond every constant
 in it (or to the end of its table), so that a window shows, and anything else is refused.
 """
 
@@ -20,30 +21,36 @@ from aios_compile.passes.context import PassContext
 from aios_compile.passes.match import aten, is_call
 
 HIDDEN = -1e4  # an additive mask at most this hides a key: its weight is zero in float32
+LINEAR = 1e-6  # of a bias's largest value: a few roundings in float32
 LARGEST = 4608  # tokens up to which a mask over all keys is run; 170 MB an intermediate
 
 ARANGES = (aten.arange.default, aten.arange.start_step)
 
 
 class Mask(NamedTuple):
-    """Causal attention, within a window or a chunk of so many tokens where given."""
+    """Causal attention, within a window or a chunk of so many tokens where given.
+
+    alibi: for each head the slope of a bias slope * (key - query) that is added to the scores.
+    """
 
     window: int | None = None
     chunk: int | None = None
+    alibi: tuple[float, ...] | None = None
 
 
 class MaskNode(NamedTuple):
     """A value of the graph that masks scores: kind "visible", "hidden" (bool) or "additive".
 
-    hidden: an additive mask at most this hides a key.
+    hidden: an additive mask at most this hides a key. factor: what the sum is multiplied by later.
     """
 
     node: fx.Node
     kind: str
     hidden: float = HIDDEN
+    factor: float = 1.0
 
 
-def find_mask(masks: Sequence[MaskNode], context: PassContext) -> Mask | str:
+def find_mask(masks: Sequence[MaskNode], context: PassContext, num_heads: int) -> Mask | str:
     """Return the mask that all `masks` make together, or the reason why it is none of ours."""
     nodes = [n for mask in masks for n in ancestors(mask.node, context)]
     constants = sorted(set(_constants(nodes)))
@@ -52,20 +59,31 @@ def find_mask(masks: Sequence[MaskNode], context: PassContext) -> Mask | str:
     samples = _positions(nodes, counters, constants, context)
     if isinstance(samples, str):
         return samples
-    found: set[Mask | str] = set()
+    found: list[Mask | str] = []
     try:
         for call in range(calls if _differs_by_call(nodes, context) else 1):
             for positions in samples:
                 given = {n: positions.to(n.meta["val"].dtype) for n in counters}
-                seen = _visible(masks, Concrete(context, positions, given, call=call))
-                found.add(seen if isinstance(seen, str) else _known(seen, positions, constants))
+                values = Concrete(context, positions, given, call=call)
+                seen = _masked(masks, values, num_heads)
+                found.append(seen if isinstance(seen, str) else _known(*seen, positions, constants))
     except Unknown as unknown:
         return f"the attention mask depends on {unknown}"
     reasons = [f for f in found if isinstance(f, str)]
     if reasons:
         return reasons[0]
-    differ = "the attention mask changes with the token count, or from layer to layer"
-    return found.pop() if len(found) == 1 else differ
+    masks_found = [f for f in found if isinstance(f, Mask)]
+    if all(_same(mask, masks_found[-1]) for mask in masks_found):
+        return masks_found[-1]
+    return "the attention mask changes with the token count, or from layer to layer"
+
+
+def _same(a: Mask, b: Mask) -> bool:
+    """Return whether two masks are equal but for the rounding of their slopes."""
+    if a.alibi is None or b.alibi is None:
+        return a == b
+    near = torch.allclose(torch.tensor(a.alibi), torch.tensor(b.alibi), rtol=1e-4, atol=0)
+    return a._replace(alibi=None) == b._replace(alibi=None) and near
 
 
 def _constants(nodes: Iterable[fx.Node]) -> Iterable[float]:
@@ -143,28 +161,65 @@ def _table_sizes(node: fx.Node, context: PassContext) -> list[int]:
     return [int(shape[-1])] if square and node.op == "placeholder" else []
 
 
-def _visible(masks: Sequence[MaskNode], values: Concrete) -> Tensor | str:
-    """Return bool [T, T], or the reason why it is not one mask for all heads."""
+def _masked(
+    masks: Sequence[MaskNode], values: Concrete, num_heads: int
+) -> tuple[Tensor, Tensor | None] | str:
+    """Return which keys are seen, bool [T, T], and what is added to each head's scores, [H, T, T].
+
+    The bias is None where nothing but minus infinity is added. A reason where it is not one mask
+    for all heads.
+    """
     count = len(values.positions)
-    result = torch.ones(count, count, dtype=torch.bool)
+    seen = torch.ones(1, count, count, dtype=torch.bool)
+    bias = torch.zeros(1, count, count, dtype=torch.float64)
     for mask in masks:
         value = values.value(mask.node)
-        if mask.kind == "additive":
-            seen, gone = value == 0, value <= mask.hidden
-            if not bool((seen | gone).all()):
-                return "the attention mask adds a bias that is neither 0 nor minus infinity"
-        else:
-            seen = value if mask.kind == "visible" else ~value
-        if seen.dim() < 2 or any(s not in (1, count) for s in seen.shape[-2:]):
+        if value.dim() < 2 or any(s not in (1, count) for s in value.shape[-2:]):
             return "the attention mask is no matrix of queries and keys"
-        seen = seen.expand(*seen.shape[:-2], count, count).reshape(-1, count, count)
-        if not bool((seen == seen[:1]).all()):
-            return "the attention mask differs between heads"
-        result &= seen[0]
-    return result
+        value = value.expand(*value.shape[:-2], count, count).reshape(-1, count, count)
+        if len(value) not in (1, num_heads):
+            return "the attention mask is no matrix of queries and keys for each head"
+        if mask.kind == "additive":
+            visible = value > mask.hidden
+            bias = bias + torch.where(visible, value.double() * mask.factor, 0.0)
+        else:
+            visible = value if mask.kind == "visible" else ~value
+        seen = seen & visible
+    if not bool((seen == seen[:1]).all()):
+        return "the attention mask differs between heads"
+    bias = torch.where(seen, bias, 0.0)
+    return seen[0], bias.expand(num_heads, -1, -1) if bool(bias.any()) else None
 
 
-def _known(seen: Tensor, positions: Tensor, constants: Sequence[float]) -> Mask | str:
+def _known(
+    seen: Tensor, bias: Tensor | None, positions: Tensor, constants: Sequence[float]
+) -> Mask | str:
+    mask = _known_shape(seen, positions, constants)
+    if bias is None or isinstance(mask, str):
+        return mask
+    slopes = _slopes(seen, bias, positions)
+    if slopes is None:
+        return "the attention mask adds a bias that does not fall with the distance alone"
+    return mask._replace(alibi=slopes)
+
+
+def _slopes(seen: Tensor, bias: Tensor, positions: Tensor) -> tuple[float, ...] | None:
+    """Return slopes with bias = slope * (key - query) + anything a query, on what is seen; or None.
+
+    What is the same for all keys of a query leaves its softmax as it is.
+    """
+    relative = bias - bias.diagonal(dim1=-2, dim2=-1)[:, :, None]
+    distance = (positions[None] - positions[:, None]).double()
+    far = torch.where(seen, -distance, -1.0)
+    place = int(far.flatten().argmax())
+    slopes = relative.flatten(1)[:, place] / distance.flatten()[place]
+    error = torch.where(seen, relative - slopes[:, None, None] * distance, 0.0).abs().amax((1, 2))
+    if bool((error > LINEAR * bias.abs().amax((1, 2))).any()):
+        return None
+    return tuple(slopes.float().tolist())
+
+
+def _known_shape(seen: Tensor, positions: Tensor, constants: Sequence[float]) -> Mask | str:
     distance = positions[:, None] - positions[None]
     causal = distance >= 0
     if bool((seen & ~causal).any()):

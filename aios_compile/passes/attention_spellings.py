@@ -200,7 +200,7 @@ def _mask(node: Any, context: PassContext, scale: float = 1.0) -> tuple[Any, Mas
     if operands is not None and all(isinstance(o, fx.Node) for o in operands):
         for scores, mask in (operands, operands[::-1]):
             if shape_of(scores) == shape_of(node) and _is_scores(scores, context):
-                return scores, MaskNode(mask, "additive", hidden)
+                return scores, MaskNode(mask, "additive", hidden, scale)
     return None
 
 

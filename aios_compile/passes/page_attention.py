@@ -27,7 +27,7 @@ class Match(NamedTuple):
     q: fx.Node
     k: fx.Node
     v: fx.Node
-    settings: tuple[Any, ...]  # scale, window, softcap, chunk, sinks
+    settings: tuple[Any, ...]  # scale, window, softcap, chunk, sinks, alibi
 
 
 def _match(node: fx.Node, context: PassContext) -> Match | Refusal:

@@ -2,7 +2,7 @@
 
 Called or spelled out, attention is the one place where tokens mix; as one op its keys and values
 can be paged and no [T, T] matrix is ever stored. Key heads that were repeated for their query heads
-are read once, and the mask becomes two numbers.
+are read once, and the mask becomes a few numbers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def raise_attention(graph: fx.Graph, context: PassContext) -> int:
     """Rewrite scaled_dot_product_attention, or its parts, as aios.attention.
 
     What the mask is, and how heads were repeated, is found out by running those parts of the graph.
-    A mask that is not causal, or a bias such as ALiBi, is refused with the model's line.
+    A bias that falls with the distance (ALiBi) becomes a slope a head; any other bias, or a mask
+    that is not causal, is refused with the model's line.
 
     Before::
 
@@ -80,11 +81,13 @@ def _match(node: fx.Node, context: PassContext) -> Match | str | None:
         return "attention between two sequences"
     mask: Mask | str = Mask()
     if attention.masks:
-        mask = find_mask(attention.masks, context)
+        mask = find_mask(attention.masks, context, head)
     elif not attention.is_causal:
         return "attention without a mask lets tokens see later ones"
     if isinstance(mask, str):
         return mask
+    if mask.alibi is not None and attention.sinks is not None:
+        return "attention with both sinks and a bias that falls with the distance"
     sources = [source_of(x.node, x.dims, context) for x in (q, k, v)]
     if any(s is None for s in sources):
         return "attention on a batch of sequences"
@@ -117,6 +120,7 @@ def _rewrite(graph: fx.Graph, root: fx.Node, match: Match, context: PassContext)
             attention.softcap,
             mask.chunk,
             attention.sinks,
+            *([] if mask.alibi is None else [list(mask.alibi)]),
             source=[root],
         )
         new = context.call(graph, aten.permute.default, new, [1, 0, 2], source=[root])

@@ -13,6 +13,7 @@ from aios_compile.ir import ops  # noqa: F401  (registers the ops)
 from tests.codegen.harness import Kernel, make_body, sparse
 
 PAGE = 16
+SLOPES = (0.5, 0.17677669, 0.0625, -0.01)
 
 
 @functools.cache
@@ -21,7 +22,7 @@ def kernel(heads, kv_heads, width, v_width, dtype, target=None, sinks=False, pag
         return torch.ops.aios.paged_attention.default(
             q, k_cache, v_cache, starts, lengths, tables, 0.3,
             options.get("window"), options.get("softcap"), options.get("chunk"),
-            rest[0] if sinks else None,
+            rest[0] if sinks else None, options.get("alibi"),
         )  # fmt: skip
 
     def plain(q, k_cache, v_cache, starts, lengths, tables):
@@ -110,7 +111,8 @@ def test_mixed_batch_matches_the_reference(shape, dtype, target):
 @pytest.mark.parametrize(
     "options",
     [{"window": 1}, {"window": 16}, {"window": 19}, {"chunk": 8}, {"chunk": 32}, {"softcap": 5.0},
-     {"sinks": True}, {"window": 20, "softcap": 2.0, "sinks": True}, {"page": 32}],
+     {"sinks": True}, {"window": 20, "softcap": 2.0, "sinks": True}, {"page": 32},
+     {"alibi": SLOPES}, {"alibi": SLOPES, "window": 19, "softcap": 2.0}],
     ids=str,
 )  # fmt: skip
 def test_masks_softcap_sinks(options):
@@ -122,7 +124,7 @@ def test_masks_softcap_sinks(options):
     torch.testing.assert_close(batch.run(built, sinks), expected, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 19}, {"chunk": 24}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 19}, {"chunk": 24}, {"alibi": SLOPES}], ids=str)
 def test_a_row_does_not_depend_on_batch_chunk_or_split(options):
     shape = (4, 2, 24, 40)
     _, built = kernel(*shape, torch.bfloat16, **options)

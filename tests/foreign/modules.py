@@ -118,16 +118,17 @@ class Table(nn.Module):
 
 
 class Alibi(nn.Module):
-    """A bias that falls with the distance; spelled out, or given to sdpa."""
+    """A bias that falls with a power of the distance; spelled out, or given to sdpa."""
 
-    def __init__(self, called: bool) -> None:
+    def __init__(self, called: bool, power: int = 1) -> None:
         super().__init__()
-        self.called = called
+        self.called, self.power = called, power
         self.register_buffer("slopes", 2.0 ** -torch.arange(1.0, HEADS + 1))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         distance = positions[..., None, :] - positions[..., :, None]
-        bias = (distance * self.slopes[:, None, None]).masked_fill(distance > 0, float("-inf"))
+        bias = -(distance.abs() ** self.power)
+        bias = (bias * self.slopes[:, None, None]).masked_fill(distance > 0, float("-inf"))
         if self.called:
             return F.scaled_dot_product_attention(q, k, v, bias)
         return (q @ k.transpose(-1, -2) * WIDTH**-0.5 + bias).softmax(-1) @ v
@@ -204,12 +205,14 @@ GENERATABLE = {
     "one_layer": lambda: Model(blocks(causal, 1)),
     "two_kinds": lambda: Model([Block(causal()), Block(Spelled(2.0, 4), F.gelu, True)]),
     "shared_weights": lambda: Shared(blocks(causal, 1)),
+    "alibi_spelled": lambda: Model(blocks(lambda: Alibi(False))),
+    "alibi_called": lambda: Model(blocks(lambda: Alibi(True))),
     "flat": lambda: Flat(Model(blocks(causal))),
 }
 CALLABLE = {
     "running_mean": (lambda: Model(blocks(MeanOfPast)), "cumsum"),
     "convolution": (lambda: Model(blocks(Convolution)), "pad"),
-    "alibi_spelled": (lambda: Model(blocks(lambda: Alibi(False))), "bias"),
+    "squared_alibi": (lambda: Model(blocks(lambda: Alibi(False, 2))), "bias"),
     "mean_of_all": (lambda: MeanOfAll(blocks(causal, 1)), "mean"),
 }
 

@@ -54,8 +54,8 @@ def test_callable_only(name, compiled):
         check_logits(model, found, (5,))  # a refusal leaves the model in order
 
 
-def test_alibi_given_to_sdpa(compiled):
-    model = build(lambda: Model(blocks(lambda: Alibi(True))))
+def test_another_bias_given_to_sdpa(compiled):
+    model = build(lambda: Model(blocks(lambda: Alibi(True, 2))))
     with pytest.raises(UnsupportedModelError, match=r"adds a bias.*modules.py:.*bias"):
         compiled(model)
 

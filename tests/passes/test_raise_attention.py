@@ -119,9 +119,13 @@ MASKS = {
 }
 REFUSED = {
     "later": (lambda i, j, ids, table, n: i - j < 3, "see later ones"),
-    "alibi": (
-        lambda i, j, ids, table, n: (j - i) * 0.5 + causal(n),
-        "neither 0 nor minus infinity",
+    "squared distance": (
+        lambda i, j, ids, table, n: (j - i).square() * -0.5 + causal(n),
+        "does not fall with the distance alone",
+    ),
+    "bias of the key": (
+        lambda i, j, ids, table, n: torch.sin(j * 1.0) + causal(n),
+        "does not fall with the distance alone",
     ),
     "heads": (
         lambda i, j, ids, table, n: (j <= i) & (i - j < torch.arange(2, 6)[:, None, None]),
@@ -140,6 +144,36 @@ REFUSED = {
 def test_mask(name):
     mask_of, (window, chunk) = MASKS[name]
     assert attention_of(check(raise_attention, masked(mask_of), 1))[1:4] == (window, None, chunk)
+
+
+def slopes():
+    return torch.pow(2.0, torch.arange(1, 5) * -2.0)[:, None, None]
+
+
+BIASES = {
+    "distance": lambda i, j: (j - i) * slopes(),
+    "of the key only": lambda i, j: j * slopes(),
+    "from the end": lambda i, j: (j - j.max()) * slopes() - i * 0.25,
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_alibi(name):
+    def mask(i, j, ids, table, n):
+        return BIASES[name](i, j) + causal(n)
+
+    found = attention_of(check(raise_attention, masked(mask), 1))
+    assert found[1:4] == (None, None, None)
+    torch.testing.assert_close(torch.tensor(found[5]), slopes()[:, 0, 0], rtol=1e-6, atol=0)
+
+
+def test_alibi_within_a_window():
+    def mask(i, j, ids, table, n):
+        bias = (j - i) * slopes()
+        return torch.where((j <= i) & (i - j < 5), bias, float("-inf"))
+
+    found = attention_of(check(raise_attention, masked(mask), 1))
+    assert found[1] == 5 and len(found[5]) == 4
 
 
 @pytest.mark.parametrize("name", REFUSED)

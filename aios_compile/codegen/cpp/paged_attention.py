@@ -4,6 +4,7 @@ Layouts: q[T, H, D] float32 (any token and head stride), k_cache[N, Hkv, D, page
 v_cache[N, Hkv, page, Dv] in float32, bf16 or f16, query_starts i64[S+1], context_lengths i64[S],
 page_tables i64[S, P], sinks f32[H] (optional), out[T, H, Dv] float32. Sums in float32.
 Visible: causal; window w: the last w keys; chunk c: keys of the query's chunk of c positions.
+Alibi: slope * (j - position of t) is added to the capped scores (Press et al., 2021).
 Bytes: K and V of a sequence once for each (key/value head, tile of up to 32 rows = tokens * group).
 Items: (key/value head, token), tokens fastest; neighbouring tokens of one sequence form the tiles.
 Algorithm: online softmax (Milakov and Gimelshein, 2018; FlashAttention-2), four
@@ -41,6 +42,7 @@ class PagedAttentionSpec:
     softcap: float | None
     chunk: int | None
     num_operands: int
+    alibi: tuple[float, ...] | None = None
     lines: tuple[str, ...] = ()
 
 
@@ -50,7 +52,7 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> PagedAttention
     node: Any = result[0] if isinstance(result, (tuple, list)) and len(result) == 1 else result
     if not isinstance(node, fx.Node) or node.target is not torch.ops.aios.paged_attention.default:
         return None
-    names = (*ARGUMENTS, "scale", "window", "softcap", "chunk", "sinks")
+    names = (*ARGUMENTS, "scale", "window", "softcap", "chunk", "sinks", "alibi")
     bound: dict[str, Any] = dict(zip(names, node.args)) | dict(node.kwargs)
     inputs = [resolve(bound[name], operands) for name in ARGUMENTS]
     sinks = resolve(bound.get("sinks"), operands)
@@ -67,6 +69,7 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> PagedAttention
         bound.get("softcap"),
         bound.get("chunk"),
         len(operands),
+        None if bound.get("alibi") is None else tuple(map(float, bound["alibi"])),
         body_lines(body),
     )
     return spec if _fits(spec) else None
@@ -93,7 +96,7 @@ def reference(spec: PagedAttentionSpec, *tensors: Tensor) -> Tensor:
     """Compute the kernel's output in eager PyTorch; tensors in the op's order."""
     op = torch.ops.aios.paged_attention.default
     sinks = tensors[6] if spec.sinks is not None else None
-    options = (spec.scale, spec.window, spec.softcap, spec.chunk, sinks)
+    options = (spec.scale, spec.window, spec.softcap, spec.chunk, sinks, spec.alibi)
     result: Tensor = op(*tensors[:6], *options)
     return result
 
@@ -111,6 +114,7 @@ def emit(spec: PagedAttentionSpec) -> KernelSource:
         constants(HEADS=heads, KV_HEADS=kv_heads, D=width, DV=v_width, PAGE=page),
         constants(WINDOW=spec.window or 0, CHUNK=spec.chunk or 0, HAS_SINKS=spec.sinks is not None),
         constants(SCALE=float(spec.scale), SOFTCAP=float(spec.softcap or 0.0)),
+        _slopes(spec.alibi, heads),
         number("num_tokens", q.operand.shape[0]),
         number("num_sequences", lengths.operand.shape[0]),
         pointer("q_at", q.index, q.operand, ("t", "h"), q.offset),
@@ -130,3 +134,10 @@ def emit(spec: PagedAttentionSpec) -> KernelSource:
             "AIOS_INLINE float* sink_at(const Sizes*, void* const*, int64_t) { return nullptr; }"
         )
     return kernel("paged_attention", spec, definitions, spec.num_operands, lines=spec.lines)
+
+
+def _slopes(alibi: tuple[float, ...] | None, heads: int) -> str:
+    """Return the slopes of the query heads as C text; zeros where no bias is added."""
+    values = ", ".join(f"{x.hex()}f" for x in alibi or (0.0,) * heads)
+    flag = str(alibi is not None).lower()
+    return f"constexpr bool HAS_ALIBI = {flag};\nconstexpr float SLOPES[HEADS] = {{{values}}};"

@@ -51,11 +51,11 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> Bound[PagedAtt
 
 
 def serves(spec: PagedAttentionSpec) -> bool:
-    """Return whether every offset, stride and the page table's width are numbers."""
+    """Return whether no slopes are added, and every offset, stride and table width is a number."""
     views = [*spec.inputs, *([spec.sinks] if spec.sinks else [])]
     dims = [d for v in views for d in (v.offset, *v.operand.strides)]
     tables = spec.inputs[5].operand
-    return is_fixed(*dims, *spec.out.strides, *tables.shape[1:])
+    return spec.alibi is None and is_fixed(*dims, *spec.out.strides, *tables.shape[1:])
 
 
 def reference(spec: Bound[PagedAttentionSpec], *tensors: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 // chunk of the prompt, its window's neighbours, or the tile that computes it.
 //
 // The text before this one defines KeyValue (float, bf16 or f16), HEADS, KV_HEADS, D, DV, PAGE,
-// SCALE, SOFTCAP (0: none), WINDOW and CHUNK (0: none), HAS_SINKS, num_tokens(n), num_sequences(n),
+// SCALE, SOFTCAP (0: none), WINDOW and CHUNK (0: none), HAS_SINKS, HAS_ALIBI and SLOPES of the
+// query heads (added: slope * (key - query)), num_tokens(n), num_sequences(n),
 // and the addresses q_at, k_at, v_at, out_at, pages_of, start_of, length_of, sink_at.
 
 constexpr int GROUP = HEADS / KV_HEADS;                 // query heads of one key/value head
@@ -19,6 +20,7 @@ constexpr float LOWEST = -3.0e38f;
 
 struct Tile {
   int rows;
+  int64_t head;                           // its first query head
   int64_t context;                        // tokens of the sequence in the cache
   int64_t from[ROWS], to[ROWS];           // visible keys of each row, both ends included
   alignas(64) float q[ROWS][D];
@@ -129,6 +131,8 @@ AIOS_NOINLINE void softmax_step(Tile& tile, const Step& step) {
     for (int i = begin; i < end; i += VL) {
       vf score = load(s + i) * SCALE;
       if (SOFTCAP != 0.0f) score = SOFTCAP * tanh(score / SOFTCAP);
+      if constexpr (HAS_ALIBI)  // distances are exact in float32 below 2^24
+        score += SLOPES[tile.head + r % GROUP] * to_float(lanes() + (i - (int32_t)to));
       if (i < low || i + VL - 1 > high) {
         const vi key = lanes() + i;
         score = select((key >= low) & (key <= high), score, splat(-kInfinity));
@@ -214,6 +218,7 @@ AIOS_INLINE void add_step(Tile& tile, const Step& step) {
 AIOS_INLINE void start(Tile& tile, const Sizes* n, void* const* p, int64_t s, int64_t first,
                        int64_t tokens, int64_t head) {
   tile.rows = (int)tokens * GROUP;
+  tile.head = head * GROUP;
   tile.context = *length_of(n, p, s);
   for (int r = 0; r < tile.rows; ++r) {
     const int64_t t = first + r / GROUP;
