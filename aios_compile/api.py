@@ -20,6 +20,7 @@ from aios_compile.config import CompileOptions
 from aios_compile.errors import CacheError
 from aios_compile.model_source import ModelSource, open_source
 from aios_compile.progress import Progress
+from aios_compile.runtime.torch_device import require_cuda
 
 __all__ = ["CompiledModel", "load_and_compile"]
 
@@ -32,6 +33,8 @@ def load_and_compile(model: Any, **keywords: Any) -> CompiledModel:
     compiled before is mapped without importing torch. Raises AiosError: what, where, what to do.
     """
     options = CompileOptions.parse(keywords)
+    if options.device.startswith("cuda"):
+        require_cuda(options.device)  # before anything is captured or compiled
     progress = Progress(show=options.progress)
     with progress.stage("load"):
         source = open_source(model, options)

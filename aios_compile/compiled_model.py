@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aios_compile.checkpoint.tokenizer import Tokenizer
-from aios_compile.codegen.artefact import Artefact
+from aios_compile.codegen.artefact import KERNELS, Artefact
 from aios_compile.codegen.cpp import build
 from aios_compile.codegen.program import MemoryPlan, Program
 from aios_compile.config import CompileOptions
@@ -24,11 +24,14 @@ from aios_compile.runtime.batch import Executor, Limits
 from aios_compile.runtime.draft_model import DraftModel
 from aios_compile.runtime.engine import Engine, TextStream
 from aios_compile.runtime.executor import CpuExecutor
+from aios_compile.runtime.gpu_executor import GpuExecutor, token_buckets
+from aios_compile.runtime.gpu_memory import kv_pages
 from aios_compile.runtime.outputs import RequestOutput
 from aios_compile.runtime.program_runner import ProgramRunner, state_page_bytes
 from aios_compile.runtime.prompt_lookup import PromptLookup
 from aios_compile.runtime.schedule_state import SchedulerOptions
 from aios_compile.runtime.speculator import Proposer, Speculator
+from aios_compile.runtime.torch_device import open_device
 from aios_compile.sampling_params import SamplingDefaults, SamplingParams
 from aios_compile.study.report import Report
 
@@ -74,10 +77,11 @@ class CompiledModel:
         self.program = Program.from_json(self._artefact.program)
         self.limits = make_limits(self.program, self.options)
         self.runner: ProgramRunner | None = None
+        triton = self.program.settings.get("family") == "triton"
         self.scheduler_options = make_scheduler_options(
-            self.program, self.options, self.limits, can_swap=make_executor is None
+            self.program, self.options, self.limits, can_swap=make_executor is None and not triton
         )
-        executor = (make_executor or self._kernels)(self.limits)
+        executor = (make_executor or (self._gpu if triton else self._kernels))(self.limits)
         self._closing.callback(executor.close)  # again, and should the engine not start
         self.tokenizer = _load_tokenizer(self._artefact)
         settings, log = self.program.settings, self.options.decision_log
@@ -107,6 +111,31 @@ class CompiledModel:
             num_host_pages=self.scheduler_options.num_host_pages,
         )
         return CpuExecutor(self.runner, limits)
+
+    def _gpu(self, limits: Limits) -> Executor:
+        """Return the executor of the Triton target, its graphs captured for every bucket."""
+        self._closing.callback(self._artefact.close)
+        device = open_device(self.options.device)
+        memory = device.memory()
+        if memory is not None and self.options.kv_cache_memory_bytes is None:
+            free, total = memory
+            pages = kv_pages(self.program, total, free, self.options.gpu_memory_utilization)
+            most = limits.max_num_seqs * limits.max_pages_per_sequence + 1
+            limits = replace(limits, num_pages=min(pages, most))
+        limits = replace(limits, token_buckets=token_buckets(limits.max_num_batched_tokens))
+        self.limits = limits
+        kernels = self.artefact_path / KERNELS
+        executor = GpuExecutor(
+            self.program,
+            [device.load(kernels / f"{kernel.name}.py") for kernel in self.program.kernels],
+            {w.name: self._artefact.tensor(w.name) for w in self.program.weights},
+            limits,
+            device,
+        )
+        if memory is not None:  # the interpreter has nothing to compile, and is slow
+            with self.progress.stage("capture graphs"):
+                executor.capture()
+        return executor
 
     @property
     def memory_plan(self) -> MemoryPlan:

@@ -18,14 +18,13 @@ from aios_compile.capture.compare import compare_with_eager
 from aios_compile.codegen import artefact
 from aios_compile.codegen.artefact import ArtefactWriter
 from aios_compile.codegen.cpp import build
-from aios_compile.codegen.cpp.emitters import EMITTERS
 from aios_compile.codegen.cpp.step import emit_step
-from aios_compile.codegen.emit_kernels import emit_kernels
 from aios_compile.codegen.lower import lower
 from aios_compile.codegen.pack_weights import pack_weights
 from aios_compile.codegen.program import Program
 from aios_compile.codegen.quantized_weights import QuantizedWeight, remarks
 from aios_compile.codegen.source import KernelSource
+from aios_compile.codegen.targets import SUFFIXES, emit, family
 from aios_compile.config import CompileOptions, ResolvedSizes
 from aios_compile.ir.attention_window import window_tokens
 from aios_compile.ir.module import IRModule
@@ -37,6 +36,7 @@ from aios_compile.passes.pipeline import STAGES
 from aios_compile.passes.plan_memory import plan_memory
 from aios_compile.passes.runner import run_pipeline
 from aios_compile.progress import Progress
+from aios_compile.runtime.launch_list import launch_text
 from aios_compile.study import debug
 from aios_compile.study.dump import Dumper
 from aios_compile.study.kernel_table import KERNEL_TABLE, kernel_rows
@@ -86,16 +86,22 @@ def compile_model(
     debug.show_level(dumper.folder)
     with progress.stage("generate"):
         refresh(module)
-        emitted = emit_kernels(module, EMITTERS, progress.update)
+        card = gpu_card(options.device)
+        emitted = emit(module, options.device, progress.update, card)
         if module.not_generatable:  # one whole sequence a step, all of its logits
             sizes = replace(sizes, max_num_seqs=1)
         limits = limits_of(module, sizes)
-        program = lower(module, emitted, limits, settings_of(source, module, sizes), plan_memory)
-        step = emit_step(program, tuple(emitted.sources))
+        settings = settings_of(source, module, sizes, card)
+        program = lower(module, emitted, limits, settings, plan_memory)
+        step = emit_step(program, tuple(emitted.sources)) if not card else launch_text(program)
     debug.show_kernels(emitted.sources, step)
     quantized: list[QuantizedWeight] = []
     if env.EAGER.get_int(0, 1):  # PyTorch runs level 3: nothing to build, weights as they are
         writer.write_bytes(artefact.LIBRARY, b"")
+    elif card:  # Triton compiles its kernels when the device is opened
+        writer.write_bytes(artefact.LIBRARY, b"")
+        with progress.stage("pack"):
+            pack_weights(program, module, source.read, writer)
     else:
         with ThreadPoolExecutor(1) as pool:  # the compiler runs in processes: packing overlaps it
             texts = (emitted.sources, step)
@@ -127,7 +133,7 @@ def pass_options(
     kv_dtype = stored if name == "auto" else getattr(torch, name)
     width = _page_table_width(sizes)
     form = options.quantization_format()
-    return PassOptions("cpp", PAGE_SIZE, kv_dtype, 64, width, form)
+    return PassOptions(family(options.device), PAGE_SIZE, kv_dtype, 64, width, form)
 
 
 def _page_table_width(sizes: ResolvedSizes) -> int:
@@ -142,7 +148,21 @@ def limits_of(module: IRModule, sizes: ResolvedSizes) -> dict[str, int]:
     return {"T": tokens, "S": sizes.max_num_seqs, "R": rows, "P": 0, "NP": 0, "NB": 0, "NA": 0}
 
 
-def settings_of(source: ModelSource, module: IRModule, sizes: ResolvedSizes) -> dict[str, Any]:
+def gpu_card(device: str) -> str:
+    """Return the card that a device's kernels are made for: "cuda:90"; "" for the CPU.
+
+    Raises ConfigError for a GPU that is not there.
+    """
+    if family(device) == "cpp":
+        return ""
+    from aios_compile.runtime.torch_device import card_name
+
+    return card_name(device)
+
+
+def settings_of(
+    source: ModelSource, module: IRModule, sizes: ResolvedSizes, card: str = ""
+) -> dict[str, Any]:
     """Return what the runtime needs to know of a model; it becomes Program.settings."""
     from aios_compile.ir.module import outputs
 
@@ -159,7 +179,8 @@ def settings_of(source: ModelSource, module: IRModule, sizes: ResolvedSizes) -> 
         "generatable": not module.not_generatable,
         "why_not": module.not_generatable,
         "window_tokens": window_tokens(module),
-        "target": build.Target.host().name,
+        "target": card or build.Target.host().name,
+        "family": "triton" if card else "cpp",
     }
 
 
@@ -183,9 +204,11 @@ def _write_texts(
     notes: list[str],
 ) -> None:
     for kernel in sources:
-        writer.write_text(f"{artefact.KERNELS}/{kernel.name}.cpp", kernel.text)
+        suffix = SUFFIXES[kernel.language]
+        writer.write_text(f"{artefact.KERNELS}/{kernel.name}{suffix}", kernel.text)
     data = program.to_json()
-    writer.write_text(artefact.STEP, step)
+    triton = program.settings.get("family") == "triton"
+    writer.write_text(artefact.LAUNCHES if triton else artefact.STEP, step)
     writer.write_json(artefact.PROGRAM, data)
     writer.write_json(artefact.PLAN, data["plan"])
     rows = [r.to_json() for r in results]

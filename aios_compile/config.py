@@ -52,7 +52,7 @@ class CompileOptions:
     are chosen by `resolve_sizes` when the model is known.
     """
 
-    device: str = _option("auto", "auto or cpu")
+    device: str = _option("auto", "auto, cpu, cuda, or interpreter: Triton kernels on a CPU")
     dtype: str = _option("auto", "auto (the checkpoint's), float32, bfloat16 or float16")
     quantization: str | None = _option(None, "int8, int4 or a format such as uint4_g64_f16_min_f16")
     kv_cache_dtype: str = _option("auto", "auto, float32 or bfloat16")
@@ -103,8 +103,8 @@ class CompileOptions:
         object.__setattr__(self, name, value)
 
     def _check_choices(self) -> None:
-        if self.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
-            raise _bad("device", self.device, "auto or cpu")
+        if self.device.partition(":")[0] not in ("auto", "cpu", "cuda", "interpreter"):
+            raise _bad("device", self.device, "auto, cpu, cuda or interpreter")
         if self.dtype not in DTYPES:
             raise _bad("dtype", self.dtype, ", ".join(DTYPES))
         if self.quantization is not None:
@@ -138,7 +138,6 @@ class CompileOptions:
 
     def _check_not_built(self) -> None:
         missing = {
-            "device": self.device.startswith("cuda") and "the Triton target",
             "kv_cache_dtype": self.kv_cache_dtype not in KV_CACHE_DTYPES and "a quantised KV cache",
             "tensor_parallel_size": self.tensor_parallel_size > 1 and "tensor parallelism",
             "pipeline_parallel_size": self.pipeline_parallel_size > 1 and "pipeline parallelism",

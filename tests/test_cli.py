@@ -262,7 +262,6 @@ def test_a_mistake_is_told_without_a_traceback(
     ("arguments", "expected"),
     [
         (("--dtype", "int9"), "float32"),
-        (("--device", "cuda"), "not been built yet"),
         (("--speculative-config", "{"), "not JSON"),
         (("--logit-bias", "x"), "ID=BIAS"),
     ],

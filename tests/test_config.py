@@ -74,7 +74,6 @@ def test_a_bad_value_names_field_value_and_range(name: str, value: object, expec
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("device", "cuda"),
         ("kv_cache_dtype", "fp8"),
         ("tensor_parallel_size", 2),
         ("pipeline_parallel_size", 2),

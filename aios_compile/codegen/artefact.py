@@ -8,6 +8,7 @@
     quantization.json  bits and error of each quantised weight, where there are some
     kernels/*.cpp      one file a kernel, for reading      step.cpp          all of them in one step
     lib.so             what is called                      tokenizer/        as in the checkpoint
+    kernels/*.py       on the Triton target, which has launches.txt and an empty lib.so
     weights.json       name, dtype, shape, offset of each tensor; checksum of weights.bin
     weights.bin        packed tensors, each at a multiple of 64 bytes, padded with zeros
 
@@ -37,6 +38,7 @@ PROGRAM, PLAN = "program.json", "plan.json"
 CERTIFICATES, REPORT = "certificates.json", "report.json"
 QUANTIZATION = "quantization.json"
 LIBRARY, STEP, TENSORS = "lib.so", "step.cpp", "weights.json"
+LAUNCHES = "launches.txt"  # of the Triton target, instead of step.cpp
 KERNELS, TOKENIZER = "kernels", "tokenizer"
 _MAX_JSON_BYTES = 1 << 30
 

@@ -163,14 +163,14 @@ def _source_files(package: Path) -> list[str]:
         os.path.relpath(os.path.join(here, name), package)
         for here, _, names in os.walk(package)
         for name in names
-        if name.endswith((".py", ".h"))
+        if name.endswith((".py", ".h", ".txt"))
     ]
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, torch and numpy, from their metadata; no import of torch."""
+    """Return the versions of Python and packages, from their metadata; torch is not imported."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "numpy"):
+    for package in ("torch", "triton", "numpy"):
         found[package] = installed_version(package)
     return found
 

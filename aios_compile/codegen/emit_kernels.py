@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import fx
@@ -37,7 +37,7 @@ class Emitted:
 
 def emit_kernels(
     module: IRModule,
-    emitters: Sequence[ModuleType],
+    emitters: Sequence[Any],
     on_progress: Callable[[int, int], None] | None = None,
     packs: bool = True,
 ) -> Emitted:
@@ -133,7 +133,7 @@ def _operands(
     return operands
 
 
-def _emit(call: fx.Node, operands: list[Operand], emitters: Sequence[ModuleType]) -> KernelSource:
+def _emit(call: fx.Node, operands: list[Operand], emitters: Sequence[Any]) -> KernelSource:
     body = body_of(call)
     for emitter in emitters:
         spec = emitter.spec_of(body, operands)

@@ -6,8 +6,9 @@ so that a graph can be captured from them. The list does not depend on T: `offse
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from aios_compile.codegen.operand import Dim, dim_value
 from aios_compile.codegen.program import Launch, Program, Ref, RegionCall, Space
@@ -64,3 +65,26 @@ def _place(ref: Ref, arguments: tuple[Ref, ...]) -> Place:
     outer = arguments[ref.index]
     assert outer.space != "argument", "an argument is bound to a buffer"
     return Place(outer.space, outer.index, (outer.shift, ref.shift))
+
+
+def launch_text(program: Program) -> str:
+    """Return the launches of a step for people, one a line; a region's rows stand once."""
+    lines = [f"# {program.num_launches} kernels a step"]
+    for call in launch_list(program):
+        if call.row <= 0:
+            places = ", ".join(_text(program, place) for place in call.operands)
+            where = f"{call.region}[*]." if call.region else ""
+            lines.append(f"{where}{program.kernels[call.kernel].name}({places})")
+    return "\n".join(lines) + "\n"
+
+
+def _text(program: Program, place: Place) -> str:
+    tables: dict[str, Sequence[Any]] = {
+        "weight": program.weights,
+        "state": program.states,
+        "input": program.inputs,
+    }
+    if place.space in tables:
+        return str(tables[place.space][place.index].name)
+    shift = sum(s for s in place.shifts if isinstance(s, int))
+    return f"{place.space}+{place.index + shift}" if place.space == "arena" else place.space

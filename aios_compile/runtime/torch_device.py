@@ -26,12 +26,33 @@ DTYPES = {
 }  # fmt: skip
 
 
-def open_device(name: str) -> TorchDevice:
+def open_device(name: str) -> CudaDevice | InterpreterDevice:
     """Return the device "cuda", "cuda:1" or "interpreter"; ConfigError if it is not there."""
     if name == "interpreter":
         return InterpreterDevice()
     require_cuda(name)
     return CudaDevice(name)
+
+
+def card_name(name: str) -> str:
+    """Return the card that kernels for a device are made for, e.g. "cuda:90".
+
+    A GPU newer than the newest card that is known gets that card's kernels. Raises ConfigError for
+    a GPU that is not there or older than all.
+    """
+    if name == "interpreter":
+        return "cuda:90"
+    require_cuda(name)
+    import torch
+
+    if torch.version.hip:
+        chip = torch.cuda.get_device_properties(name).gcnArchName.split(":")[0]
+        return f"hip:{chip}"
+    major, minor = torch.cuda.get_device_capability(name)
+    known = [card for card in (80, 90, 100) if card <= 10 * major + minor]
+    if not known:
+        raise ConfigError(f"device={name!r} is sm_{major}{minor}, expected sm_80 or newer")
+    return f"cuda:{known[-1]}"
 
 
 def require_cuda(name: str) -> None:
@@ -92,6 +113,10 @@ class TorchDevice:
         spec.loader.exec_module(module)
         return module
 
+    def memory(self) -> tuple[int, int] | None:
+        """Return the (free, total) bytes of a card of its own, None where it is the host's."""
+        return None
+
     def close(self) -> None:
         pass
 
@@ -119,6 +144,11 @@ class CudaDevice(TorchDevice):
             raise EngineError(f"a step cannot be captured as a CUDA graph: {error}") from error
         captured: Graph = graph
         return captured
+
+    def memory(self) -> tuple[int, int]:
+        """Return the (free, total) bytes of the card."""
+        free, total = self.torch.cuda.mem_get_info()
+        return int(free), int(total)
 
     def synchronize(self) -> None:
         self.torch.cuda.synchronize()

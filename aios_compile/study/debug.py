@@ -38,8 +38,8 @@ def show_kernels(sources: Sequence[KernelSource], step: str) -> None:
     """At 4 print every generated kernel and the step."""
     if env.DEBUG.get_int(0, 5) >= 4:
         for source in sources:
-            _say(f"--- {source.name}.cpp\n{source.text}")
-        _say(f"--- step.cpp\n{step}")
+            _say(f"--- {source.name}, {source.language}\n{source.text}")
+        _say(f"--- step\n{step}")
 
 
 def _say(text: str) -> None:

@@ -64,7 +64,7 @@ def dump_artefact(artefact: Path, folder: Path) -> Path:
     recipes = folder / LEVELS / RECIPES
     if recipes.exists():
         recipes.replace(folder / RECIPES)
-    for name in ("plan.json", "program.json", "step.cpp"):
+    for name in ("plan.json", "program.json", "step.cpp", "launches.txt"):
         if (artefact / name).exists():
             shutil.copyfile(artefact / name, folder / name)
     plan = _read(artefact / "plan.json")
@@ -132,6 +132,7 @@ def _kernels(folder: Path) -> str:
     for path in sorted((folder / KERNELS).glob("*")):
         size = bytes_text(path.stat().st_size)
         items.append(f"<li><a href='{KERNELS}/{path.name}'>{path.name}</a> ({size})</li>")
-    if (folder / "step.cpp").exists():
-        items.append("<li><a href='step.cpp'>step.cpp</a>: the order of the launches</li>")
+    for name in ("step.cpp", "launches.txt"):
+        if (folder / name).exists():
+            items.append(f"<li><a href='{name}'>{name}</a>: the order of the launches</li>")
     return f"<ul>{''.join(items)}</ul>"

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from aios_compile.capture.capture import capture
-from aios_compile.codegen.cpp.emitters import EMITTERS
-from aios_compile.codegen.emit_kernels import Emitted, emit_kernels
+from aios_compile.codegen.emit_kernels import Emitted
 from aios_compile.codegen.lower import lower
 from aios_compile.codegen.program import Program
+from aios_compile.codegen.targets import emit
 from aios_compile.compiler import limits_of, pass_options, settings_of
 from aios_compile.config import CompileOptions
 from aios_compile.ir import snapshot
@@ -53,8 +53,12 @@ def plan_model(
     verify: int = 0,
     stages: Sequence[Stage] = STAGES,
     disabled: Sequence[str] = (),
+    card: str = "",
 ) -> Planned:
-    """Capture, run the passes, emit and plan. verify: 1 proves each pass on random weights."""
+    """Capture, run the passes, emit and plan. verify: 1 proves each pass on random weights.
+
+    card: with device="cuda", the GPU that the kernels are made for ("cuda:90"); none is needed.
+    """
     sizes = options.resolve_sizes(source.max_model_len)
     model = source.build()
     captured = capture(model, flat=source.flat, max_tokens=sizes.max_num_batched_tokens)
@@ -68,10 +72,10 @@ def plan_model(
         seed=options.seed,
     )
     refresh(module)
-    emitted = emit_kernels(module, EMITTERS)
+    emitted = emit(module, options.device, card=card)
     if module.not_generatable:
         sizes = replace(sizes, max_num_seqs=1)
-    settings = settings_of(source, module, sizes)
+    settings = settings_of(source, module, sizes, card)
     program = lower(module, emitted, limits_of(module, sizes), settings, plan_memory)
     return Planned(captured, module, tuple(results), emitted, program)
 

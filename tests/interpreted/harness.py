@@ -12,25 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from aios_compile.capture.capture import capture
-from aios_compile.codegen.emit_kernels import Emitted, emit_kernels
-from aios_compile.codegen.lower import lower
+from aios_compile.codegen.emit_kernels import Emitted
 from aios_compile.codegen.pack_weights import pack_weights
 from aios_compile.codegen.program import Program
-from aios_compile.codegen.triton.emitters import EMITTERS
-from aios_compile.compiler import limits_of, pass_options
 from aios_compile.config import CompileOptions
 from aios_compile.ir.module import IRModule
-from aios_compile.ir.refresh import refresh
 from aios_compile.model_source import open_source
-from aios_compile.passes.pipeline import STAGES
-from aios_compile.passes.plan_memory import plan_memory
-from aios_compile.passes.runner import run_pipeline
 from aios_compile.runtime.batch import Batch, Limits
 from aios_compile.runtime.device import Device
 from aios_compile.runtime.gpu_executor import GpuExecutor
 from aios_compile.runtime.torch_device import InterpreterDevice
 from aios_compile.study.eager_executor import EagerExecutor
+from aios_compile.study.plan_model import plan_model
 from tests import zoo
 
 PAGES, WIDTH, PAGE, SEQUENCES = 32, 8, 16, 4
@@ -72,17 +65,11 @@ class Model:
 def model(name: str, dtype: str = "float32", tokens: int = 8) -> Model:
     """Capture, rewrite, emit and lower a zoo model for steps of so many tokens."""
     folder = Path(tempfile.gettempdir()) / "aios-zoo"
-    options = CompileOptions.parse(
-        {"max_model_len": 64, "max_num_seqs": SEQUENCES, "max_num_batched_tokens": tokens}
-    )
+    sizes = {"max_model_len": 64, "max_num_seqs": SEQUENCES, "max_num_batched_tokens": tokens}
+    options = CompileOptions.parse({"device": "interpreter", **sizes})
     source = open_source(str(zoo.make(name, folder, dtype)), options)
-    built, sizes = source.build(), options.resolve_sizes(source.max_model_len)
-    module = capture(built, flat=source.flat, max_tokens=tokens)
-    chosen = dataclasses.replace(pass_options(options, source, sizes, built), target="triton")
-    run_pipeline(module, STAGES, chosen, verify=0)
-    refresh(module)
-    emitted = emit_kernels(module, EMITTERS, packs=False)
-    program = lower(module, emitted, limits_of(module, sizes), {}, plan_memory)
+    planned = plan_model(source, options, card="cuda:90")
+    module, emitted, program = planned.module, planned.emitted, planned.program
     memory = _Memory()
     pack_weights(program, module, source.read, memory)
     place = Path(tempfile.mkdtemp(prefix="aios-triton-"))

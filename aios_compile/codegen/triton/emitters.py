@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
+from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton import (
     embedding,
     kv_write,
@@ -16,6 +20,25 @@ from aios_compile.codegen.triton import (
     row_reduction,
     sample,
 )
+from aios_compile.codegen.triton.cards import DEFAULT, Card
+
+
+@dataclass(frozen=True)
+class ForCard:
+    """An emitter whose configurations depend on the card."""
+
+    emitter: Any
+    card: Card
+
+    def spec_of(self, *arguments: Any) -> Any:
+        """Return the emitter's spec."""
+        return self.emitter.spec_of(*arguments)
+
+    def emit(self, spec: Any) -> KernelSource:
+        """Return the module with the configurations for the card."""
+        source: KernelSource = self.emitter.emit(spec, card=self.card)
+        return source
+
 
 EMITTERS: tuple[ModuleType, ...] = (
     embedding,
@@ -29,3 +52,8 @@ EMITTERS: tuple[ModuleType, ...] = (
     matmul,
     pointwise,
 )
+
+
+def emitters_for(card: Card = DEFAULT) -> Sequence[Any]:
+    """Return the emitters for a card."""
+    return [ForCard(e, card) if e is linear else e for e in EMITTERS]

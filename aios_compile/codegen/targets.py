@@ -1,0 +1,38 @@
+"""The two targets of code generation: C++ for a CPU, Triton for a GPU (or its interpreter)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from aios_compile.codegen.emit_kernels import Emitted, emit_kernels
+from aios_compile.ir.module import IRModule
+
+Family = Literal["cpp", "triton"]
+SUFFIXES = {"cpp": ".cpp", "triton": ".py"}
+
+
+def family(device: str) -> Family:
+    """Return which target runs on a device of config.CompileOptions."""
+    return "triton" if device.partition(":")[0] in ("cuda", "interpreter") else "cpp"
+
+
+def emit(
+    module: IRModule,
+    device: str,
+    on_progress: Callable[[int, int], None] | None = None,
+    card: str = "",
+) -> Emitted:
+    """Emit every kernel of a level-3 module for a device; card: "cuda:90" and the like.
+
+    Raises CodegenError naming the model line, or a card that is not known.
+    """
+    if family(device) == "cpp":
+        from aios_compile.codegen.cpp.emitters import EMITTERS
+
+        return emit_kernels(module, EMITTERS, on_progress)
+    from aios_compile.codegen.triton.cards import DEFAULT, card_of
+    from aios_compile.codegen.triton.emitters import emitters_for
+
+    chosen = emitters_for(card_of(card) if card else DEFAULT)
+    return emit_kernels(module, chosen, on_progress, packs=False)
