@@ -15,9 +15,10 @@ from aios_compile.codegen.layout import base_of, check_dense, kernel_calls
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.errors import CodegenError
-from aios_compile.ir import provenance
+from aios_compile.ir import ops, provenance
 from aios_compile.ir.module import IRModule, body_of, outputs, placeholders
 
+assert ops.TABLE, "the op table registers the aios operators"
 aios = torch.ops.aios
 ROWS16 = "rows16"
 LINEARS = (aios.linear.default, aios.linear, aios.quantized_linear.default)
