@@ -13,8 +13,8 @@ sdpa = torch.ops.aios.sdpa.default
 
 def attention_of(module, region=""):
     (node,) = (n for n in module.graphs()[region].graph.nodes if "aios.attention" in str(n.target))
-    window, softcap, chunk, sinks = node.args[4:]
-    return node.args[3], window, softcap, chunk, sinks
+    scale, window, softcap, chunk, sinks, *alibi = node.args[3:]
+    return scale, window, softcap, chunk, sinks, *alibi
 
 
 def repeat(x, n):
