@@ -29,6 +29,7 @@ from aios_compile.config import CompileOptions, ResolvedSizes
 from aios_compile.ir.attention_window import window_tokens
 from aios_compile.ir.module import IRModule
 from aios_compile.ir.refresh import refresh
+from aios_compile.ir.stored_weights import bind_stored_weights
 from aios_compile.model_source import ModelSource
 from aios_compile.passes.certificate import CertificateCache
 from aios_compile.passes.context import PassOptions
@@ -70,6 +71,7 @@ def compile_model(
         dumper.level("captured", module)
         if env.VERIFY.get_int(0, 2):
             compare_with_eager(model, module, seed=options.seed)
+        bind_stored_weights(module, source.stored_forms())
     with progress.stage("passes"):
         results = run_pipeline(
             module,

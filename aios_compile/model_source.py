@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from aios_compile.checkpoint import hub
 from aios_compile.checkpoint.folder import CheckpointFolder
@@ -27,6 +28,8 @@ class ModelSource:
     """A model that was opened and checked; nothing large has been read.
 
     build() makes the module to capture (torch is imported then); read(name) gives a weight.
+    stored_forms() says which weights are stored quantised, in which format of ir/quant_format.py;
+    read("name:format") gives the rows of those (ir/stored_weights.py).
     """
 
     name: str
@@ -39,6 +42,7 @@ class ModelSource:
     files: tuple[Path, ...] = ()
     tokenizer: Tokenizer | None = None
     notes: tuple[str, ...] = ()
+    stored_forms: Callable[[], Mapping[str, str]] = dict
 
 
 def open_source(model: Any, options: CompileOptions) -> ModelSource:
@@ -73,15 +77,22 @@ def _open_checkpoint(path: Path, options: CompileOptions) -> ModelSource:
         return build_fake(lambda: Decoder(config), getattr(torch, dtype))
 
     def read(name: str) -> Tensor:
-        if name not in known:
+        tensor, _, form = name.partition(":")
+        if tensor not in known:
             raise KeyError(name)
+        if form:
+            return _read_rows(folder.weights, tensor, form)
         return _read_tensor(folder.weights, name, dtype)
+
+    def stored_forms() -> dict[str, str]:
+        forms = {name: folder.weights.stored_form(name) for name in folder.weights.names()}
+        return {name: form for name, form in forms.items() if form}
 
     known = set(folder.weights.names())
     tokenizer = _tokenizer(folder, options)
     eos = tokenizer.eos_ids if tokenizer is not None else ()
     notes = [f"config key {key!r} has no meaning here" for key in config.ignored_keys]
-    notes += _dequantized_notes(folder.weights, dtype)
+    notes += _quantized_notes(folder.weights, dtype)
     return ModelSource(
         name=str(path),
         build=build,
@@ -93,6 +104,7 @@ def _open_checkpoint(path: Path, options: CompileOptions) -> ModelSource:
         files=tuple(folder.files()),
         tokenizer=tokenizer,
         notes=tuple(notes),
+        stored_forms=stored_forms,
     )
 
 
@@ -111,20 +123,43 @@ def _read_tensor(weights: Tensors, name: str, dtype: str) -> Tensor:
     return values
 
 
-def _dequantized_notes(weights: Tensors, dtype: str) -> list[str]:
-    """Say what dequantising on loading costs; nothing where nothing is quantised."""
+def _read_rows(weights: Tensors, name: str, form: str) -> Tensor:
+    """Return the rows uint8 [N, row_bytes] of a quantised tensor, made piece by piece."""
+    import torch
+
+    from aios_compile.ir.quant_format import QuantFormat
+    from aios_compile.ir.quantized import SCALE_DTYPES, QuantFields, pack_fields
+
+    parsed = QuantFormat.parse(form)
+    shape = weights.info(name).shape
+    rows = torch.empty(shape[0], parsed.row_bytes(shape[1]), dtype=torch.uint8)
+    for row, part in weights.fields(name):
+        parts = [
+            None if p is None else torch.from_numpy(np.ascontiguousarray(p))
+            for p in (
+                part.codes,
+                part.scales,
+                part.minimums,
+                part.super_scales,
+                part.super_minimums,
+            )
+        ]
+        codes, scales, *rest = parts
+        assert codes is not None and scales is not None
+        scales = scales.to(SCALE_DTYPES.get(parsed.scales, torch.int8))
+        rows[row : row + len(codes)] = pack_fields(parsed, QuantFields(codes, scales, *rest))
+    return rows
+
+
+def _quantized_notes(weights: Tensors, dtype: str) -> list[str]:
+    """Say in which formats weights are stored; nothing where none is quantised."""
     stored = weights.quantized_bytes()
     if not stored:
         return []
-    count = sum(
-        math.prod(weights.info(name).shape)
-        for name in weights.names()
-        if weights.is_quantized(name)
-    )
-    taken = count * {"float32": 4}.get(dtype, 2)
     return [
-        f"{', '.join(sorted(stored))} weights are dequantised to {dtype} on loading: "
-        f"{sum(stored.values())} bytes in the file, {taken} in memory"
+        f"the checkpoint stores weights as {', '.join(sorted(stored))}, {sum(stored.values())} "
+        "bytes: linear layers compute with the codes as they are (keep_quantized_weights), what "
+        f"else reads them gets {dtype}"
     ]
 
 

@@ -34,40 +34,57 @@ FLOAT_TYPES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}  # bytes a weig
 
 
 class Groups(NamedTuple):
-    """Blocks taken apart. n blocks of G groups of g weights.
+    """Blocks taken apart. n blocks of G groups of g weights, as they are stored.
 
-    codes: int8 [n, G, g]; scales: float32 [n, G]; minimums: float32 [n, G], None for zero.
+    codes: uint8 [n, G, g], which `low` of the block type is added to. scales: float16 [n, G], or
+    int8 under super_scales float16 [n, 1]. minimums: float16 [n, G], or uint8 under super_minimums
+    float16 [n, 1]; None for zero.
     """
 
-    codes: NDArray[np.int8]
-    scales: Floats
-    minimums: Floats | None
+    codes: NDArray[Any]
+    scales: NDArray[Any]
+    minimums: NDArray[Any] | None = None
+    super_scales: NDArray[np.float16] | None = None
+    super_minimums: NDArray[np.float16] | None = None
 
 
 @dataclass(frozen=True)
 class BlockType:
-    """Sizes of a block, and `unpack`: uint8 [n, num_bytes] to Groups."""
+    """Sizes of a block, what is added to its codes, `unpack`: uint8 [n, num_bytes] to Groups; the
+    format of ir/quant_format.py that holds the same.
+    """
 
     num_weights: int
     num_bytes: int
+    low: int
     unpack: Callable[[Bytes], Groups]
+    form: str
 
 
 def dequantize(dtype: str, data: Bytes) -> Floats:
     """Return the float32 weights [rows, columns] of uint8 rows [rows, bytes of a row]."""
     block = BLOCK_TYPES[dtype]
+    groups = block.unpack(data.reshape(-1, block.num_bytes))
     with np.errstate(invalid="ignore"):  # an infinite scale: found by name when weights are packed
-        codes, scales, minimums = block.unpack(data.reshape(-1, block.num_bytes))
-        values: Floats = codes.astype(np.float32)
-        values *= scales[:, :, None]
-        if minimums is not None:
-            values -= minimums[:, :, None]
+        values: Floats = groups.codes.astype(np.float32)
+        values += np.float32(block.low)
+        values *= _whole(groups.scales, groups.super_scales)
+        if groups.minimums is not None:
+            values -= _whole(groups.minimums, groups.super_minimums)
     return values.reshape(len(data), -1)
 
 
-def _half(data: Bytes) -> Floats:
-    """Return float16 pairs of bytes [n, 2] as float32 [n, 1]."""
-    return np.ascontiguousarray(data).view("<f2").astype(np.float32)
+def _whole(scales: NDArray[Any], supers: NDArray[np.float16] | None) -> Floats:
+    """Return scales as float32 [n, G, 1]."""
+    values = scales.astype(np.float32)
+    if supers is not None:
+        values = supers.astype(np.float32) * values
+    return values[:, :, None]
+
+
+def _half(data: Bytes) -> NDArray[np.float16]:
+    """Return pairs of bytes [n, 2] as float16 [n, 1]."""
+    return np.ascontiguousarray(data).view("<f2")
 
 
 def _nibbles(data: Bytes) -> Bytes:
@@ -80,61 +97,52 @@ def _bits(data: Bytes) -> Bytes:
     return np.unpackbits(data, axis=-1, bitorder="little")
 
 
-def _signed(codes: Any, offset: int = 0) -> NDArray[np.int8]:
-    return codes.astype(np.int8) - np.int8(offset)  # type: ignore[no-any-return]
-
-
 def _q4_0(b: Bytes) -> Groups:
-    return Groups(_signed(_nibbles(b[:, 2:]), 8)[:, None], _half(b[:, :2]), None)
+    return Groups(_nibbles(b[:, 2:])[:, None], _half(b[:, :2]))
 
 
 def _q4_1(b: Bytes) -> Groups:
-    return Groups(_signed(_nibbles(b[:, 4:]))[:, None], _half(b[:, :2]), -_half(b[:, 2:4]))
+    return Groups(_nibbles(b[:, 4:])[:, None], _half(b[:, :2]), -_half(b[:, 2:4]))
 
 
 def _q5_0(b: Bytes) -> Groups:
     codes = _nibbles(b[:, 6:]) | _bits(b[:, 2:6]) << 4
-    return Groups(_signed(codes, 16)[:, None], _half(b[:, :2]), None)
+    return Groups(codes[:, None], _half(b[:, :2]))
 
 
 def _q5_1(b: Bytes) -> Groups:
     codes = _nibbles(b[:, 8:]) | _bits(b[:, 4:8]) << 4
-    return Groups(_signed(codes)[:, None], _half(b[:, :2]), -_half(b[:, 2:4]))
+    return Groups(codes[:, None], _half(b[:, :2]), -_half(b[:, 2:4]))
 
 
 def _q8_0(b: Bytes) -> Groups:
-    return Groups(b[:, None, 2:].view(np.int8), _half(b[:, :2]), None)
+    return Groups(b[:, None, 2:] ^ 0x80, _half(b[:, :2]))  # int8 + 128
 
 
-def _six_bit_scales(packed: Bytes) -> tuple[Floats, Floats]:
-    """Return 8 scales and 8 minimums of 6 bits from 12 bytes [n, 12] (ggml's get_scale_min_k4).
+def _k_scales(b: Bytes) -> tuple[NDArray[Any], ...]:
+    """Return 8 scales, 8 minimums, d, dmin of a block that begins with d, dmin and 12 bytes.
 
     Bytes 0-3 and 4-7 hold the first four of each in their low 6 bits; the last four have 4 bits in
-    bytes 8-11 (scale low, minimum high) and their upper 2 bits on top of the first eight bytes.
+    bytes 8-11 (scale low, minimum high) and their upper 2 bits on top of the first eight bytes
+    (ggml's get_scale_min_k4).
     """
-    scale, minimum, low = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
+    scale, minimum, low = b[:, 4:8], b[:, 8:12], b[:, 12:16]
     scales = np.concatenate((scale & 63, low & 0xF | scale >> 6 << 4), axis=1)
     minimums = np.concatenate((minimum & 63, low >> 4 | minimum >> 6 << 4), axis=1)
-    return scales.astype(np.float32), minimums.astype(np.float32)
-
-
-def _k_scales(b: Bytes) -> tuple[Floats, Floats]:
-    """Return scales and minimums [n, 8] of a block that begins with d, dmin and 12 bytes."""
-    scales, minimums = _six_bit_scales(b[:, 4:16])
-    return _half(b[:, :2]) * scales, _half(b[:, 2:4]) * minimums
+    return scales.view(np.int8), minimums, _half(b[:, :2]), _half(b[:, 2:4])
 
 
 def _q4_k(b: Bytes) -> Groups:
     """4 runs of 32 bytes: the low halves are one group of 32, the high halves the next."""
     codes = _nibbles(b[:, 16:].reshape(-1, 4, 32))
-    return Groups(_signed(codes).reshape(-1, 8, 32), *_k_scales(b))
+    return Groups(codes.reshape(-1, 8, 32), *_k_scales(b))
 
 
 def _q5_k(b: Bytes) -> Groups:
     """As Q4_K; the fifth bits of group i are the bits i of 32 bytes."""
     fifth = b[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
     codes = _nibbles(b[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32) | fifth << 4
-    return Groups(_signed(codes), *_k_scales(b))
+    return Groups(codes, *_k_scales(b))
 
 
 def _q6_k(b: Bytes) -> Groups:
@@ -142,18 +150,17 @@ def _q6_k(b: Bytes) -> Groups:
     low = _nibbles(b[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
     shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
     high = b[:, 128:192].reshape(-1, 2, 1, 32) >> shifts & 3
-    codes = _signed(low | high << 4, 32).reshape(-1, 16, 16)
-    scales = np.ascontiguousarray(b[:, 192:208]).view(np.int8).astype(np.float32)
-    return Groups(codes, _half(b[:, 208:]) * scales, None)
+    scales = np.ascontiguousarray(b[:, 192:208]).view(np.int8)
+    return Groups((low | high << 4).reshape(-1, 16, 16), scales, None, _half(b[:, 208:]))
 
 
 BLOCK_TYPES: Mapping[str, BlockType] = {
-    "Q8_0": BlockType(32, 34, _q8_0),
-    "Q4_0": BlockType(32, 18, _q4_0),
-    "Q4_1": BlockType(32, 20, _q4_1),
-    "Q5_0": BlockType(32, 22, _q5_0),
-    "Q5_1": BlockType(32, 24, _q5_1),
-    "Q4_K": BlockType(256, 144, _q4_k),
-    "Q5_K": BlockType(256, 176, _q5_k),
-    "Q6_K": BlockType(256, 210, _q6_k),
+    "Q8_0": BlockType(32, 34, -128, _q8_0, "int8_g32_f16"),
+    "Q4_0": BlockType(32, 18, -8, _q4_0, "int4_g32_f16"),
+    "Q4_1": BlockType(32, 20, 0, _q4_1, "uint4_g32_f16_min_f16"),
+    "Q5_0": BlockType(32, 22, -16, _q5_0, "int5_g32_f16"),
+    "Q5_1": BlockType(32, 24, 0, _q5_1, "uint5_g32_f16_min_f16"),
+    "Q4_K": BlockType(256, 144, 0, _q4_k, "uint4_g32_k_min_k"),
+    "Q5_K": BlockType(256, 176, 0, _q5_k, "uint5_g32_k_min_k"),
+    "Q6_K": BlockType(256, 210, -32, _q6_k, "int6_g16_k"),
 }

@@ -17,7 +17,7 @@ from aios_compile.checkpoint.gguf_blocks import BLOCK_TYPES, FLOAT_TYPES, dequan
 from aios_compile.checkpoint.gguf_header import GgufHeader
 from aios_compile.checkpoint.gguf_names import ROPE_FACTORS, hf_name
 from aios_compile.checkpoint.mapped import MappedFiles
-from aios_compile.checkpoint.tensors import PIECE_WEIGHTS, Array, Tensors
+from aios_compile.checkpoint.tensors import PIECE_WEIGHTS, Array, StoredFields, Tensors
 
 NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
@@ -66,6 +66,22 @@ class GgufWeights(Tensors):
         step = max(1, PIECE_WEIGHTS // info.shape[-1])
         for row in range(0, len(rows), step):
             yield row, dequantize(info.dtype, rows[row : row + step])
+
+    def stored_form(self, name: str) -> str:
+        info = self.info(name)
+        good = info.dtype in BLOCK_TYPES and len(info.shape) == 2
+        return BLOCK_TYPES[info.dtype].form if good else ""
+
+    def fields(self, name: str) -> Iterator[tuple[int, StoredFields]]:
+        info = self.info(name)
+        block = BLOCK_TYPES[info.dtype]
+        rows = self.quantized_rows(name)
+        step = max(1, PIECE_WEIGHTS // info.shape[-1])
+        for row in range(0, len(rows), step):
+            part = rows[row : row + step]
+            groups = block.unpack(part.reshape(-1, block.num_bytes))
+            flat = (None if field is None else field.reshape(len(part), -1) for field in groups)
+            yield row, StoredFields(*flat)  # type: ignore[arg-type]
 
     def quantized_rows(self, name: str) -> NDArray[np.uint8]:
         """Return the blocks of a quantised tensor in the model's order: uint8 [rows, bytes]."""

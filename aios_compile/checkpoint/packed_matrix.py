@@ -19,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aios_compile.checkpoint.safetensors_header import TensorInfo
+from aios_compile.checkpoint.tensors import StoredFields
 from aios_compile.checkpoint.weights import WeightFiles
 from aios_compile.errors import CheckpointError, UnsupportedModelError
 
 Codes = NDArray[np.uint8]
 BITS = (4, 8)
+STORED_GROUPS = (128, 64, 32)  # of ir/quant_format.py, the largest first
 SCALE_DTYPES = ("F16", "BF16", "F32")
 
 
@@ -84,6 +86,48 @@ def dequantize_rows(matrix: PackedMatrix, begin: int, end: int) -> NDArray[np.fl
     with np.errstate(invalid="ignore"):  # an infinite scale is found when weights are packed
         floats *= matrix.scales(begin, end).astype(np.float32)[:, index]
     return floats
+
+
+def stored_form(matrix: PackedMatrix) -> str:
+    """Return the format of ir/quant_format.py that holds the same values, "" for none.
+
+    None has columns whose groups are shuffled (act-order), nor a zero point with float32 scales,
+    whose product would be rounded twice.
+    """
+    layout = matrix.layout
+    group = _stored_group(layout)
+    if not group or matrix.group_of_column() is not None:
+        return ""
+    scales = layout.parts["scales"].dtype.lower()
+    if _is_symmetric(matrix):
+        return f"int{layout.bits}_g{group}_{scales}"
+    return "" if scales == "f32" else f"uint{layout.bits}_g{group}_{scales}_min_zero"
+
+
+def stored_fields(matrix: PackedMatrix, form: str, begin: int, end: int) -> StoredFields:
+    """Return rows [begin, end) in the format `form`, which stored_form gave."""
+    layout = matrix.layout
+    group = _stored_group(layout)
+    index = np.arange(layout.columns // group) * group // layout.group
+    zeros = matrix.zeros(begin, end) if form.endswith("_min_zero") else None
+    scales = matrix.scales(begin, end)[:, index]
+    return StoredFields(
+        matrix.codes(begin, end), scales, None if zeros is None else zeros[:, index]
+    )
+
+
+def _stored_group(layout: PackedLayout) -> int:
+    """Return the largest group that cuts both the rows and the groups of a matrix, 0 for none."""
+    for group in STORED_GROUPS:
+        if layout.columns % group == 0 and layout.group % group == 0:
+            return group
+    return 0
+
+
+def _is_symmetric(matrix: PackedMatrix) -> bool:
+    layout = matrix.layout
+    zeros = matrix.zeros(0, layout.rows)
+    return zeros is None or bool(np.all(zeros == 1 << (layout.bits - 1)))
 
 
 def unpack(words: NDArray[Any], bits: int, axis: int) -> Codes:

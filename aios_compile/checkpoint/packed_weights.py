@@ -11,9 +11,14 @@ import numpy as np
 from aios_compile.checkpoint.awq import find_awq
 from aios_compile.checkpoint.compressed_tensors import find_compressed
 from aios_compile.checkpoint.gptq import find_gptq
-from aios_compile.checkpoint.packed_matrix import PackedMatrix, dequantize_rows
+from aios_compile.checkpoint.packed_matrix import (
+    PackedMatrix,
+    dequantize_rows,
+    stored_fields,
+    stored_form,
+)
 from aios_compile.checkpoint.safetensors_header import TensorInfo
-from aios_compile.checkpoint.tensors import PIECE_WEIGHTS, Array, Tensors
+from aios_compile.checkpoint.tensors import PIECE_WEIGHTS, Array, StoredFields, Tensors
 from aios_compile.checkpoint.weights import WEIGHT_DTYPES, WeightFiles
 from aios_compile.errors import CheckpointError, UnsupportedModelError
 
@@ -34,6 +39,7 @@ class PackedWeights(Tensors):
         self.files = weights.files
         self._plain = weights
         self._packed = {f"{stem}.weight": matrix for stem, matrix in packed.items()}
+        self._forms: dict[str, str] = {}
         parts = {
             (info.file, info.begin, info.end)
             for matrix in packed.values()
@@ -94,12 +100,26 @@ class PackedWeights(Tensors):
         if name not in self._packed:
             yield 0, self.read(name)
             return
-        matrix = self._packed[name]
+        for begin, end in self._steps(name):
+            yield begin, dequantize_rows(self._packed[name], begin, end)
+
+    def stored_form(self, name: str) -> str:
+        if name not in self._packed:
+            return ""
+        if name not in self._forms:  # looks at all zero points
+            self._forms[name] = stored_form(self._packed[name])
+        return self._forms[name]
+
+    def fields(self, name: str) -> Iterator[tuple[int, StoredFields]]:
+        form = self.stored_form(name)
+        for begin, end in self._steps(name):
+            yield begin, stored_fields(self._packed[name], form, begin, end)
+
+    def _steps(self, name: str) -> Iterator[tuple[int, int]]:
         rows, columns = self.info(name).shape
         step = max(8, PIECE_WEIGHTS // columns // 8 * 8)  # AWQ has words of eight rows
         for begin in range(0, rows, step):
-            end = min(begin + step, rows)
-            yield begin, dequantize_rows(matrix, begin, end)
+            yield begin, min(begin + step, rows)
 
     def check(
         self, expected: Mapping[str, tuple[int, ...]], tied: Mapping[str, str] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,21 @@ Array = NDArray[Any]
 # Older checkpoints carry the RoPE frequencies, which are computed from config.json.
 HARMLESS_EXTRA = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 PIECE_WEIGHTS = 1 << 22  # dequantised at a time: 16 MiB of float32
+
+
+@dataclass(frozen=True)
+class StoredFields:
+    """The parts of some rows of a quantised matrix: N rows, K columns, G groups, B super-blocks.
+
+    codes: uint8 [N, K]. scales: [N, G], floats or int8 under super_scales float16 [N, B]. minimums:
+    [N, G] floats, uint8 under super_minimums float16 [N, B], or uint8 zero points; None without.
+    """
+
+    codes: Array
+    scales: Array
+    minimums: Array | None = None
+    super_scales: Array | None = None
+    super_minimums: Array | None = None
 
 
 class Tensors(ABC):
@@ -50,6 +66,14 @@ class Tensors(ABC):
     def quantized_bytes(self) -> dict[str, int]:
         """Return the bytes that quantised tensors take in the files, by format; {} for none."""
         return {}
+
+    def stored_form(self, name: str) -> str:
+        """Return the format of ir/quant_format.py in which a tensor can be kept, "" for none."""
+        return ""
+
+    def fields(self, name: str) -> Iterator[tuple[int, StoredFields]]:
+        """Yield (first row, fields) of a tensor that has a stored form."""
+        raise NotImplementedError(name)
 
     @abstractmethod
     def read(self, name: str) -> Array:

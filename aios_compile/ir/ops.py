@@ -228,6 +228,13 @@ OPS: tuple[Op, ...] = (
         "weight[N, K] as the rows uint8[N, row_bytes] of a format (ir/quant_format.py)",
     ),
     Op(
+        "dequantize_rows",
+        "(Tensor rows, str form) -> Tensor",
+        quantized.dequantize_rows,
+        quantized.fake_dequantize_rows,
+        "the matrix float32[N, K] of rows uint8[N, row_bytes] of a format (ir/quant_format.py)",
+    ),
+    Op(
         "quantized_linear",
         "(Tensor x, Tensor weight, str form, Tensor? bias=None) -> Tensor",
         quantized.quantized_linear,

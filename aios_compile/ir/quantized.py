@@ -100,6 +100,16 @@ def dequantize(rows: Tensor, form: QuantFormat) -> Tensor:
     return values.reshape(count, depth)
 
 
+def dequantize_rows(rows: Tensor, form: str) -> Tensor:
+    """Return dequantize() of rows of a named format."""
+    return dequantize(rows, QuantFormat.parse(form))
+
+
+def fake_dequantize_rows(rows: Tensor, form: str) -> Tensor:
+    depth = QuantFormat.parse(form).depth(int(rows.shape[1]))
+    return rows.new_empty(rows.shape[0], depth, dtype=torch.float32)
+
+
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return (codes int8 [..., K], scales float32 [..., K / 32]) of float32 x: x = code * scale.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from aios_compile.ir.module import IRModule, Recipe, outputs, placeholders
 from aios_compile.ir.quant_format import QuantFormat
 from aios_compile.ir.quantized import dequantize
+from aios_compile.ir.stored_weights import random_rows, split_name, stored_rows
 
 VOCABULARY_ROWS = 64
 _SLACK = 1 << 16  # offsets are spread over this many elements
@@ -54,10 +55,14 @@ class RandomWeights:
             shapes[name], dtypes[name] = tuple(tensor.shape), tensor.dtype
         for node in placeholders(module.root.graph):
             recipe = module.weights.get(node.name)
+            value = node.meta["val"]
             if recipe is not None and recipe.is_identity():
-                value = node.meta["val"]
                 shapes[recipe.names[0]] = tuple(int(s) for s in value.shape)
                 dtypes[recipe.names[0]] = value.dtype
+            elif recipe is not None and (stored := stored_rows(recipe)) is not None:
+                rows, depth = map(int, value.shape)
+                shapes[stored[0]] = (rows, QuantFormat.parse(stored[1]).row_bytes(depth))
+                dtypes[stored[0]] = torch.uint8
         known = {n: t for n, t in module.tensors.items() if not isinstance(t, nn.Parameter)}
         return RandomWeights(shapes, dtypes, known, seed, vocabulary)
 
@@ -119,6 +124,8 @@ class RandomWeights:
         shape, dtype = self.shapes[name], self.dtypes[name]
         if self._is_table(shape):
             shape = (VOCABULARY_ROWS, *shape[1:])
+        if split_name(name)[1]:
+            return self._rows(name, shape)
         if not dtype.is_floating_point:
             generator = torch.Generator().manual_seed(self.seed)
             return torch.randint(0, 2, shape, generator=generator).to(dtype)
@@ -128,6 +135,12 @@ class RandomWeights:
             return self._window(dtype, in_float64, start, count).view(shape)
         vector = 1 + 5 * self._window(dtype, False, start, count).view(shape)
         return _upcast(vector) if in_float64 else vector
+
+    def _rows(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        key = (f"{name} {shape[0]}", False)
+        if key not in self._built:
+            self._built[key] = random_rows(name, shape, self.seed)
+        return self._built[key]
 
     def _is_table(self, shape: tuple[int, ...]) -> bool:
         return bool(self.vocabulary and shape and shape[0] == self.vocabulary)

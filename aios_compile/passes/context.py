@@ -86,12 +86,18 @@ class PassContext:
         value = self._fake_build(sources, build)
         per_call = list(zip(*(self.recipes(s) for s in sources)))
         composed = [Recipe.compose(build, recipes) for recipes in per_call]
+        return self.add_recipes(graph, name, value, composed)
+
+    def add_recipes(
+        self, graph: fx.Graph, name: str, value: Tensor, recipes: Sequence[Recipe]
+    ) -> fx.Node:
+        """Add a weight placeholder like the fake `value`, with a recipe for each call."""
         if not self.region:
             node = self._placeholder(graph, name, value)
-            self.module.weights[node.name] = composed[0]
+            self.module.weights[node.name] = recipes[0]
             return node
         outer = []
-        for i, recipe in enumerate(composed):
+        for i, recipe in enumerate(recipes):
             holder = self._placeholder(self.module.root.graph, f"{self.region}_{i}_{name}", value)
             self.module.weights[holder.name] = recipe
             outer.append(holder)

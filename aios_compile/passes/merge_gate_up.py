@@ -16,7 +16,7 @@ from aios_compile.ir import provenance
 from aios_compile.passes.context import PassContext, Refusal
 from aios_compile.passes.fusion_groups import is_call
 from aios_compile.passes.graph_pass import graph_pass
-from aios_compile.passes.merge_linears import merge, refusal_to_merge
+from aios_compile.passes.merge_linears import LINEARS, merge, refusal_to_merge
 
 aios = torch.ops.aios
 
@@ -28,7 +28,7 @@ class Match(NamedTuple):
 
 def _match(node: fx.Node, context: PassContext) -> Match | Refusal | None:
     gate, up = node.args[0], node.args[1]
-    if not (is_call(gate, aios.linear.default) and is_call(up, aios.linear.default)):
+    if not (is_call(gate, *LINEARS) and is_call(up, *LINEARS)):
         return None
     assert isinstance(gate, fx.Node) and isinstance(up, fx.Node)
     line = provenance.source_line(node)

@@ -14,6 +14,7 @@ from aios_compile.passes.context import PassContext, Refusal, fake_value
 
 aten = torch.ops.aten
 aios = torch.ops.aios
+LINEARS = (aios.linear.default, aios.quantized_linear.default)
 
 
 def refusal_to_merge(linears: Sequence[fx.Node], context: PassContext) -> Refusal | None:
@@ -23,6 +24,9 @@ def refusal_to_merge(linears: Sequence[fx.Node], context: PassContext) -> Refusa
     biases = [b for n in linears if (b := bias_of(n)) is not None]
     if not all(context.is_weight(w) for w in (*weights, *biases)):
         return Refusal("a weight is computed in the graph, not loaded", line)
+    forms = sorted({form_of(n) or "floats" for n in linears})
+    if len(forms) > 1:
+        return Refusal(f"weights stored as {' and '.join(forms)}", line)
     dtypes = {w.meta["val"].dtype for w in weights}  # type: ignore[union-attr]
     if len(dtypes) > 1:
         return Refusal(f"weights of different dtypes: {sorted(map(str, dtypes))}", line)
@@ -34,8 +38,14 @@ def refusal_to_merge(linears: Sequence[fx.Node], context: PassContext) -> Refusa
 
 
 def bias_of(linear: fx.Node) -> fx.Node | None:
-    bias = linear.args[2] if len(linear.args) > 2 else linear.kwargs.get("bias")
+    at = 3 if linear.target is aios.quantized_linear.default else 2
+    bias = linear.args[at] if len(linear.args) > at else linear.kwargs.get("bias")
     return bias if isinstance(bias, fx.Node) else None
+
+
+def form_of(linear: fx.Node) -> str:
+    """Return the format of a quantised linear's rows, "" for a linear of floats."""
+    return str(linear.args[2]) if linear.target is aios.quantized_linear.default else ""
 
 
 def merge(graph: fx.Graph, linears: Sequence[fx.Node], name: str, context: PassContext) -> fx.Node:
@@ -50,7 +60,9 @@ def merge(graph: fx.Graph, linears: Sequence[fx.Node], name: str, context: PassC
     weight = context.add_weight(graph, f"{name}_weight", weights, _stacked)
     bias = _merge_biases(graph, linears, sizes, f"{name}_bias", context)
     with graph.inserting_before(linears[0]):
-        merged = context.call(graph, aios.linear.default, x, weight, bias, source=linears)
+        target, form = linears[0].target, form_of(linears[0])
+        values = (x, weight, form, bias) if form else (x, weight, bias)
+        merged = context.call(graph, target, *values, source=linears)
         last, start, slices = merged.meta["val"].dim() - 1, 0, []
         for linear, size in zip(linears, sizes):
             bounds = (last, start, start + size)

@@ -14,12 +14,12 @@ from torch import fx
 from aios_compile.passes.context import PassContext, Refusal
 from aios_compile.passes.fusion_groups import is_call
 from aios_compile.passes.graph_pass import graph_pass
-from aios_compile.passes.merge_linears import merge, refusal_to_merge
+from aios_compile.passes.merge_linears import LINEARS, merge, refusal_to_merge
 
 aten = torch.ops.aten
 aios = torch.ops.aios
 ATTENTION = (aios.attention.default, aios.paged_attention.default, aios.kv_write.default)
-BORDERS = (aios.linear.default, aten.mm.default, aten.addmm.default, aten.bmm.default)
+BORDERS = (*LINEARS, aten.mm.default, aten.addmm.default, aten.bmm.default)
 
 
 class Match(NamedTuple):
@@ -31,7 +31,7 @@ def _match(node: fx.Node, context: PassContext) -> Match | Refusal | None:
     x = node.args[0]
     assert isinstance(x, fx.Node)
     order = {n: i for i, n in enumerate(node.graph.nodes)}
-    group = [u for u in x.users if is_call(u, aios.linear.default) and u.args[0] is x]
+    group = [u for u in x.users if is_call(u, *LINEARS) and u.args[0] is x]
     group = sorted((u for u in group if _feeds_attention(u)), key=order.__getitem__)
     if len(group) < 2 or node is not group[0]:
         return None
@@ -75,7 +75,7 @@ def merge_qkv(graph: fx.Graph, context: PassContext) -> int:
             return aios.attention.default(q, k, v, 0.25, None, None, None, None)
     """
     hits, merged = 0, set[fx.Node]()
-    for node in graph.find_nodes(op="call_function", target=aios.linear.default):
+    for node in [n for n in graph.nodes if is_call(n, *LINEARS)]:
         match = None if node in merged else _match(node, context)
         if isinstance(match, Refusal):
             context.refuse(match)

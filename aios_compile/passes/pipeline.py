@@ -13,6 +13,7 @@ from aios_compile.passes.fuse_linear_epilogue import fuse_linear_epilogue
 from aios_compile.passes.fuse_pointwise import fuse_pointwise
 from aios_compile.passes.fuse_qk_norm_rope_kv_write import fuse_qk_norm_rope_kv_write
 from aios_compile.passes.gather_last_tokens import gather_last_tokens
+from aios_compile.passes.keep_quantized_weights import keep_quantized_weights
 from aios_compile.passes.merge_gate_up import merge_gate_up
 from aios_compile.passes.merge_qkv import merge_qkv
 from aios_compile.passes.own_outputs import own_outputs
@@ -55,6 +56,7 @@ REWRITE = Stage(
         page_attention,
         gather_last_tokens,  # before sampling: it cuts the head to the rows that are needed
         sample_tokens,
+        keep_quantized_weights,  # before the merges: rows of one format are merged, others not
         merge_qkv,
         merge_gate_up,
         quantize_weights,  # after the merges: they concatenate floats

@@ -41,9 +41,16 @@ def test_groups_say_the_same_as_the_values() -> None:
     """Codes, scales and minimums are what the values are made of: nothing else is in them."""
     for name, block in BLOCK_TYPES.items():
         data = np.random.default_rng(2).integers(0, 100, (64, block.num_bytes), dtype=np.uint8)
-        codes, scales, minimums = block.unpack(data)
-        assert codes.dtype == np.int8 and codes.shape[:2] == scales.shape
-        assert codes.shape[1] * codes.shape[2] == block.num_weights
-        low = np.zeros_like(scales) if minimums is None else minimums
-        values = np.float32(scales)[..., None] * codes.astype(np.float32) - low[..., None]
-        assert np.array_equal(values.reshape(64, -1), dequantize(name, data))
+        groups = block.unpack(data)
+        assert groups.codes.dtype == np.uint8 and groups.codes.shape[:2] == groups.scales.shape
+        assert groups.codes.shape[1] * groups.codes.shape[2] == block.num_weights
+        one = np.ones((64, 1), np.float16)
+        scales = groups.scales.astype(np.float64) * (one if groups.super_scales is None
+                                                     else groups.super_scales)  # fmt: skip
+        values = scales[..., None] * (groups.codes.astype(np.float64) + block.low)
+        if groups.minimums is not None:
+            supers = one if groups.super_minimums is None else groups.super_minimums
+            values -= (groups.minimums.astype(np.float64) * supers)[..., None]
+        got = dequantize(name, data).astype(np.float64)
+        bound = 2.0**-22 * np.abs(scales).max() * 512
+        assert np.abs(got - values.reshape(64, -1)).max() <= bound

@@ -1,0 +1,106 @@
+"""Compute with the codes of a checkpoint that is quantised already, instead of floats made of them.
+
+Pays in bytes, as quantize_weights does, and loses nothing to a second quantisation: GGUF, GPTQ, AWQ
+and compressed-tensors files keep their own codes and scales, to the bit. What the recipes before
+this pass say is dequantize_rows(rows); afterwards the linear reads the rows. Before the merges, so
+that matrices stored in different formats (Q4_K beside Q6_K) stay apart; those of one format are
+merged as rows. For the CPU; other targets have no kernel on codes and compute with the floats.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from aios_compile.ir import provenance
+from aios_compile.ir.module import Recipe
+from aios_compile.ir.quant_format import QuantFormat
+from aios_compile.ir.stored_weights import DEQUANTIZE, stored_rows
+from aios_compile.passes.context import PassContext, Refusal
+from aios_compile.passes.graph_pass import graph_pass
+
+aios = torch.ops.aios
+ACTIVATION_GROUP = 32
+
+
+class Match(NamedTuple):
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    form: str
+    names: list[str]  # of the rows, one a call of the region
+    rows: fx.Node | None = None  # where the graph has them already
+
+
+def _match(node: fx.Node, context: PassContext) -> Match | Refusal | None:
+    x, weight = node.args[:2]
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    assert bias is None or isinstance(bias, fx.Node)
+    if weight.target is DEQUANTIZE and context.is_weight(weight.args[0]):
+        rows, form = weight.args
+        assert isinstance(rows, fx.Node)
+        return Match(x, weight, bias, str(form), [], rows)
+    if not context.is_weight(weight):
+        return None
+    stored = [stored_rows(recipe) for recipe in context.recipes(weight)]
+    found = [entry for entry in stored if entry is not None]
+    if not found:
+        return None
+    line = provenance.source_line(node)
+    forms = sorted({form for _, form in found})
+    if len(found) < len(stored) or len(forms) > 1:
+        return Refusal(f"stored as {' and '.join(forms)} in some layers only", line)
+    depth = int(weight.meta["val"].shape[1])
+    if depth % ACTIVATION_GROUP:
+        return Refusal(f"rows of {depth} values, no multiple of {ACTIVATION_GROUP}", line)
+    return Match(x, weight, bias, forms[0], [name for name, _ in found])
+
+
+@graph_pass(numerics="lossy", target="cpp")
+def keep_quantized_weights(graph: fx.Graph, context: PassContext) -> int:
+    """Replace a linear whose weight is dequantised from stored rows by one on the rows.
+
+    Where a checkpoint stores `w` quantised, its recipe is dequantize_rows of the stored rows; the
+    example has it in the graph.
+
+    Before::
+
+        def f(x: "f32[T, 64]", rows: "weight u8[128, 68]"):
+            w = aios.dequantize_rows.default(rows, "int8_g32_f16")
+            return aios.linear.default(x, w, None)
+
+    After::
+
+        def f(x: "f32[T, 64]", rows: "weight u8[128, 68]"):
+            return aios.quantized_linear.default(x, rows, "int8_g32_f16", None)
+    """
+    made: dict[fx.Node, fx.Node] = {}
+    hits = 0
+    for node in graph.find_nodes(op="call_function", target=aios.linear.default):
+        match = _match(node, context)
+        if match is None or isinstance(match, Refusal):
+            if match is not None:
+                context.refuse(match)
+            continue
+        if match.weight not in made:
+            made[match.weight] = match.rows or _rows(graph, match, context)
+        values = (match.x, made[match.weight], match.form, match.bias)
+        with graph.inserting_before(node):
+            target = aios.quantized_linear.default
+            new = context.call(graph, target, *values, source=[node])
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        hits += 1
+    return hits
+
+
+def _rows(graph: fx.Graph, match: Match, context: PassContext) -> fx.Node:
+    rows, depth = map(int, match.weight.meta["val"].shape)
+    shape = (rows, QuantFormat.parse(match.form).row_bytes(depth))
+    with context.module.mode:
+        value = torch.empty(shape, dtype=torch.uint8)
+    recipes = [Recipe.identity(name) for name in match.names]
+    return context.add_recipes(graph, f"{match.weight.name}_{match.form}", value, recipes)
