@@ -322,3 +322,19 @@ def test_the_shell_can_complete_commands() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert result.stdout.split() == ["cache"], result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--dump", "out"), "--dump needs --target"),
+        (("--target", "cuda:90"), "--target needs a folder"),
+        (("--target", "cuda:75", "--dump", "new"), "no cost model for GPU target 'cuda:75'"),
+    ],
+)
+def test_compile_for_a_card_says_what_is_missing(
+    shell: Shell, arguments: tuple[str, ...], expected: str, tmp_path: Path
+) -> None:
+    given = [str(tmp_path / a) if a == "new" else a for a in arguments]
+    result = shell.run("compile", "m", *given)
+    assert result.code == 1 and expected in result.err and not shell.models

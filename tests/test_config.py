@@ -52,7 +52,7 @@ def test_an_unknown_option_lists_the_known_ones() -> None:
     ("name", "value", "expected"),
     [
         ("dtype", "int9", "float32"),
-        ("device", "tpu", "auto or cpu"),
+        ("device", "tpu", "auto, cpu, cuda or interpreter"),
         ("max_num_seqs", 0, "1 to 4096"),
         ("max_num_seqs", True, "whole number"),
         ("max_model_len", 1, "2 to"),

@@ -1,4 +1,4 @@
-"""`aios compile`, `report`, `dump`, `cache ls | rm | path` and `env`."""
+"""`aios report`, `dump`, `cache ls | rm | path` and `env`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,6 @@ from aios_compile.cli.session import load
 from aios_compile.errors import CacheError
 
 CacheDir = Annotated[str, typer.Option(help="folder of the artefact cache", show_default=False)]
-
-
-def compile_model(
-    model: ModelArgument, options: dict[str, Any], as_json: JsonOption = False
-) -> None:
-    """Make the artefact of MODEL ahead of time; print its path and size."""
-    with load(model, options) as loaded:
-        path, summary = Path(loaded.artefact_path), loaded.progress.summary()
-    size = folder_bytes(path)
-    if as_json:
-        print_json({"path": path, "bytes": size, "start": summary})
-    else:
-        print(f"{path}  {human_bytes(size)}\n{summary}")
 
 
 def report(model: ModelArgument, options: dict[str, Any], as_json: JsonOption = False) -> None:

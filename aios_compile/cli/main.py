@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from aios_compile import __version__
-from aios_compile.cli import artefacts, bisect, doctor, generate
+from aios_compile.cli import artefacts, bisect, compile_target, doctor, generate
 from aios_compile.cli.options import COMPILE, SAMPLING, command
 from aios_compile.cli.output import is_fancy
 
@@ -60,7 +60,7 @@ def _options(
 
 command(app, COMPILE, SAMPLING)(generate.generate)
 command(app, COMPILE, SAMPLING)(generate.chat)
-command(app, COMPILE, name="compile")(artefacts.compile_model)
+command(app, COMPILE, name="compile")(compile_target.compile_model)
 command(app, COMPILE)(artefacts.report)
 command(app, COMPILE)(artefacts.dump)
 command(app, COMPILE)(doctor.doctor)

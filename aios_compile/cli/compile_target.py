@@ -1,0 +1,69 @@
+"""`aios compile`: the artefact of a model, or its kernels for a GPU that is not here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from aios_compile.cli.options import JsonOption, ModelArgument
+from aios_compile.cli.output import folder_bytes, human_bytes, print_json, print_table
+from aios_compile.cli.session import load
+from aios_compile.errors import ConfigError
+
+
+def compile_model(
+    model: ModelArgument,
+    options: dict[str, Any],
+    as_json: JsonOption = False,
+    target: Annotated[
+        str, typer.Option(help="cuda:80, cuda:90, cuda:100 or hip:gfx942: kernels only, no GPU")
+    ] = "",
+    out: Annotated[str, typer.Option("--dump", help="folder for --target's kernels")] = "",
+) -> None:
+    """Make the artefact of MODEL ahead of time, or with --target its kernels for a GPU."""
+    if target:
+        _kernels(model, target, out, options, as_json)
+        return
+    if out:
+        raise ConfigError("--dump needs --target", advice="`aios dump MODEL OUT` dumps an artefact")
+    with load(model, options) as loaded:
+        path, summary = Path(loaded.artefact_path), loaded.progress.summary()
+    size = folder_bytes(path)
+    if as_json:
+        print_json({"path": path, "bytes": size, "start": summary})
+    else:
+        print(f"{path}  {human_bytes(size)}\n{summary}")
+
+
+def _kernels(model: str, target: str, out: str, options: dict[str, Any], as_json: bool) -> None:
+    """Compile for a card into the folder `out` and print what each kernel uses and costs."""
+    from aios_compile.study.gpu_compile import compile_for
+    from aios_compile.study.gpu_pages import write_pages
+
+    if not out:
+        raise ConfigError("--target needs a folder", advice=f"--target {target} --dump out/")
+    folder = Path(out).absolute()
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty", advice="choose a folder of its own")
+    report = compile_for(model, target, folder, options)
+    index = write_pages(report, folder)
+    if as_json:
+        print_json({"index": index, "kernels": [k.as_dict() for k in report.kernels]})
+        return
+    rows = [
+        (
+            k.row.name, str(k.calls), str(k.launches), human_bytes(k.bytes),
+            f"{k.predicted_us:.1f}", f"{k.share:.0%}",
+            "/".join(str(b.registers) for b in k.decode_binaries()),
+            str(sum(b.spill_bytes for b in k.decode_binaries())),
+        )
+        for k in report.kernels
+    ]  # fmt: skip
+    head = ("kernel", "calls", "launches", "bytes", "us", "roofline", "registers", "spilled")
+    print_table(head, rows)
+    print(
+        f"{report.target} ({report.card}), decode of one sequence: {report.launches} launches, "
+        f"floor {report.floor_us:.0f} us, predicted {report.predicted_us:.0f} us\n{index}"
+    )

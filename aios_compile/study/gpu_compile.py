@@ -1,0 +1,121 @@
+"""Compile a model's Triton kernels for a GPU that is not here, and say what they are made of.
+
+    for report in compile_for("Qwen3-0.6B", "cuda:90", Path("out"), {}): ...
+
+No weight is read. `out` gets the source, PTX and binary of every kernel and variant; gpu_pages.py
+makes them readable. Predictions are the roofline of a decode step of one sequence and nothing more:
+bytes over the card's bandwidth, plus what a launch costs in a graph.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from aios_compile.codegen.triton.cards import LATENCY_US, LAUNCH_US, Card, card_of
+from aios_compile.codegen.triton.compile_ahead import Binary, compile_ahead
+from aios_compile.config import CompileOptions
+from aios_compile.study.kernel_table import KernelRow, kernel_rows
+from aios_compile.study.plan_model import Planned, open_without_weights, plan_model
+
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One kernel of a decode step of one sequence (256 tokens in the cache).
+
+    calls: in a step, all layers. launches: of its module in one call. bytes, floor_us,
+    predicted_us: of one call. share: floor over prediction. binaries: all variants.
+    """
+
+    row: KernelRow
+    calls: int
+    launches: int
+    bytes: int
+    floor_us: float
+    predicted_us: float
+    binaries: tuple[Binary, ...]
+
+    @property
+    def share(self) -> float:
+        return self.floor_us / self.predicted_us
+
+    def decode_binaries(self) -> list[Binary]:
+        """Return the binaries that run for one token: those of the first variant."""
+        return [b for b in self.binaries if b.most == self.binaries[0].most]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        numbers = ("calls", "launches", "bytes", "floor_us", "predicted_us", "share")
+        values = {name: getattr(self, name) for name in numbers}
+        lines = list(self.row.model_lines)
+        binaries = [asdict(b) for b in self.binaries]
+        return {"name": self.row.name, **values, "model_lines": lines, "binaries": binaries}
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """All kernels for a card, the one with the longest time in a step first.
+
+    floor_us: every weight and KV entry once, over the bandwidth.
+    """
+
+    target: str
+    card: str
+    kernels: tuple[KernelReport, ...]
+    floor_us: float
+
+    @property
+    def predicted_us(self) -> float:
+        return sum(k.predicted_us * k.calls for k in self.kernels)
+
+    @property
+    def launches(self) -> int:
+        return sum(k.launches * k.calls for k in self.kernels)
+
+
+def plan_for(model: str | Path, target: str, keywords: Mapping[str, Any]) -> Planned:
+    """Capture and plan a model for a card; no GPU and no weights are needed.
+
+    Raises CodegenError for a card that is not known.
+    """
+    card_of(target)
+    options = CompileOptions.parse({**keywords, "device": "cuda"})
+    return plan_model(open_without_weights(model, options), options, card=target)
+
+
+def compile_for(
+    model: str | Path, target: str, out: Path, keywords: Mapping[str, Any], jobs: int = 2
+) -> StepReport:
+    """Compile every kernel of a model for a target into `out`; return what they use and cost.
+
+    Raises CodegenError naming kernel and target when one does not compile for it.
+    """
+    card = card_of(target)
+    planned = plan_for(model, target, keywords)
+    sources = planned.emitted.sources
+    binaries = compile_ahead(sources, target, out, jobs)
+    shutil.rmtree(out / "triton_cache", ignore_errors=True)
+    by_symbol = {s.symbol: tuple(b) for s, b in zip(sources, binaries)}
+    rows = kernel_rows(planned.module, planned.emitted, planned.program)
+    reports = [report_of(row, by_symbol[row.symbol], card) for row in rows]
+    reports.sort(key=lambda report: -report.predicted_us * report.calls)
+    return StepReport(target, card.name, tuple(reports), floor_us(rows, card))
+
+
+def report_of(row: KernelRow, binaries: tuple[Binary, ...], card: Card) -> KernelReport:
+    """Predict one call of a kernel: its bytes over the bandwidth, its launches, one latency."""
+    launches = sum(b.most == binaries[0].most for b in binaries)
+    size = row.bytes_a_token // max(1, row.launches)
+    floor = size / card.bytes_per_us
+    predicted = floor + launches * LAUNCH_US + LATENCY_US
+    return KernelReport(row, row.launches, launches, size, floor, predicted, binaries)
+
+
+def floor_us(rows: list[KernelRow], card: Card) -> float:
+    """Return the least time of a step: every weight and KV entry once."""
+    return sum(row.weight_bytes + row.kv_bytes for row in rows) / card.bytes_per_us

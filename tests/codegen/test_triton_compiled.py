@@ -1,0 +1,100 @@
+"""Attention and head rows compiled for a GPU that is not here, the pages about them, the plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from aios_compile.errors import CodegenError
+from aios_compile.ir import ops  # noqa: F401  (registers the ops)
+from tests.codegen.harness import make_body
+
+pytest.importorskip("triton")
+
+from aios_compile.codegen.source import KernelSource
+from aios_compile.codegen.triton import paged_attention
+from aios_compile.codegen.triton.cards import card_of
+from aios_compile.codegen.triton.compile_ahead import compile_ahead
+from aios_compile.study import gpu_compile, gpu_pages
+from aios_compile.study.kernel_table import KernelRow, kernel_rows
+from tests.codegen.triton_kernels import load
+
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024,
+    "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "head_dim": 128, "num_hidden_layers": 4, "vocab_size": 151936, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16", "hidden_act": "silu",
+}  # fmt: skip
+LLAMA = {
+    **QWEN3, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048,
+    "intermediate_size": 8192, "num_attention_heads": 32, "head_dim": 64, "vocab_size": 128256,
+}  # fmt: skip
+
+
+def attention() -> KernelSource:
+    """Return Qwen3-0.6B's attention over bfloat16 pages, 4096 positions."""
+
+    def body(q, k, v, starts, lengths, tables):
+        op = torch.ops.aios.paged_attention.default
+        return op(q, k, v, starts, lengths, tables, 0.088, None, None, None, None)
+
+    inputs = {
+        "q": (("T", 16, 128), torch.float32),
+        "k": ((64, 8, 128, 16), torch.bfloat16),
+        "v": ((64, 8, 16, 128), torch.bfloat16),
+        "starts": ((6,), torch.int64),
+        "lengths": (("S",), torch.int64),
+        "tables": (("S", 256), torch.int64),
+    }
+    graph, operands = make_body(body, inputs)
+    spec = paged_attention.spec_of(graph, operands)
+    assert spec is not None
+    return paged_attention.emit(spec)
+
+
+def test_attention_streams_pages_in_16_byte_copies_and_spills_nothing(tmp_path: Path) -> None:
+    source = attention()
+    ((split, whole),) = compile_ahead([source], "cuda:90", tmp_path)
+    for binary in (split, whole):
+        text = binary.assembly()
+        assert binary.spill_bytes == 0 and binary.registers <= 255
+        assert "cp.async.cg.shared.global" in text, "16 bytes a copy, past the first-level cache"
+        assert "ld.global.b16" not in text, "K and V are never read element by element"
+    assert "wgmma.mma_async" in whole.assembly(), "prefill multiplies with Hopper's tensor cores"
+    row = KernelRow(source.name, source.symbol, 28, 0, 28 << 20, 0, (), ("decoder.py:1",))
+    report = gpu_compile.report_of(row, (split, whole), card_of("cuda:90"))
+    assert report.launches == 1 and report.decode_binaries() == [split]
+    assert report.floor_us < report.predicted_us and report.bytes == 1 << 20
+    step = gpu_compile.StepReport("cuda:90", "H200", (report,), report.floor_us * 28)
+    index = gpu_pages.write_pages(step, tmp_path)
+    page = (tmp_path / f"{source.symbol}.html").read_text()
+    last = len(source.text.split("\n"))
+    for lines in (gpu_pages.ptx_lines(split), gpu_pages.sass_lines(split)):
+        linked = {int(x.split("#L")[1].split("'")[0]) for x in lines if "#L" in x}
+        assert len(linked) > 30 and max(linked) <= last
+    assert f"id='L{last}'" in page and "decoder.py:1" in page and "HGMMA" in page
+    assert source.symbol in index.read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["launches"] == 28
+
+
+@pytest.mark.parametrize("config", [QWEN3, LLAMA], ids=["qwen3", "llama"])
+def test_launches_a_layer_and_bytes_a_step_are_pinned(config, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    planned = gpu_compile.plan_for(tmp_path, "cuda:90", {"max_model_len": 4096})
+    rows = kernel_rows(planned.module, planned.emitted, planned.program)
+    moved = sum(row.bytes_a_token for row in rows)
+    floor = sum(row.weight_bytes + row.kv_bytes for row in rows)
+    assert moved <= 1.01 * floor
+    layer = planned.program.function("layer")
+    used = [planned.emitted.sources[item.kernel] for item in layer.items]
+    launches = sum(len(load(source).VARIANTS[0]["launches"]) for source in used)
+    assert launches == 8  # the goal is 5: norms are kernels of their own, and so is the KV write
+
+
+def test_a_card_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(CodegenError, match="cuda:75"):
+        gpu_compile.plan_for(tmp_path, "cuda:75", {})
