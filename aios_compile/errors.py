@@ -61,6 +61,10 @@ class RequestError(AiosError, ValueError):
     """One request is wrong (parameter, token id, length); other requests go on."""
 
 
+class LogError(AiosError):
+    """A decision log or a cost model cannot be read, is damaged, or is of another version."""
+
+
 class PromptTooLongError(RequestError):
     """The prompt plus the tokens asked for can never fit."""
 

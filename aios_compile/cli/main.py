@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from aios_compile import __version__
-from aios_compile.cli import artefacts, bisect, compile_target, doctor, generate
+from aios_compile.cli import artefacts, bisect, compile_target, doctor, generate, simulate
 from aios_compile.cli.options import COMPILE, SAMPLING, command
 from aios_compile.cli.output import is_fancy
 
@@ -65,6 +65,8 @@ command(app, COMPILE)(artefacts.report)
 command(app, COMPILE)(artefacts.dump)
 command(app, COMPILE)(doctor.doctor)
 command(app, COMPILE)(bisect.bisect)
+command(app)(simulate.replay)
+command(app)(simulate.simulate)
 command(app, name="env")(artefacts.show_env)
 command(cache_app, name="ls")(artefacts.cache_ls)
 command(cache_app, name="rm")(artefacts.cache_rm)

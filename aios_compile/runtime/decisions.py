@@ -1,7 +1,7 @@
 """The scheduler's diary: every decision with its reason, as records that go to JSON.
 
 The latest records stay in memory (a ring); a sink file, if any, receives each event and decision as
-one JSON line, from which `scheduler.replay` makes the same decisions again. AIOS_DEBUG=5 prints
+one JSON line, from which replay.py makes the same decisions again. AIOS_DEBUG=5 prints
 the decisions as they are made.
 """
 
@@ -10,15 +10,20 @@ from __future__ import annotations
 import json
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+from aios_compile.runtime.log_privacy import Pseudonyms, without_tokens
 
 KINDS = (
     "arrive", "admit", "wait", "hit", "evict", "decode", "draft", "accept", "chunk", "copy", "fork",
     "window", "preempt", "swap_out", "swap_in", "promote", "pressure", "expire", "finish", "abort",
 )  # fmt: skip
+
+
+ENDS = ("finish", "abort", "expire")
 
 
 @dataclass(slots=True)
@@ -45,6 +50,7 @@ class DecisionLog:
         self._echo = echo
         self.ring: deque[Decision] = deque(maxlen=capacity)
         self._file: TextIO | None = None if sink is None else sink.open("w", encoding="utf-8")
+        self._pseudonyms = Pseudonyms()
 
     def extend(self, decisions: Iterable[Decision]) -> None:
         for decision in decisions:
@@ -53,11 +59,21 @@ class DecisionLog:
                 print(decision, file=sys.stderr)
             if self._file is not None:
                 self._write({"decision": asdict(decision)})
+                if decision.kind in ENDS:
+                    self._pseudonyms.forget(decision.sequences)
 
-    def event(self, record: dict[str, Any]) -> None:
-        """Write one event to the sink; the ring keeps decisions only."""
+    def header(self, record: dict[str, Any]) -> None:
+        """Write the first line of the sink: what a replay must know before the first event."""
         if self._file is not None:
-            self._write({"event": record})
+            self._write({"header": record})
+
+    def event(self, record: dict[str, Any], sequence_ids: Sequence[int]) -> None:
+        """Write one event to the sink, its tokens as pseudonyms; the ring keeps decisions only.
+
+        sequence_ids: of the chunks in flight, when it is a commit.
+        """
+        if self._file is not None:
+            self._write({"event": without_tokens(record, self._pseudonyms, sequence_ids)})
 
     @property
     def records_events(self) -> bool:
@@ -81,7 +97,7 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], list[Decision]]:
         record = json.loads(line)
         if "event" in record:
             events.append(record["event"])
-        else:
+        elif "decision" in record:
             values = record["decision"]
             decisions.append(Decision(**{**values, "sequences": tuple(values["sequences"])}))
     return events, decisions

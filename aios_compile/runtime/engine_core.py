@@ -33,6 +33,7 @@ from aios_compile.runtime.metrics import EngineMetrics, MetricsSnapshot
 from aios_compile.runtime.output_text import Tokenizer
 from aios_compile.runtime.outputs import StreamChunk
 from aios_compile.runtime.page_moves import PageMover, TokenCost
+from aios_compile.runtime.replay import header_record
 from aios_compile.runtime.request import Request, Sequence
 from aios_compile.runtime.schedule_state import Plan, SchedulerOptions, SchedulerState
 from aios_compile.runtime.scheduler import advance
@@ -59,6 +60,7 @@ class EngineCore:
         self._drafts: dict[int, list[int]] = {}  # of the step that is planned
         self.state = SchedulerState.empty(executor.limits, options, os.urandom(32))
         self.log = log
+        log.header(header_record(executor.limits, self.state.options))
         self._pages = PageMover(executor, self.state.options)
         self._token_cost: TokenCost | None = None  # measured when the thread starts
         self._next_deadline_us = SchedulerState.NEVER_US
@@ -359,7 +361,7 @@ class EngineCore:
     def _advance(self, event: Event) -> Plan:
         at_us = now_us()
         if self.log.records_events:
-            self.log.event(event_record(event, at_us))
+            self.log.event(event_record(event, at_us), self.state.in_flight_ids)
         plan = advance(self.state, event, at_us)
         self.log.extend(plan.decisions)
         if plan.swap_outs and not isinstance(event, Schedule):

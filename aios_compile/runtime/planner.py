@@ -56,6 +56,7 @@ def _decodes(ctx: StepContext) -> None:
     plan, pool, page_size = ctx.plan, ctx.state.pool, ctx.state.limits.page_size
     chunks, ids, counts = plan.chunks, [], pool.reference_counts
     indexed = () if pool.cache is None else pool.cache.by_page
+    make, num_rows = tuple.__new__, 0
     for sequence in policies.in_order(ctx.state, ctx.state.running):
         start = sequence.num_computed
         if sequence.num_tokens - start != 1 or not sequence.running:
@@ -66,9 +67,11 @@ def _decodes(ctx: StepContext) -> None:
         if not is_own and not _make_room(ctx, sequence):
             continue
         rows = sequence.num_rows(start, start + 1) if sequence.all_rows else int(sequence.samples)
-        chunks.append(Chunk(sequence.sequence_id, start, 1, rows))
-        plan.num_rows += rows
+        # as Chunk(...) does, in half the time: this runs for every sequence in every step
+        chunks.append(make(Chunk, (sequence.sequence_id, start, 1, rows, 0)))
+        num_rows += rows
         ids.append(sequence.sequence_id)
+    plan.num_rows += num_rows
     plan.num_tokens += len(ids)
     plan.num_decodes = len(ids)
     if ids:

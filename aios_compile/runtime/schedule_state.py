@@ -183,6 +183,11 @@ class SchedulerState:
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
+    @property
+    def in_flight_ids(self) -> list[int]:
+        """Return the sequence ids of the chunks in flight."""
+        return [] if self.in_flight is None else [c.sequence_id for c in self.in_flight.chunks]
+
     def check_integrity(self) -> None:
         """Assert the laws of the pool and of the queues."""
         self.pool.check_integrity(s.pages for s in self.sequences.values())

@@ -136,29 +136,54 @@ def _commit(ctx: StepContext, event: Commit) -> None:
     plan, state.in_flight = state.in_flight, None
     assert plan is not None, "a commit without a step in flight"
     finished = dict(event.finished)
-    page_size, window = state.limits.page_size, state.options.window_tokens
+    page_size, sequences = state.limits.page_size, state.sequences
     charges = state.options.policy == "fair_share"
+    is_plain = state.options.window_tokens is None and not state.siblings and bool(event.sampled)
     for i, chunk in enumerate(plan.chunks):
-        sequence = state.sequences[chunk.sequence_id]
+        sequence = sequences[chunk[0]]
+        # Nearly all chunks of a busy engine are the next token of a text, inside a page.
+        computed = chunk[1] + 1
+        if is_plain and chunk[2] == 1 == sequence.num_tokens - chunk[1] and computed % page_size:
+            tokens = sequence.tokens
+            if tokens is not None and sequence.is_finite and chunk[0] not in finished:
+                (token,) = event.sampled[i]
+                tokens.append(token)
+                sequence.num_computed = computed
+                sequence.num_tokens = computed + 1
+                if charges:
+                    policies.charge(state, sequence)
+                continue
         sampled = event.sampled[i] if event.sampled else None
-        _accept(sequence, chunk, sampled, finished.get(chunk.sequence_id))
-        if chunk.num_drafts and sampled is not None:
-            true, ids = max(0, len(sampled) - 1), (chunk.sequence_id,)
-            ctx.log("accept", ids, "as sampled", accepted=true, drafts=chunk.num_drafts)
-        if charges:
-            policies.charge(state, sequence)
-        if sequence.is_finite and sequence.tokens is not None:
-            num_full = sequence.num_computed // page_size
-            if num_full > len(sequence.serials) and finished.get(chunk.sequence_id) != "error":
-                block_manager.publish(state, sequence, num_full)
-        is_past_prompt = sequence.num_computed >= sequence.num_prompt_tokens
-        if is_past_prompt and chunk.sequence_id in state.siblings:
-            block_manager.fork(ctx, sequence)
-        if window is not None:  # after the fork: a sample computes the last prompt token again
-            block_manager.drop_left_window(ctx, sequence, window)
+        _commit_chunk(ctx, sequence, chunk, sampled, finished.get(chunk.sequence_id))
     for sequence_id, reason in event.finished:
         _remove(state, state.sequences[sequence_id], keep=reason != "error")
         ctx.log("finish", (sequence_id,), reason)
+
+
+def _commit_chunk(
+    ctx: StepContext,
+    sequence: SequenceState,
+    chunk: Chunk,
+    sampled: tuple[int, ...] | None,
+    finished: str | None,
+) -> None:
+    state = ctx.state
+    _accept(sequence, chunk, sampled, finished)
+    if chunk.num_drafts and sampled is not None:
+        true, ids = max(0, len(sampled) - 1), (chunk.sequence_id,)
+        ctx.log("accept", ids, "as sampled", accepted=true, drafts=chunk.num_drafts)
+    if state.options.policy == "fair_share":
+        policies.charge(state, sequence)
+    if sequence.is_finite and sequence.tokens is not None and finished != "error":
+        num_full = sequence.num_computed // state.limits.page_size
+        if num_full > len(sequence.serials):
+            block_manager.publish(state, sequence, num_full)
+    is_past_prompt = sequence.num_computed >= sequence.num_prompt_tokens
+    if is_past_prompt and chunk.sequence_id in state.siblings:
+        block_manager.fork(ctx, sequence)
+    window = state.options.window_tokens
+    if window is not None:  # after the fork: a sample computes the last prompt token again
+        block_manager.drop_left_window(ctx, sequence, window)
 
 
 def _accept(
