@@ -16,8 +16,9 @@ class KernelSource:
     then its outputs. `inplace` lists (output index, input index) pairs that may share memory:
     the kernel reads and writes them at the same index only. `model_lines` are the model's source
     lines that the kernel computes, for people. `workspace`: buffers that a caller gives after the
-    operands (Triton only), with sizes in T, S, R, P; no `num_operands`, dead after the launch.
+    operands, with sizes in T, S, R, P; not in `num_operands`, dead after the launch.
     `counters`: 32-bit integers, zero before and after each launch, given last (Triton only).
+    `finishes`: a second range of items runs behind a barrier: `<symbol>_finish` (C++ only).
     """
 
     name: str
@@ -29,6 +30,7 @@ class KernelSource:
     model_lines: tuple[str, ...] = ()
     workspace: tuple[Operand, ...] = ()
     counters: int = 0
+    finishes: bool = False
 
     def digest(self) -> str:
         """Return the sha256 of language and text, in hex."""

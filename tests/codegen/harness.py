@@ -71,6 +71,7 @@ class Kernel:
         self.run = getattr(self.library, source.symbol)
         self.items = getattr(self.library, f"{source.symbol}_items")
         self.items.restype = ctypes.c_int64
+        self.source = source
 
     def __call__(
         self,
@@ -81,13 +82,25 @@ class Kernel:
     ) -> None:
         """Run all items in `splits` parts, or only the last item."""
         n = Sizes(**sizes)
-        addresses = [t.data_ptr() if isinstance(t, Tensor) else t.ctypes.data for t in tensors]
+        spaces = [np.full(o.shape, np.nan, np.float32) for o in self.source.workspace]
+        operands = [*tensors, *spaces]
+        addresses = [t.data_ptr() if isinstance(t, Tensor) else t.ctypes.data for t in operands]
         p = (ctypes.c_void_p * len(addresses))(*addresses)
         items = self.items(ctypes.byref(n))
-        cuts = [items - 1, items] if last_only else []
-        cuts = cuts or [items * i // splits for i in range(splits + 1)]
+        self._share(self.run, n, p, [items - 1, items] if last_only else items, splits)
+        if self.source.finishes:
+            count = getattr(self.library, f"{self.source.symbol}_finish_items")
+            count.restype = ctypes.c_int64
+            finish = getattr(self.library, f"{self.source.symbol}_finish")
+            self._share(finish, n, p, count(ctypes.byref(n), p), splits)
+
+    @staticmethod
+    def _share(run: Any, n: Sizes, p: Any, items: int | list[int], splits: int) -> None:
+        cuts = (
+            items if isinstance(items, list) else [items * i // splits for i in range(splits + 1)]
+        )
         for begin, end in itertools.pairwise(cuts):
-            self.run(ctypes.byref(n), p, ctypes.c_int64(begin), ctypes.c_int64(end))
+            run(ctypes.byref(n), p, ctypes.c_int64(begin), ctypes.c_int64(end))
 
 
 def sparse(shape: Sequence[int], dtype: np.dtype | type) -> np.ndarray:

@@ -15,6 +15,7 @@ random order): 53 % of the read bandwidth at one token, 71 % of the FMA peak at 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import Strided, body_lines, resolve
 
+STEP_PAGES = 4  # scores that are made at once; a partial result is a whole number of steps
+SPAN_TOKENS = 256  # of a partial result, about: what one thread reads before it may be relieved
+SPLIT_TOKENS = 16  # of a step whose spans are shared out; more tokens share out themselves
 ARGUMENTS = ("q", "k_cache", "v_cache", "query_starts", "context_lengths", "page_tables")
 
 
@@ -109,18 +113,22 @@ def emit(spec: PagedAttentionSpec) -> KernelSource:
     assert isinstance(heads, int) and isinstance(width, int) and isinstance(kv_heads, int)
     page, v_width = v.operand.shape[2:]
     assert isinstance(page, int) and isinstance(v_width, int)
+    parts = workspace(spec)
     definitions = [
         f"using KeyValue = {C_TYPES[k.operand.dtype]};",
         constants(HEADS=heads, KV_HEADS=kv_heads, D=width, DV=v_width, PAGE=page),
         constants(WINDOW=spec.window or 0, CHUNK=spec.chunk or 0, HAS_SINKS=spec.sinks is not None),
         constants(SCALE=float(spec.scale), SOFTCAP=float(spec.softcap or 0.0)),
         _slopes(spec.alibi, heads),
+        constants(AHEAD=STEP_PAGES, SPAN=span_pages(spec), MAX_SPANS=max_spans(spec)),
+        constants(SPLIT_TOKENS=SPLIT_TOKENS),
         number("num_tokens", q.operand.shape[0]),
         number("num_sequences", lengths.operand.shape[0]),
         pointer("q_at", q.index, q.operand, ("t", "h"), q.offset),
         pointer("k_at", k.index, k.operand, ("page", "head"), k.offset),
         pointer("v_at", v.index, v.operand, ("page", "head"), v.offset),
         pointer("out_at", spec.num_operands - 1, spec.out, ("t", "h")),
+        pointer("part_at", spec.num_operands, parts, ("t", "h", "span")),
         pointer("pages_of", tables.index, tables.operand, ("s",), tables.offset),
         pointer("start_of", starts.index, starts.operand, ("s",), starts.offset),
         pointer("length_of", lengths.index, lengths.operand, ("s",), lengths.offset),
@@ -133,7 +141,32 @@ def emit(spec: PagedAttentionSpec) -> KernelSource:
         definitions.append(
             "AIOS_INLINE float* sink_at(const Sizes*, void* const*, int64_t) { return nullptr; }"
         )
-    return kernel("paged_attention", spec, definitions, spec.num_operands, lines=spec.lines)
+    splits = max_spans(spec) > 1
+    count = spec.num_operands
+    source = kernel("paged_attention", spec, definitions, count, lines=spec.lines, finishes=splits)
+    return dataclasses.replace(source, workspace=(parts,)) if splits else source
+
+
+def span_pages(spec: PagedAttentionSpec) -> int:
+    """Return the pages of a span: about SPAN_TOKENS tokens, and whole steps."""
+    page = spec.inputs[2].operand.shape[2]
+    assert isinstance(page, int)
+    return max(STEP_PAGES, SPAN_TOKENS // page // STEP_PAGES * STEP_PAGES)
+
+
+def max_spans(spec: PagedAttentionSpec) -> int:
+    """Return how many spans the longest sequence has; 1 when the table's width is not known."""
+    width = spec.inputs[5].operand.shape[1]
+    return -(-width // span_pages(spec)) if isinstance(width, int) else 1
+
+
+def workspace(spec: PagedAttentionSpec) -> Operand:
+    """Return the buffer of partial results: a row of Dv + 2 floats a (token, head, span)."""
+    heads, v_width = spec.out.shape[1:]
+    assert isinstance(heads, int) and isinstance(v_width, int)
+    spans, row = max_spans(spec), v_width + 2
+    strides = (heads * spans * row, spans * row, row, 1)
+    return Operand("parts", "f32", (SPLIT_TOKENS, heads, spans, row), strides)
 
 
 def _slopes(alibi: tuple[float, ...] | None, heads: int) -> str:

@@ -105,11 +105,11 @@ struct Worker {
 };
 
 typedef int64_t (*Items)(const Sizes *);
+typedef int64_t (*FinishItems)(const Sizes *, void *const *);
 typedef void (*Kernel)(const Sizes *, void *const *, int64_t, int64_t);
 
-/* Run a kernel's items. Free workers claim chunks; no result depends on who runs what. */
-static inline void launch(Worker *w, const Run *r, Items items, Kernel kernel, void *const *p) {
-    const int64_t total = items(&r->n);
+/* Run `total` items. Free workers claim chunks; no result depends on who runs what. */
+static inline void share(Worker *w, const Run *r, int64_t total, Kernel kernel, void *const *p) {
     const int workers = w->pool->num_workers;
     const int64_t index = w->next++;
     if (workers == 1) {
@@ -125,8 +125,23 @@ static inline void launch(Worker *w, const Run *r, Items items, Kernel kernel, v
     }
 }
 
+static inline void launch(Worker *w, const Run *r, Items items, Kernel kernel, void *const *p) {
+    share(w, r, items(&r->n), kernel, p);
+}
+
 static inline void barrier(Worker *w) {
     w->pool->barrier.wait(w->pool->num_workers, w->pool->spins);
+}
+
+/* A kernel whose results need a second pass over some inputs: all workers see the same inputs, so
+ * they agree on whether there is one. */
+static inline void launch(Worker *w, const Run *r, Items items, Kernel kernel,
+                          FinishItems finish_items, Kernel finish, void *const *p) {
+    launch(w, r, items, kernel, p);
+    const int64_t total = finish_items(&r->n, p);
+    if (total == 0) return;
+    barrier(w);
+    share(w, r, total, finish, p);
 }
 
 }  // namespace aios

@@ -22,6 +22,10 @@ extern "C" {{
 }}
 """
 
+FINISH = """
+int64_t {s.symbol}_finish_items(const Sizes *n, void *const *p);
+void {s.symbol}_finish(const Sizes *n, void *const *p, int64_t begin, int64_t end);"""
+
 TAIL = """
 extern "C" int64_t step_num_counters(void) { return %d; }
 """
@@ -32,13 +36,25 @@ def emit_step(program: Program, sources: tuple[KernelSource, ...]) -> str:
     declarations = "\n".join(
         f"int64_t {s.symbol}_items(const Sizes *n);\n"
         f"void {s.symbol}(const Sizes *n, void *const *p, int64_t begin, int64_t end);"
+        + (FINISH.format(s=s) if s.finishes else "")
         for s in sources
     )
     head = HEAD.format(
         launches=program.num_launches, barriers=num_barriers(program), declarations=declarations
     )
     bodies = [_function(program, function, sources) for function in program.functions]
-    return head + "\n".join(bodies) + TAIL % program.num_launches
+    return head + "\n".join(bodies) + TAIL % _num_counters(program, sources)
+
+
+def _num_counters(program: Program, sources: tuple[KernelSource, ...]) -> int:
+    """Return the ranges of items that one step shares out: one or two a launch."""
+    finishing = {
+        f.name: sum(isinstance(i, Launch) and sources[i.kernel].finishes for i in f.items)
+        for f in program.functions
+    }
+    calls = [i for i in program.function("step").items if isinstance(i, RegionCall)]
+    inside = sum(finishing[call.region] * call.count for call in calls)
+    return program.num_launches + finishing["step"] + inside
 
 
 def num_barriers(program: Program) -> int:
@@ -79,10 +95,10 @@ def _launch(item: Launch, source: KernelSource) -> Iterator[str]:
     yield from (f"    // {line}" for line in source.model_lines[:4])
     pointers = ", ".join(ref.text() for ref in item.operands)
     yield f"    {{ char *const p[] = {{{pointers}}};"
-    yield (
-        f"      aios::launch(w, r, {source.symbol}_items, {source.symbol}, "
-        "reinterpret_cast<void *const *>(p)); }"
-    )
+    kernel = f"{source.symbol}_items, {source.symbol}"
+    if source.finishes:
+        kernel += f", {source.symbol}_finish_items, {source.symbol}_finish"
+    yield f"      aios::launch(w, r, {kernel}, reinterpret_cast<void *const *>(p)); }}"
 
 
 def _region_call(program: Program, item: RegionCall) -> Iterator[str]:

@@ -26,6 +26,15 @@ C_TYPES = {
     "u8": "uint8_t",
 }
 
+FINISH = """\
+extern "C" int64_t {symbol}_finish_items(const Sizes* n, void* const* p) {{
+  return {function}_finish_items(n, p);
+}}
+extern "C" void {symbol}_finish(const Sizes* n, void* const* p, int64_t begin, int64_t end) {{
+  {function}_finish(n, p, begin, end);
+}}
+"""
+
 
 def symbol_of(name: str, spec: object) -> str:
     """Return the C symbol of a kernel: its name and ten hex digits of its spec."""
@@ -87,8 +96,12 @@ def kernel(
     inplace: tuple[tuple[int, int], ...] = (),
     lines: tuple[str, ...] = (),
     header: str = "prelude.h",
+    finishes: bool = False,
 ) -> KernelSource:
-    """Return the kernel whose template defines `<name>_items(n)` and `<name>(n, p, begin, end)`."""
+    """Return the kernel whose template defines `<name>_items(n)` and `<name>(n, p, begin, end)`.
+
+    finishes: and `<name>_finish_items(n, p)` and `<name>_finish(n, p, begin, end)`.
+    """
     symbol, function = symbol_of(name, spec), template or name
     body = (Path(__file__).parent / "templates" / f"{function}.h").read_text()
     sources = "".join(f"//   {line}\n" for line in lines)
@@ -101,4 +114,6 @@ def kernel(
         f'extern "C" void {symbol}(const Sizes* n, void* const* p, int64_t begin, int64_t end) {{\n'
         f"  {function}(n, p, begin, end);\n}}\n"
     )
-    return KernelSource(name, symbol, "cpp", text, num_operands, inplace, lines)
+    if finishes:
+        text += FINISH.format(symbol=symbol, function=function)
+    return KernelSource(name, symbol, "cpp", text, num_operands, inplace, lines, finishes=finishes)

@@ -1,22 +1,31 @@
-// Paged attention with an online softmax over groups of AHEAD pages, ascending. Groups begin at
-// multiples of AHEAD pages of the sequence, so that a row's bits do not depend on its batch, its
-// chunk of the prompt, its window's neighbours, or the tile that computes it.
+// Paged attention with an online softmax: AHEAD pages a step, SPAN pages a partial result, partial
+// results merged in ascending order. Steps and spans begin at fixed places of the sequence, so that
+// a row's bits do not depend on its batch, its chunk of the prompt, the tile that computes it, or
+// on whether the spans of a row are computed side by side.
 //
 // The text before this one defines KeyValue (float, bf16 or f16), HEADS, KV_HEADS, D, DV, PAGE,
 // SCALE, SOFTCAP (0: none), WINDOW and CHUNK (0: none), HAS_SINKS, HAS_ALIBI and SLOPES of the
-// query heads (added: slope * (key - query)), num_tokens(n), num_sequences(n),
-// and the addresses q_at, k_at, v_at, out_at, pages_of, start_of, length_of, sink_at.
+// query heads (added: slope * (key - query)), AHEAD and SPAN (pages), MAX_SPANS (1: never side by
+// side), SPLIT_TOKENS, num_tokens(n), num_sequences(n), part_at(n, p, t, h, span) (a row of DV + 2
+// floats) and the addresses q_at, k_at, v_at, out_at, pages_of, start_of, length_of, sink_at.
 
 constexpr int GROUP = HEADS / KV_HEADS;                 // query heads of one key/value head
 constexpr int TOKENS = GROUP >= 32 ? 1 : 32 / GROUP;    // query tokens of a tile
 constexpr int ROWS = TOKENS * GROUP;                    // row = token of the tile * GROUP + head
 constexpr int PAGE_VECTORS = PAGE / VL;
-constexpr int AHEAD = 4;                                // pages of a step
 constexpr int REGISTERS = VL == 8 ? 8 : 16;             // accumulators, leaving room for operands
 constexpr int DV_VECTORS = (DV + VL - 1) / VL;
 constexpr int WIDE = DV_VECTORS * VL;                   // row length of `out` in scratch
 // finite: exp(LOWEST - LOWEST) is 1, not NaN
 constexpr float LOWEST = -3.0e38f;
+
+constexpr int64_t UNITS = 16;                           // wanted of a split: enough for some threads
+constexpr int64_t TOGETHER = 8;                         // heads at most, for the stack's sake
+
+struct Row {                              // a softmax-weighted sum of values, not yet normalised
+  float sum, highest;
+  alignas(64) float out[WIDE];
+};
 
 struct Tile {
   int rows;
@@ -25,7 +34,7 @@ struct Tile {
   int64_t from[ROWS], to[ROWS];           // visible keys of each row, both ends included
   alignas(64) float q[ROWS][D];
   alignas(64) float scores[ROWS][AHEAD * PAGE];  // then probabilities
-  alignas(64) float out[ROWS][WIDE];
+  alignas(64) float out[ROWS][WIDE];      // of the span so far, like the three that follow
   alignas(64) float sums[ROWS][VL];
   float highest[ROWS], rescale[ROWS];
 };
@@ -214,6 +223,16 @@ AIOS_INLINE void add_step(Tile& tile, const Step& step) {
   for (; row < tile.rows; ++row) add_some<1>(tile, row, step);
 }
 
+AIOS_INLINE void see(const Sizes* n, void* const* p, int64_t s, int64_t t, int64_t& from,
+                     int64_t& to) {
+  to = *length_of(n, p, s) - (*start_of(n, p, s + 1) - t);
+  from = 0;
+  if (WINDOW > 0) from = max(from, to - WINDOW + 1);
+  if (CHUNK > 0) from = max(from, to / (CHUNK > 0 ? CHUNK : 1) * CHUNK);
+}
+
+AIOS_INLINE int64_t span_of(int64_t key) { return key / (SPAN * PAGE); }
+
 // Queries of `tokens` tokens from `first` on (all of sequence s) and the key/value head `head`.
 AIOS_INLINE void start(Tile& tile, const Sizes* n, void* const* p, int64_t s, int64_t first,
                        int64_t tokens, int64_t head) {
@@ -222,54 +241,117 @@ AIOS_INLINE void start(Tile& tile, const Sizes* n, void* const* p, int64_t s, in
   tile.context = *length_of(n, p, s);
   for (int r = 0; r < tile.rows; ++r) {
     const int64_t t = first + r / GROUP;
-    const int64_t position = tile.context - (*start_of(n, p, s + 1) - t);
-    int64_t from = 0;
-    if (WINDOW > 0) from = max(from, position - WINDOW + 1);
-    if (CHUNK > 0) from = max(from, position / (CHUNK > 0 ? CHUNK : 1) * CHUNK);
-    tile.from[r] = from;
-    tile.to[r] = position;
+    see(n, p, s, t, tile.from[r], tile.to[r]);
     memcpy(tile.q[r], q_at(n, p, t, head * GROUP + r % GROUP), D * sizeof(float));
-    memset(tile.out[r], 0, sizeof(tile.out[r]));
-    memset(tile.sums[r], 0, sizeof(tile.sums[r]));
-    tile.highest[r] = LOWEST;
   }
 }
 
-AIOS_INLINE void finish(Tile& tile, const Sizes* n, void* const* p, int64_t first, int64_t head) {
-  for (int r = 0; r < tile.rows; ++r) {
-    float sum = reduce_add(load(tile.sums[r])), factor = 1.0f;
-    if (HAS_SINKS) {
-      const float sink = *sink_at(n, p, head * GROUP + r % GROUP);
-      const float highest = max(tile.highest[r], sink);
-      factor = exp(tile.highest[r] - highest);
-      sum = sum * factor + exp(sink - highest);
-    }
-    factor /= sum;
-    float* out = out_at(n, p, first + r / GROUP, head * GROUP + r % GROUP);
-    int64_t i = 0;
-    for (; i + VL <= DV; i += VL) store(out + i, load(&tile.out[r][i]) * factor);
-    if (i < DV) store(out + i, load(&tile.out[r][i]) * factor, DV - i);
-  }
-}
-
-AIOS_INLINE void attend(Tile& tile, const Sizes* n, void* const* p, int64_t s, int64_t head) {
+// One span of the sequence for the heads [head, head + count), one tile each. Pages go outside,
+// heads inside: the heads of a page lie side by side, and pages often do.
+AIOS_NOINLINE void attend(Tile* tiles, const Sizes* n, void* const* p, int64_t s, int64_t head,
+                          int count, int64_t span) {
   const int64_t* table = pages_of(n, p, s);
-  const int64_t first = tile.from[0] / PAGE, last = tile.to[tile.rows - 1] / PAGE;
+  const int64_t first = max(tiles->from[0] / PAGE, span * SPAN);
+  const int64_t last = min(tiles->to[tiles->rows - 1] / PAGE, span * SPAN + SPAN - 1);
+  for (int i = 0; i < count; ++i) {
+    memset(tiles[i].out, 0, tiles[i].rows * sizeof(tiles[i].out[0]));
+    memset(tiles[i].sums, 0, tiles[i].rows * sizeof(tiles[i].sums[0]));
+    for (int r = 0; r < tiles[i].rows; ++r) tiles[i].highest[r] = LOWEST;
+  }
   Step step;
   for (int64_t group = first / AHEAD * AHEAD; group <= last; group += AHEAD) {
     step.begin = (int)max(first - group, (int64_t)0);
     step.end = (int)min((int64_t)AHEAD, last - group + 1);
     step.first_key = group * PAGE;
-    for (int i = step.begin; i < step.end; ++i) {
-      step.keys[i] = k_at(n, p, table[group + i], head);
-      step.values[i] = v_at(n, p, table[group + i], head);
-      const int64_t next = table[min(group + AHEAD + i, last)];
-      step.next_keys[i] = k_at(n, p, next, head);
-      step.next_values[i] = v_at(n, p, next, head);
+    for (int i = 0; i < count; ++i) {
+      const bool same = i + 1 < count;
+      for (int j = step.begin; j < step.end; ++j) {
+        const int64_t page = table[group + j], next = table[min(group + AHEAD + j, last)];
+        step.keys[j] = k_at(n, p, page, head + i);
+        step.values[j] = v_at(n, p, page, head + i);
+        step.next_keys[j] = same ? k_at(n, p, page, head + i + 1) : k_at(n, p, next, head);
+        step.next_values[j] = same ? v_at(n, p, page, head + i + 1) : v_at(n, p, next, head);
+      }
+      dot_rows(tiles[i], step);
+      softmax_step(tiles[i], step);
+      add_step(tiles[i], step);
     }
-    dot_rows(tile, step);
-    softmax_step(tile, step);
-    add_step(tile, step);
+  }
+}
+
+// row + (part_sum, part_highest, part_out), the part being of later keys.
+AIOS_INLINE void merge(Row& row, float part_sum, float part_highest, const float* part_out) {
+  const float highest = max(row.highest, part_highest);
+  const float old = exp(row.highest - highest), now = exp(part_highest - highest);
+  row.sum = row.sum * old + part_sum * now;
+  row.highest = highest;
+  int64_t i = 0;
+  for (; i + VL <= DV; i += VL)
+    store(row.out + i, load(row.out + i) * old + load(part_out + i) * now);
+  if (i < DV) store(row.out + i, load(row.out + i) * old + load(part_out + i, DV - i) * now);
+}
+
+AIOS_INLINE void first_part(Row& row, float part_sum, float part_highest, const float* part_out) {
+  row.sum = part_sum;
+  row.highest = part_highest;
+  memcpy(row.out, part_out, DV * sizeof(float));
+}
+
+AIOS_INLINE void finish(const Row& row, const Sizes* n, void* const* p, int64_t t, int64_t h) {
+  float sum = row.sum, factor = 1.0f;
+  if (HAS_SINKS) {
+    const float sink = *sink_at(n, p, h), highest = max(row.highest, sink);
+    factor = exp(row.highest - highest);
+    sum = sum * factor + exp(sink - highest);
+  }
+  factor /= sum;
+  float* out = out_at(n, p, t, h);
+  int64_t i = 0;
+  for (; i + VL <= DV; i += VL) store(out + i, load(row.out + i) * factor);
+  if (i < DV) store(out + i, load(row.out + i) * factor, DV - i);
+}
+
+// All spans of a tile, one after another.
+AIOS_INLINE void attend_all(Tile& tile, Row* rows, const Sizes* n, void* const* p, int64_t s,
+                            int64_t first, int64_t head) {
+  const int64_t end = span_of(tile.to[tile.rows - 1]);
+  for (int64_t span = span_of(tile.from[0]); span <= end; ++span) {
+    attend(&tile, n, p, s, head, 1, span);
+    for (int r = 0; r < tile.rows; ++r) {
+      const int64_t from = span_of(tile.from[r]);
+      if (span < from || span > span_of(tile.to[r])) continue;
+      const float sum = reduce_add(load(tile.sums[r]));
+      if (span == from) first_part(rows[r], sum, tile.highest[r], tile.out[r]);
+      else merge(rows[r], sum, tile.highest[r], tile.out[r]);
+    }
+  }
+  for (int r = 0; r < tile.rows; ++r)
+    finish(rows[r], n, p, first + r / GROUP, head * GROUP + r % GROUP);
+}
+
+// One span of a tile: the result if it is the only one that a row sees, else a part for later.
+AIOS_INLINE void attend_span(Tile* tiles, const Sizes* n, void* const* p, int64_t s, int64_t first,
+                             int64_t tokens, int64_t head, int count, int64_t span) {
+  for (int i = 0; i < count; ++i) start(tiles[i], n, p, s, first, tokens, head + i);
+  attend(tiles, n, p, s, head, count, span);
+  Row row;
+  for (int i = 0; i < count; ++i) {
+    const Tile& tile = tiles[i];
+    for (int r = 0; r < tile.rows; ++r) {
+      const int64_t from = span_of(tile.from[r]), to = span_of(tile.to[r]);
+      const int64_t t = first + r / GROUP, h = (head + i) * GROUP + r % GROUP;
+      if (span < from || span > to) continue;
+      const float sum = reduce_add(load(tile.sums[r]));
+      if (from == to) {
+        first_part(row, sum, tile.highest[r], tile.out[r]);
+        finish(row, n, p, t, h);
+        continue;
+      }
+      float* part = part_at(n, p, t, h, span);
+      memcpy(part, tile.out[r], DV * sizeof(float));
+      part[DV] = sum;
+      part[DV + 1] = tile.highest[r];
+    }
   }
 }
 
@@ -285,24 +367,122 @@ AIOS_INLINE int64_t sequence_of(const Sizes* n, void* const* p, int64_t t) {
   return low;
 }
 
+AIOS_INLINE void zero(const Sizes* n, void* const* p, int64_t t, int64_t head) {
+  for (int64_t h = 0; h < GROUP; ++h)
+    memset(out_at(n, p, t, head * GROUP + h), 0, DV * sizeof(float));
+}
+
+// A few tokens: units of (sequence, span, block of heads, token), tokens fastest. The items, whose
+// number knows the sizes only, are shared out over the units, whose number knows the contexts.
+struct Units {
+  const Sizes* n;
+  void* const* p;
+  int64_t blocks = 1;                     // of heads; more when there is little else to share
+  explicit Units(const Sizes* sizes, void* const* operands) : n(sizes), p(operands) {
+    const int64_t units = max(total(), (int64_t)1), fitting = (KV_HEADS + TOGETHER - 1) / TOGETHER;
+    blocks = min(max((UNITS + units - 1) / units, fitting), KV_HEADS);
+  }
+  int64_t tokens(int64_t s) const { return *start_of(n, p, s + 1) - *start_of(n, p, s); }
+  void spans(int64_t s, int64_t& low, int64_t& high) const {
+    int64_t from, to, unused;
+    see(n, p, s, *start_of(n, p, s), from, unused);
+    see(n, p, s, *start_of(n, p, s + 1) - 1, unused, to);
+    low = span_of(from), high = span_of(to) + 1;
+  }
+  int64_t of(int64_t s) const {
+    int64_t low, high;
+    if (tokens(s) <= 0) return 0;
+    spans(s, low, high);
+    return (high - low) * blocks * tokens(s);
+  }
+  int64_t total() const {
+    int64_t sum = 0;
+    for (int64_t s = 0; s < num_sequences(n); ++s) sum += of(s);
+    return sum;
+  }
+  bool several_spans() const {
+    for (int64_t s = 0; s < num_sequences(n); ++s) {
+      int64_t low, high;
+      if (tokens(s) <= 0) continue;
+      spans(s, low, high);
+      if (high - low > 1) return true;
+    }
+    return false;
+  }
+  void run(int64_t begin, int64_t end) const {
+    Tile tiles[KV_HEADS < TOGETHER ? KV_HEADS : TOGETHER];
+    int64_t before = 0;
+    for (int64_t s = 0; s < num_sequences(n) && before < end; ++s) {
+      const int64_t count = of(s), width = tokens(s), stop = min(end - before, count);
+      int64_t low = 0, high = 0;
+      if (count) spans(s, low, high);
+      for (int64_t u = max(begin - before, (int64_t)0); u < stop;) {
+        const int64_t t = u % width, block = u / width % blocks, span = low + u / width / blocks;
+        const int64_t together = min(min(stop - u, width - t), (int64_t)TOKENS);
+        const int64_t head = KV_HEADS * block / blocks, next = KV_HEADS * (block + 1) / blocks;
+        const int64_t first = *start_of(n, p, s) + t;
+        attend_span(tiles, n, p, s, first, together, head, (int)(next - head), span);
+        u += together;
+      }
+      before += count;
+    }
+  }
+};
+
+AIOS_INLINE bool split(const Sizes* n) { return MAX_SPANS > 1 && num_tokens(n) <= SPLIT_TOKENS; }
+
 // Item = (key/value head, token), tokens fastest: neighbours in one tile share the keys and values.
+AIOS_INLINE int64_t paged_attention_items(const Sizes* n) {
+  return KV_HEADS * num_tokens(n) * (split(n) ? MAX_SPANS : 1);
+}
+
 AIOS_INLINE void paged_attention(const Sizes* n, void* const* p, int64_t begin, int64_t end) {
+  const int64_t total = num_tokens(n), items = paged_attention_items(n);
+  if (split(n)) {
+    if (begin == 0)
+      for (int64_t t = *start_of(n, p, num_sequences(n)); t < total; ++t)
+        for (int64_t head = 0; head < KV_HEADS; ++head) zero(n, p, t, head);
+    const Units units(n, p);
+    const int64_t count = units.total();
+    units.run(begin * count / items, end * count / items);
+    return;
+  }
   Tile tile;
-  const int64_t total = num_tokens(n);
+  Row rows[ROWS];
   while (begin < end) {
     const int64_t head = begin / total, t = begin % total, s = sequence_of(n, p, t);
     int64_t tokens = 1;
     if (s >= 0) {
       tokens = min(min(end - begin, *start_of(n, p, s + 1) - t), (int64_t)TOKENS);
+      tokens = min(tokens, total - t);
       start(tile, n, p, s, t, tokens, head);
-      attend(tile, n, p, s, head);
-      finish(tile, n, p, t, head);
+      attend_all(tile, rows, n, p, s, t, head);
     } else {
-      for (int64_t h = 0; h < GROUP; ++h)
-        memset(out_at(n, p, t, head * GROUP + h), 0, DV * sizeof(float));
+      zero(n, p, t, head);
     }
     begin += tokens;
   }
 }
 
-AIOS_INLINE int64_t paged_attention_items(const Sizes* n) { return KV_HEADS * num_tokens(n); }
+// Behind a barrier: the parts of the rows that see several spans. Item = (token, head).
+AIOS_INLINE int64_t paged_attention_finish_items(const Sizes* n, void* const* p) {
+  return split(n) && Units(n, p).several_spans() ? num_tokens(n) * HEADS : 0;
+}
+
+AIOS_INLINE void paged_attention_finish(const Sizes* n, void* const* p, int64_t begin,
+                                        int64_t end) {
+  Row row;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t t = item / HEADS, h = item % HEADS, s = sequence_of(n, p, t);
+    if (s < 0) continue;
+    int64_t from, to;
+    see(n, p, s, t, from, to);
+    if (span_of(from) == span_of(to)) continue;
+    for (int64_t span = span_of(from); span <= span_of(to); ++span) {
+      const float* part = part_at(n, p, t, h, span);
+      if (span == span_of(from)) first_part(row, part[DV], part[DV + 1], part);
+      else merge(row, part[DV], part[DV + 1], part);
+    }
+    finish(row, n, p, t, h);
+  }
+}
