@@ -1,9 +1,10 @@
 """The attention kernel over a long context beside this machine's read bandwidth and FMA peak.
 
     python -m benchmarks.attention [--threads 2] [--context 8192] [--tokens 1,2,4,8,64]
+                                   [--pages random|ascending]
 
 Qwen3-0.6B's heads (16 query, 8 key/value, 128 wide), bf16 caches, pages of 16 tokens in random
-order, one sequence whose last tokens are computed. A list of layers of 512 MiB is streamed, so that
+order (the worst) or ascending (one sequence that grew alone), whose last tokens are computed. A list of layers of 512 MiB is streamed, so that
 nothing comes from the caches. Times are medians of processor time of the slowest thread.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--tokens", default="1,2,4,8,64")
+    parser.add_argument("--pages", choices=("random", "ascending"), default="random")
     arguments = parser.parse_args()
     assert ops.TABLE
     pages = -(-arguments.context // PAGE)
@@ -65,7 +68,9 @@ def main() -> None:
     values = rng.standard_normal((2, pages, KV_HEADS, WIDTH * PAGE), dtype=np.float32)
     caches = np.repeat((values.view(np.uint32) >> 16).astype(np.uint16)[None], layers, 0)
     read, fma, operations = probes(lib, caches, arguments.threads)
-    tables = rng.permutation(pages).astype(np.int64)
+    order = rng.permutation(pages) if arguments.pages == "random" else np.arange(pages)
+    tables = order.astype(np.int64)
+    parts = [np.zeros(space.shape, np.float32) for space in source.workspace]
     lengths = np.array([arguments.context])
     run = getattr(lib, source.symbol)
     count = getattr(lib, f"{source.symbol}_items")
@@ -76,12 +81,19 @@ def main() -> None:
         starts = np.array([0, tokens])
         used = layers if tokens <= 8 else max(1, layers * 4 // tokens)
         lists = [
-            [a.ctypes.data for a in (q, layer[0], layer[1], starts, lengths, tables, out)]
+            [a.ctypes.data for a in (q, layer[0], layer[1], starts, lengths, tables, out, *parts)]
             for layer in caches[:used]
         ]
         items = count(ctypes.byref(Sizes(tokens, 1, 1, 1)))
         work = calls(run, items, arguments.threads, lists, tokens)
+        if source.finishes:
+            work = _then_finish(work, lib, source, arguments.threads, lists, tokens)
         reading, computing, seconds = interleaved(arguments.threads, read, fma, work)
+        for thread in (*range(arguments.threads), 0):  # one after another: every part is there
+            work(thread)
+        if source.finishes:
+            for thread in range(arguments.threads):
+                work(thread)
         _check(q, caches[0], tables, out, arguments.context)
         bandwidth, peak = caches.nbytes / reading, operations / computing
         moved = caches[0].nbytes * used / seconds
@@ -92,6 +104,31 @@ def main() -> None:
             f"({flops / peak:4.0%})",
             flush=True,
         )
+
+
+def _then_finish(
+    work: Callable[[int], None],
+    lib: ctypes.CDLL,
+    source: KernelSource,
+    threads: int,
+    lists: list[list[int]],
+    tokens: int,
+) -> Callable[[int], None]:
+    """Return `work` and, behind it, the merging of the partial results.
+
+    A thread may merge parts that another has not written yet: that changes values, not the time.
+    """
+    count = getattr(lib, f"{source.symbol}_finish_items")
+    count.restype = ctypes.c_int64
+    first = (ctypes.c_void_p * len(lists[0]))(*lists[0])
+    items = count(ctypes.byref(Sizes(tokens, 1, 1, 1)), first)
+    finish = calls(getattr(lib, f"{source.symbol}_finish"), items, threads, lists, tokens)
+
+    def both(i: int) -> None:
+        work(i)
+        finish(i)
+
+    return both
 
 
 def _check(

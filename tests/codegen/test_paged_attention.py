@@ -12,12 +12,14 @@ from aios_compile.codegen.cpp import build, paged_attention
 from aios_compile.ir import ops  # noqa: F401  (registers the ops)
 from tests.codegen.harness import Kernel, make_body, sparse
 
-PAGE = 16
+PAGE, POOL = 16, 200
 SLOPES = (0.5, 0.17677669, 0.0625, -0.01)
 
 
 @functools.cache
-def kernel(heads, kv_heads, width, v_width, dtype, target=None, sinks=False, page=PAGE, **options):
+def kernel(
+    heads, kv_heads, width, v_width, dtype, target=None, sinks=False, page=PAGE, pages=6, **options
+):
     def body(q, k_cache, v_cache, starts, lengths, tables, *rest):
         return torch.ops.aios.paged_attention.default(
             q, k_cache, v_cache, starts, lengths, tables, 0.3,
@@ -34,11 +36,11 @@ def kernel(heads, kv_heads, width, v_width, dtype, target=None, sinks=False, pag
     row = (heads + 2 * kv_heads) * width
     inputs = {
         "q": (("T", heads, width), torch.float32),
-        "k_cache": ((40, kv_heads, width, page), dtype),
-        "v_cache": ((40, kv_heads, page, v_width), dtype),
+        "k_cache": ((POOL, kv_heads, width, page), dtype),
+        "v_cache": ((POOL, kv_heads, page, v_width), dtype),
         "starts": ((6,), torch.int64),
         "lengths": (("S",), torch.int64),
-        "tables": (("S", 6), torch.int64),
+        "tables": (("S", pages), torch.int64),
     }
     if sinks:
         inputs["sinks"] = ((heads,), torch.float32)
@@ -51,19 +53,21 @@ def kernel(heads, kv_heads, width, v_width, dtype, target=None, sinks=False, pag
 class Batch:
     """Sequences with (new tokens, tokens in cache): pages shuffled, unused slots poisoned."""
 
-    def __init__(self, sequences, heads, kv_heads, width, v_width, dtype, seed=0, page=PAGE):
+    def __init__(
+        self, sequences, heads, kv_heads, width, v_width, dtype, seed=0, page=PAGE, pages=6
+    ):
         g = torch.Generator().manual_seed(seed)
         total = sum(new for new, _ in sequences)
         row = (heads + 2 * kv_heads) * width
         merged = torch.randn(total + 1, row, generator=g)
         self.q = merged[:total].as_strided((total, heads, width), (row, width, 1))
-        self.k = torch.full((40, kv_heads, width, page), float("nan"), dtype=dtype)
-        self.v = torch.full((40, kv_heads, page, v_width), float("nan"), dtype=dtype)
+        self.k = torch.full((POOL, kv_heads, width, page), float("nan"), dtype=dtype)
+        self.v = torch.full((POOL, kv_heads, page, v_width), float("nan"), dtype=dtype)
         self.starts = torch.zeros(len(sequences) + 1, dtype=torch.int64)
         self.starts[1:] = torch.tensor([new for new, _ in sequences]).cumsum(0)
         self.lengths = torch.tensor([context for _, context in sequences])
-        order = (torch.randperm(39, generator=g) + 1).tolist()
-        self.tables = torch.zeros(len(sequences), 6, dtype=torch.int64)
+        order = (torch.randperm(POOL - 1, generator=g) + 1).tolist()
+        self.tables = torch.zeros(len(sequences), pages, dtype=torch.int64)
         for s, (_, context) in enumerate(sequences):
             for i in range(-(-context // page)):
                 self.tables[s, i] = order.pop()
@@ -80,7 +84,7 @@ class Batch:
 
     def run(self, built, sinks=False, splits=1):
         out = torch.full(self.shape, float("nan"))
-        sizes = {"T": self.shape[0], "S": len(self.lengths), "R": 1, "P": 6}
+        sizes = {"T": self.shape[0], "S": len(self.lengths), "R": 1, "P": self.tables.shape[1]}
         built(sizes, *self.arguments(sinks), out, splits=splits)
         return out
 
@@ -142,6 +146,33 @@ def test_a_row_does_not_depend_on_batch_chunk_or_split(options):
             assert torch.equal(alone.run(built)[0], whole[first + t])
 
 
+LONG = ((1, 1300), (3, 514), (1, 40), (2, 1025))  # several spans of 512 tokens, and one
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 530}, {"chunk": 600}, {"sinks": True}, {"page": 32}, {"alibi": SLOPES}], ids=str
+)
+def test_long_contexts_are_shared_out_by_spans(options):
+    """A few tokens: their spans go side by side. The same bits as in a step of many tokens."""
+    shape, sinks = (4, 2, 24, 40), options.get("sinks", False)
+    pages = 96 * PAGE // options.get("page", PAGE)
+    spec, built = kernel(*shape, torch.float32, pages=pages, **options)
+    assert paged_attention.max_spans(spec) == 3 and built.source.finishes
+    batch = Batch(LONG, *shape, torch.float32, page=options.get("page", PAGE), pages=pages)
+    few = batch.run(built, sinks)
+    expected = paged_attention.reference(spec, *batch.arguments(sinks))
+    torch.testing.assert_close(few, expected, atol=2e-5, rtol=2e-5)
+    for splits in (2, 5, 40):
+        assert torch.equal(few, batch.run(built, sinks, splits=splits))
+    rows = len(few)  # then padding, so that the step has more tokens than are shared out
+    row = batch.q.stride(0)
+    padded = torch.zeros(rows + 20, row)
+    padded[:rows, : batch.q[0].numel()] = batch.q.reshape(rows, -1)
+    batch.q, batch.shape = padded.as_strided((rows + 20, 4, 24), (row, 24, 1)), (rows + 20, 4, 40)
+    many = batch.run(built, sinks, splits=3)
+    assert torch.equal(many[:rows], few) and not many[rows:].any()
+
+
 def test_padding_tokens_get_zeros():
     shape = (4, 2, 24, 40)
     _, built = kernel(*shape, torch.float32)
@@ -157,10 +188,10 @@ def test_pages_beyond_two_to_the_31_elements():
     _, built = kernel(*shape, torch.bfloat16)
     batch = Batch(((1, 37),), *shape, torch.bfloat16)
     expected = batch.run(built)
-    pages = 2**31 // (2 * 16 * 24) + 50
+    pages = 2**31 // (2 * 16 * 24) + POOL + 10
     k = torch.from_numpy(sparse((pages, 2, 24, PAGE), np.int16)).view(torch.bfloat16)
     v = torch.from_numpy(sparse((pages, 2, PAGE, 40), np.int16)).view(torch.bfloat16)
-    assert k[-40:].storage_offset() > 2**31 - 2**20 and v.numel() > 2**31
-    k[-40:], v[-40:] = batch.k, batch.v
-    batch.k, batch.v, batch.tables = k, v, batch.tables + pages - 40
+    assert k[-POOL:].storage_offset() > 2**31 - 2**20 and v.numel() > 2**31
+    k[-POOL:], v[-POOL:] = batch.k, batch.v
+    batch.k, batch.v, batch.tables = k, v, batch.tables + pages - POOL
     assert torch.equal(batch.run(built), expected)

@@ -39,14 +39,17 @@ for job in json.load(open(sys.argv[3])):
     arrays = [np.array(data[name]) for name in job["operands"]]
     arrays += [arrays[i] if isinstance(i, int) else np.full(i, 77, job["out_dtypes"][k])
                for k, i in enumerate(job["outs"])]
-    p = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
+    spaces = [np.full(shape, np.nan, np.float32) for shape in job["workspace"]]
+    p = (ctypes.c_void_p * (len(arrays) + len(spaces)))(
+        *(a.ctypes.data for a in [*arrays, *spaces]))
     n = Sizes(**job["sizes"])
-    count = getattr(library, job["symbol"] + "_items")
-    count.restype = ctypes.c_int64
-    items = count(ctypes.byref(n))
-    for i in range(3):
-        getattr(library, job["symbol"])(ctypes.byref(n), p, ctypes.c_int64(items * i // 3),
-                                        ctypes.c_int64(items * (i + 1) // 3))
+    for name in job["ranges"]:
+        count = getattr(library, name + "_items")
+        count.restype = ctypes.c_int64
+        items = count(ctypes.byref(n), p)
+        for i in range(3):
+            getattr(library, name)(ctypes.byref(n), p, ctypes.c_int64(items * i // 3),
+                                   ctypes.c_int64(items * (i + 1) // 3))
     for a in arrays:
         assert a.dtype.kind != "f" or job["poison"] or np.isfinite(a).all(), job["symbol"]
 print("done")
@@ -71,6 +74,8 @@ class Jobs:
             self.data[names[-1]] = np.ascontiguousarray(tensor)
         job = {"symbol": source.symbol, "sizes": sizes, "operands": names, "outs": outs}
         job |= {"out_dtypes": list(dtypes) or ["float32"] * len(outs), "poison": poison}
+        job |= {"workspace": [o.shape for o in source.workspace]}
+        job |= {"ranges": [source.symbol, *[f"{source.symbol}_finish"] * source.finishes]}
         self.jobs.append(job)
 
 
@@ -104,6 +109,14 @@ def add_attention(jobs):
         sizes = {"T": batch.shape[0], "S": 5, "R": 1, "P": 6}
         source = paged_attention.emit(spec)
         jobs.add(source, sizes, inputs, [list(batch.shape)], poison=dtype == torch.float32)
+    shape, pages = (4, 2, 24, 40), 96
+    spec, _ = test_paged_attention.kernel(*shape, torch.bfloat16, pages=pages)
+    batch = test_paged_attention.Batch(
+        test_paged_attention.LONG, *shape, torch.bfloat16, pages=pages
+    )
+    inputs, sizes = batch.arguments(), {"T": batch.shape[0], "S": 4, "R": 1, "P": pages}
+    inputs[0] = torch.randn((batch.shape[0] - 1) * 8 * 24 + 4 * 24)
+    jobs.add(paged_attention.emit(spec), sizes, inputs, [list(batch.shape)])
 
 
 def add_rope_and_writes(jobs):

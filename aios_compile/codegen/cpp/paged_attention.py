@@ -7,10 +7,14 @@ Visible: causal; window w: the last w keys; chunk c: keys of the query's chunk o
 Alibi: slope * (j - position of t) is added to the capped scores (Press et al., 2021).
 Bytes: K and V of a sequence once for each (key/value head, tile of up to 32 rows = tokens * group).
 Items: (key/value head, token), tokens fastest; neighbouring tokens of one sequence form the tiles.
-Algorithm: online softmax (Milakov and Gimelshein, 2018; FlashAttention-2), four
-pages a step at fixed places, ascending, so that bits do not depend on batch, chunking or tiles.
-Measured with benchmarks/attention.py (2 cores of Zen 4, bf16, 8,192 tokens of context, pages in
-random order): 53 % of the read bandwidth at one token, 71 % of the FMA peak at 64.
+In a step of at most SPLIT_TOKENS tokens the spans of about 512 keys are shared out too, with all
+heads of a page side by side; what the parts give is merged behind a barrier.
+Algorithm: online softmax (Milakov and Gimelshein, 2018; FlashAttention-2) in steps of four pages,
+merged a span at a time (flash-decoding). Steps, spans and merging have fixed places and one order,
+so that bits do not depend on batch, chunking, tiles or threads.
+Measured with benchmarks/attention.py (2 cores of Zen 4, shared, bf16, 8,192 tokens of context): one
+token reads at 69-76 % of the read bandwidth with pages in random order, 71-88 % in ascending order
+(53 % when only heads are shared out); 64 tokens compute at 60-67 % of the FMA peak.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import Strided, body_lines, resolve
 
 STEP_PAGES = 4  # scores that are made at once; a partial result is a whole number of steps
-SPAN_TOKENS = 256  # of a partial result, about: what one thread reads before it may be relieved
+SPAN_TOKENS = 512  # of a partial result, about: merging costs little beside so many
 SPLIT_TOKENS = 16  # of a step whose spans are shared out; more tokens share out themselves
 ARGUMENTS = ("q", "k_cache", "v_cache", "query_starts", "context_lengths", "page_tables")
 
