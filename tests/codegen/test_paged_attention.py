@@ -150,7 +150,9 @@ LONG = ((1, 1300), (3, 514), (1, 40), (2, 1025))  # several spans of 512 tokens,
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"window": 530}, {"chunk": 600}, {"sinks": True}, {"page": 32}, {"alibi": SLOPES}], ids=str
+    "options",
+    [{}, {"window": 530}, {"chunk": 600}, {"sinks": True}, {"page": 32}, {"alibi": SLOPES}],
+    ids=str,
 )
 def test_long_contexts_are_shared_out_by_spans(options):
     """A few tokens: their spans go side by side. The same bits as in a step of many tokens."""
