@@ -27,7 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aios_compile.codegen.cpp.template import C_TYPES, constants, kernel, number, pointer
+from aios_compile.codegen.cpp.template import (
+    C_TYPES,
+    constants,
+    kernel,
+    number,
+    pointer,
+    template_text,
+)
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import Strided, body_lines, resolve
@@ -145,6 +152,7 @@ def emit(spec: PagedAttentionSpec) -> KernelSource:
         definitions.append(
             "AIOS_INLINE float* sink_at(const Sizes*, void* const*, int64_t) { return nullptr; }"
         )
+    definitions.append(template_text("attention_tile"))
     splits = max_spans(spec) > 1
     count = spec.num_operands
     source = kernel("paged_attention", spec, definitions, count, lines=spec.lines, finishes=splits)

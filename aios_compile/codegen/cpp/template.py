@@ -86,6 +86,11 @@ def constants(**values: int | float | bool) -> str:
     return "\n".join(lines)
 
 
+def template_text(name: str) -> str:
+    """Return the text of a file of templates/."""
+    return (Path(__file__).parent / "templates" / f"{name}.h").read_text()
+
+
 def kernel(
     name: str,
     spec: object,
@@ -103,7 +108,7 @@ def kernel(
     finishes: and `<name>_finish_items(n, p)` and `<name>_finish(n, p, begin, end)`.
     """
     symbol, function = symbol_of(name, spec), template or name
-    body = (Path(__file__).parent / "templates" / f"{function}.h").read_text()
+    body = template_text(function)
     sources = "".join(f"//   {line}\n" for line in lines)
     text = (
         f"// {symbol}\n{'// computes' + chr(10) + sources if lines else ''}"
