@@ -19,8 +19,8 @@ constexpr int WIDE = DV_VECTORS * VL;                   // row length of `out` i
 // finite: exp(LOWEST - LOWEST) is 1, not NaN
 constexpr float LOWEST = -3.0e38f;
 
-constexpr int64_t UNITS = 16;                           // wanted of a split: enough for some threads
-constexpr int64_t TOGETHER = 8;                         // heads at most, for the stack's sake
+constexpr int64_t UNITS = 16;             // wanted of a split: enough for some threads
+constexpr int64_t TOGETHER = 8;           // heads at most, for the stack's sake
 
 struct Row {                              // a softmax-weighted sum of values, not yet normalised
   float sum, highest;
