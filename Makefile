@@ -24,7 +24,7 @@ test: $(VENV)/.installed-test lint
 
 # The slower suites, by hand: random graphs by the thousand.
 nightly: $(VENV)/.installed-test
-	FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest -q -n $(WORKERS) tests/fuzz
+	FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest -q -n $(WORKERS) tests/fuzz tests/nightly
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from aios_compile.config import CompileOptions
 from aios_compile.errors import ConfigError
 from aios_compile.progress import Progress
 from aios_compile.runtime.batch import Executor, Limits
+from aios_compile.runtime.draft_governor import DraftGovernor
 from aios_compile.runtime.draft_model import DraftModel
 from aios_compile.runtime.engine import Engine, TextStream
 from aios_compile.runtime.executor import CpuExecutor
@@ -315,7 +316,8 @@ def make_speculator(
                 f"vocabulary, expected the target's {limits.vocab_size}"
             )
         proposer = DraftModel(draft.engine.executor)
-    return Speculator(proposer, config.num_speculative_tokens, limits)
+    most = config.num_speculative_tokens
+    return Speculator(proposer, most, limits, DraftGovernor(most) if config.adaptive else None)
 
 
 def make_scheduler_options(

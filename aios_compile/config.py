@@ -215,6 +215,7 @@ class SpeculativeConfig:
     """How drafts are made (vLLM's names). method "ngram" looks the last tokens up in the text so
     far, longest match first, of prompt_lookup_min to prompt_lookup_max tokens; "draft_model" asks
     the model in `model`, a folder or hub id. num_speculative_tokens: most drafts in one step.
+    adaptive: fewer, or none, where measurements say that they do not pay.
     """
 
     method: str
@@ -222,6 +223,7 @@ class SpeculativeConfig:
     model: str | None = None
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 4
+    adaptive: bool = True
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> SpeculativeConfig:
@@ -264,6 +266,8 @@ class SpeculativeConfig:
             _whole(f"{where}: {name}", values[name], 1, 64, optional=False)
         if values["prompt_lookup_min"] > values["prompt_lookup_max"]:
             raise ConfigError(f"{where}: prompt_lookup_min is above prompt_lookup_max")
+        if not isinstance(values.get("adaptive", True), bool):
+            raise _bad(f"{where}: adaptive", values["adaptive"], "True or False")
         return cls(**values)
 
 

@@ -172,6 +172,8 @@ class EngineCore:
         self.stats.step_us += step_us
         if self._token_cost is not None and (event := self._token_cost.observe(plan, step_us)):
             self._advance(event)
+        if self.speculator is not None and not plan.num_prefill_tokens:
+            self.speculator.measure(plan.num_tokens, step_us)
 
     def _schedule(self) -> Plan:
         if self.speculator is not None:

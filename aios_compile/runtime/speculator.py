@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from aios_compile.runtime.batch import Limits
+from aios_compile.runtime.draft_governor import DraftGovernor
 from aios_compile.runtime.request import Sequence
 
 MAX_PAUSE = 32  # steps without drafts after repeated failure
@@ -76,6 +77,7 @@ class SpeculationStats:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     failure: str = ""  # why no more drafts are proposed
+    governor: DraftGovernor | None = None
 
     @property
     def acceptance_rate(self) -> float:
@@ -91,18 +93,27 @@ class SpeculationStats:
             f"{self.num_accepted_tokens} of {self.num_draft_tokens} drafts accepted "
             f"({self.acceptance_rate:.0%}), {self.mean_accepted_length:.2f} tokens a verification"
         )
+        text += "" if self.governor is None else f"; {self.governor}"
         return f"{text}; stopped: {self.failure}" if self.failure else text
 
 
 class Speculator:
     """Owner of the proposer and of each sequence's draft length."""
 
-    def __init__(self, proposer: Proposer, num_speculative_tokens: int, limits: Limits) -> None:
-        self.stats = SpeculationStats()
+    def __init__(
+        self,
+        proposer: Proposer,
+        num_speculative_tokens: int,
+        limits: Limits,
+        governor: DraftGovernor | None = None,
+    ) -> None:
+        self.stats = SpeculationStats(governor=governor)
+        self.governor = governor
         self._proposer = proposer
         self._most = num_speculative_tokens
         self._limits = limits
         self._lengths: dict[int, DraftLength] = {}
+        self._drafts: dict[int, list[int]] = {}  # of the step that is planned
 
     def propose(self, sequences: Iterable[Sequence]) -> dict[int, list[int]]:
         """Return drafts by sequence id, for those that have any, the most promising first.
@@ -111,9 +122,18 @@ class Speculator:
         """
         if self.stats.failure:
             return {}
+        sequences = list(sequences)
+        self._drafts, most = {}, self._most
+        if self.governor is not None and sequences:
+            most = self.governor.choose(len(sequences))
+        if not most:
+            return {}
         wanted: list[tuple[Sequence, int]] = []
         for sequence in sequences:
-            count = min(self._length_of(sequence).next(), self._useful(sequence))
+            length = self._length_of(sequence).next()
+            if self.governor is not None and self.governor.is_trying:
+                length = most
+            count = min(length, self._useful(sequence), most)
             if count > 0:
                 wanted.append((sequence, count))
         wanted.sort(key=lambda pair: -pair[1])
@@ -124,20 +144,27 @@ class Speculator:
             print(f"aios: speculation stopped: {self.stats.failure}", file=sys.stderr)
             return {}
         vocab = self._limits.vocab_size
-        drafts = {}
         for (sequence, count), tokens in zip(wanted, proposed):
             good = next((i for i, t in enumerate(tokens) if not 0 <= t < vocab), len(tokens))
             if good:
-                drafts[sequence.sequence_id] = tokens[: min(good, count)]
-        return drafts
+                self._drafts[sequence.sequence_id] = tokens[: min(good, count)]
+        return self._drafts
 
     def observe(self, sequence_id: int, proposed: int, accepted: int) -> None:
         """Take in the result of one verification."""
         self.stats.num_drafts += 1
         self.stats.num_draft_tokens += proposed
         self.stats.num_accepted_tokens += accepted
+        if self.governor is not None:
+            self.governor.acceptance.saw(proposed, accepted)
         if sequence_id in self._lengths:
             self._lengths[sequence_id].update(proposed, accepted)
+
+    def measure(self, num_computed: int, micros: float) -> None:
+        """Take in the time of a step of decodes, with all that drafts cost."""
+        if self.governor is not None:
+            longest = max(map(len, self._drafts.values()), default=0)
+            self.governor.measure(num_computed, len(self._drafts), longest, micros)
 
     def forget(self, sequence_id: int) -> None:
         """Drop what is kept for a sequence that ended. Idempotent."""
