@@ -56,6 +56,10 @@ def requests(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
                 prompt_logprobs=rng.choice([None, None, 1]),
             )
         )
+    # four letters, and pairs of them that are banned: the first may be a draft of the same step
+    pairs = {"allowed_token_ids": [17, 18, 19, 20], "bad_words": ["qr", "ss", "tq", "rt"]}
+    for i in (1, 2, 5, 7):
+        params[i] = SamplingParams(**{**vars(params[i]), **pairs, "max_tokens": 28})
     for i in range(0, 10, 3):  # stop tokens are banned until then
         values = {**vars(params[i]), "min_tokens": min(6, params[i].max_tokens or 6)}
         params[i] = SamplingParams(**values)
