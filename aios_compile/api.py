@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aios_compile import env
+from aios_compile.codegen import overrides
 from aios_compile.codegen.artefact import ArtefactWriter, verify_weights
 from aios_compile.codegen.cache import ArtefactCache, default_root
 from aios_compile.codegen.cache_key import CacheKey, compute_key, hash_files
@@ -104,7 +105,8 @@ def _cached_artefact(
 ) -> tuple[Path, Callable[[], None]]:
     with progress.stage("cache"):
         memo = cache.memo()
-        key: CacheKey = compute_key(source.name, hash_files(source.files, memo), options, memo)
+        files, edits = hash_files(source.files, memo), overrides.digests(cache.root.parent)
+        key: CacheKey = compute_key(source.name, files, options, memo, edits)
     path, miss = cache.obtain(
         key,
         build,

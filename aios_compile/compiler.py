@@ -15,10 +15,11 @@ import torch
 from aios_compile import env
 from aios_compile.capture.capture import capture
 from aios_compile.capture.compare import compare_with_eager
-from aios_compile.codegen import artefact
+from aios_compile.codegen import artefact, overrides
 from aios_compile.codegen.artefact import ArtefactWriter
 from aios_compile.codegen.cpp import build
 from aios_compile.codegen.cpp.step import emit_step
+from aios_compile.codegen.emit_kernels import Emitted
 from aios_compile.codegen.lower import lower
 from aios_compile.codegen.pack_weights import pack_weights
 from aios_compile.codegen.program import Program
@@ -28,6 +29,7 @@ from aios_compile.codegen.targets import SUFFIXES, emit, family
 from aios_compile.config import CompileOptions, ResolvedSizes
 from aios_compile.ir.attention_window import window_tokens
 from aios_compile.ir.module import IRModule
+from aios_compile.ir.random_weights import RandomWeights
 from aios_compile.ir.refresh import refresh
 from aios_compile.ir.stored_weights import bind_stored_weights
 from aios_compile.model_source import ModelSource
@@ -41,6 +43,7 @@ from aios_compile.runtime.launch_list import launch_text
 from aios_compile.study import debug
 from aios_compile.study.dump import Dumper
 from aios_compile.study.kernel_table import KERNEL_TABLE, kernel_rows
+from aios_compile.study.verify_override import apply_overrides
 
 PAGE_SIZE = 16  # tokens; one AVX-512 vector of keys
 MIN_PAGE_TABLE = 8  # entries; the batches that passes are proven on need 4 (ir/inputs.py: mixed)
@@ -69,6 +72,7 @@ def compile_model(
         model = source.build()
         module = capture(model, flat=source.flat, max_tokens=sizes.max_num_batched_tokens)
         dumper.level("captured", module)
+        weights = RandomWeights.of(module, options.seed)
         if env.VERIFY.get_int(0, 2):
             compare_with_eager(model, module, seed=options.seed)
         bind_stored_weights(module, source.stored_forms())
@@ -90,6 +94,7 @@ def compile_model(
         refresh(module)
         card = gpu_card(options.device)
         emitted = emit(module, options.device, progress.update, card)
+        edits = _apply_edits(module, emitted, weights, sizes, cache_root, progress)
         if module.not_generatable:  # one whole sequence a step, all of its logits
             sizes = replace(sizes, max_num_seqs=1)
         limits = limits_of(module, sizes)
@@ -112,7 +117,7 @@ def compile_model(
                 quantized = pack_weights(program, module, source.read, writer)
             with progress.stage("build"):
                 library.result()
-    notes = [*remarks(program, quantized), *source.notes]
+    notes = [*edits, *remarks(program, quantized), *source.notes]
     _write_texts(writer, program, emitted.sources, step, results, notes)
     if quantized:
         writer.write_json(artefact.QUANTIZATION, [asdict(w) for w in quantized])
@@ -184,6 +189,23 @@ def settings_of(
         "target": card or build.Target.host().name,
         "family": "triton" if card else "cpp",
     }
+
+
+def _apply_edits(
+    module: IRModule,
+    emitted: Emitted,
+    weights: RandomWeights,
+    sizes: ResolvedSizes,
+    cache_root: Path,
+    progress: Progress,
+) -> list[str]:
+    """Use the edited kernels that are right; return a line for each edit."""
+    edits, width = overrides.texts(cache_root), _page_table_width(sizes)
+    objects = cache_root / "objects"
+    lines = [str(v) for v in apply_overrides(module, emitted, edits, weights, width, objects)]
+    for line in lines:
+        progress.note(line)
+    return lines
 
 
 def _build(

@@ -12,7 +12,15 @@ import typer
 from typer.core import TyperGroup
 
 from aios_compile import __version__
-from aios_compile.cli import artefacts, bisect, compile_target, doctor, generate, simulate
+from aios_compile.cli import (
+    artefacts,
+    bisect,
+    compile_target,
+    doctor,
+    generate,
+    kernels,
+    simulate,
+)
 from aios_compile.cli.options import COMPILE, SAMPLING, command
 from aios_compile.cli.output import is_fancy
 
@@ -67,6 +75,8 @@ command(app, COMPILE)(doctor.doctor)
 command(app, COMPILE)(bisect.bisect)
 command(app)(simulate.replay)
 command(app)(simulate.simulate)
+command(app, COMPILE)(kernels.kernels)
+command(app)(kernels.edit)
 command(app, name="env")(artefacts.show_env)
 command(cache_app, name="ls")(artefacts.cache_ls)
 command(cache_app, name="rm")(artefacts.cache_rm)

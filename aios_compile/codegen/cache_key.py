@@ -130,17 +130,23 @@ def hash_files(files: Iterable[Path], memo: HashMemo) -> dict[str, str]:
 
 
 def compute_key(
-    source: str, model: Mapping[str, str], options: CompileOptions, memo: HashMemo
+    source: str,
+    model: Mapping[str, str],
+    options: CompileOptions,
+    memo: HashMemo,
+    overrides: Mapping[str, str] | None = None,
 ) -> CacheKey:
     """Return the key of the model whose content has the hashes `model`, under `options`.
 
     `source` is the model's folder or hub id; files of another tokenizer belong into `model` too.
+    overrides: hashes of the edited kernels (codegen/overrides.py).
     """
     steering = {v.name: v.get() for v in _KEYED_VARIABLES}
     parts = {
         "model": dict(model),
         "options": options.key_fields(),
         "environment": steering,
+        "overrides": dict(overrides or {}),
         "compiler": {"code": compiler_digest()},
         "versions": versions(),
         "machine": machine(),

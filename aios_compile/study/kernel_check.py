@@ -54,11 +54,17 @@ class Checked:
 class Kernels:
     """Kernels built into one library of their own, called one at a time; `close` unmaps it."""
 
-    def __init__(self, sources: Sequence[KernelSource], folder: Path) -> None:
+    def __init__(
+        self, sources: Sequence[KernelSource], folder: Path, objects_folder: Path | None = None
+    ) -> None:
         target = build.Target.host()
-        objects = build.build_objects(sources, folder / "objects", target)
+        objects = build.build_objects(sources, objects_folder or folder / "objects", target)
         name = f"kernels-{sources[0].digest()[:16]}-{len(sources)}.so"
         self._library = build.load(build.link(objects, folder / name, target))
+
+    def has(self, symbol: str) -> bool:
+        """Return whether the library defines a kernel."""
+        return all(hasattr(self._library, name) for name in (symbol, f"{symbol}_items"))
 
     def run(
         self, symbol: str, sizes: Mapping[str, int], pointers: Sequence[int], splits: int = 1
@@ -90,24 +96,26 @@ class Prepared:
     arrays: list[Array]
     results: list[tuple[Array, Operand, tuple[int, ...]]]
 
-    def run(self, kernels: Kernels, symbol: str = "", splits: int = 1) -> None:
-        """Run the kernel, or another one under the same operands."""
-        pointers = [a.ctypes.data for a in self.arrays]
-        kernels.run(symbol or self.symbol, self.sizes, pointers, splits)
+    def run(self, kernels: Kernels, splits: int = 1) -> None:
+        """Run the kernel of a library, its work items in `splits` parts."""
+        kernels.run(self.symbol, self.sizes, [a.ctypes.data for a in self.arrays], splits)
 
-    def seconds(self, kernels: Kernels, symbol: str = "", repeats: int = 15) -> float:
-        """Return the quickest of some runs, each long enough for the clock."""
-        self.run(kernels, symbol)
+    def times(self, kernels: Kernels, other: Kernels, repeats: int = 15) -> float:
+        """Return how long the kernel takes in one library, in units of its time in another.
+
+        Both are run in turn, each time long enough for the clock; the quickest counts.
+        """
+        best = [math.inf, math.inf]
         begin = time.perf_counter()
-        self.run(kernels, symbol)
-        times = max(1, math.ceil(2e-4 / max(1e-7, time.perf_counter() - begin)))
-        best = math.inf
+        self.run(kernels)
+        count = math.ceil(5e-4 / max(1e-7, time.perf_counter() - begin))
         for _ in range(repeats):
-            begin = time.perf_counter()
-            for _ in range(times):
-                self.run(kernels, symbol)
-            best = min(best, (time.perf_counter() - begin) / times)
-        return best
+            for i, library in enumerate((kernels, other)):
+                begin = time.perf_counter()
+                for _ in range(count):
+                    self.run(library)
+                best[i] = min(best[i], time.perf_counter() - begin)
+        return best[0] / best[1]
 
     def tensors(self) -> list[Tensor]:
         """Return copies of the results."""
