@@ -14,7 +14,6 @@ from aios_compile.codegen.emit_kernels import Emitted
 from aios_compile.codegen.lower import lower
 from aios_compile.codegen.program import Program
 from aios_compile.codegen.targets import emit
-from aios_compile.codegen.targets import emit
 from aios_compile.compiler import limits_of, pass_options, settings_of
 from aios_compile.config import CompileOptions
 from aios_compile.ir import snapshot
