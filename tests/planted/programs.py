@@ -11,6 +11,7 @@ import torch
 
 from aios_compile.ir import snapshot
 from aios_compile.ir.module import IRModule
+from aios_compile.ir.stored_weights import bind_stored_weights
 from aios_compile.passes.context import PassOptions
 from aios_compile.passes.graph_pass import PassFunction, info_of
 from aios_compile.passes.pipeline import STAGES
@@ -26,6 +27,23 @@ def strided(x: "f32[T, 64]", w: "weight f32[128, 32]") -> Any:
 def parts(x: "f32[T, 64]") -> Any:
     y = torch.relu(x)
     return y[:, 32:], x
+
+
+def experts(x: "f32[T, 48]", w: "weight f32[4, 80, 48]") -> Any:
+    chosen = torch.topk(x[:, :4], 1).indices[:, 0]
+    return torch.bmm(w[chosen], x[:, :, None]).squeeze(-1)
+
+
+def stored(x: "f32[T, 64]", gate: "weight f32[64, 64]", up: "weight f32[64, 64]") -> Any:
+    aios = torch.ops.aios
+    return aios.linear(x, gate, None), aios.linear(x, up, None)
+
+
+def _stored() -> IRModule:
+    module = _traced(stored)
+    bind_stored_weights(module, dict.fromkeys(("gate", "up"), "int8_g32_f16"))
+    module.outputs = ("gate", "up")
+    return module
 
 
 def _traced(function: Callable[..., Any]) -> IRModule:
@@ -52,6 +70,8 @@ PROGRAMS: dict[str, Callable[[], IRModule]] = {
     "layer_norm": lambda: _foreign("neox"),
     "gemma2": lambda: _foreign("gemma2"),
     "quantised": lambda: captured("qwen3"),
+    "experts": lambda: _traced(experts),
+    "stored": _stored,
     "strided": lambda: _traced(strided),
     "parts": lambda: _traced(parts),
 }

@@ -274,3 +274,20 @@ def a_transpose_lost(graph: fx.Graph, context: PassContext) -> int:
         layout = {"memory_format": torch.contiguous_format}
         copy.kwargs = layout
     return set_argument([node], 0, lambda _: copy)
+
+
+@plant("raise_expert_linear", "experts")
+def another_expert(graph: fx.Graph, context: PassContext) -> int:
+    node = calls(graph, aios.expert_linear.default)[0]
+    chosen: Any = node.args[2]
+    with graph.inserting_before(node):
+        new = context.call(graph, aten.bitwise_xor.Scalar, chosen, 1, source=[node])
+    return set_argument([node], 2, lambda _: new)
+
+
+@plant("raise_expert_linear", "experts")
+def rows_of_the_experts_reversed(graph: fx.Graph, context: PassContext) -> int:
+    node = calls(graph, aios.expert_linear.default)[0]
+    weight: Any = node.args[1]
+    new = context.add_weight(graph, "turned", [weight], lambda w: torch.flip(w, [1]))
+    return set_argument([node], 1, lambda _: new)

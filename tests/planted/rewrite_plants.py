@@ -254,3 +254,19 @@ def unquantised_input_scaled(graph: fx.Graph, context: PassContext) -> int:
             new = context.call(graph, aten.mul.Tensor, x, 1.01, source=[node])
         node.args = (new, *node.args[1:])
     return len(nodes)
+
+
+@plant("keep_quantized_weights", "stored")
+def stored_rows_of_the_neighbour(graph: fx.Graph, context: PassContext) -> int:
+    a, b = calls(graph, aios.quantized_linear.default)
+    rows = a.args[1], b.args[1]
+    return set_argument([a], 1, lambda _: rows[1]) + set_argument([b], 1, lambda _: rows[0])
+
+
+@plant("keep_quantized_weights", "stored")
+def another_row_of_the_input(graph: fx.Graph, context: PassContext) -> int:
+    node = calls(graph, aios.quantized_linear.default)[0]
+    x: Any = node.args[0]
+    with graph.inserting_before(node):
+        new = context.call(graph, aten.flip.default, x, [1], source=[node])
+    return set_argument([node], 0, lambda _: new)
