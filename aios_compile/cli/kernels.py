@@ -15,11 +15,7 @@ import typer
 from aios_compile.cli.options import EXIT_MISTAKE, JsonOption, ModelArgument
 from aios_compile.cli.output import print_json, print_table
 from aios_compile.cli.session import load
-from aios_compile.codegen import overrides
-from aios_compile.codegen.artefact import KERNELS, REPORT
-from aios_compile.codegen.cache import ArtefactCache, default_root
 from aios_compile.errors import ConfigError
-from aios_compile.study.kernel_table import KERNEL_TABLE, KernelRow, total_bytes
 
 CacheDir = Annotated[str, typer.Option(help="folder of the artefact cache", show_default=False)]
 
@@ -31,6 +27,10 @@ def kernels(
     show: Annotated[str, typer.Option(help="print the text of this kernel")] = "",
 ) -> None:
     """List the kernels of MODEL: bytes a token, launches, phases, model line; the largest first."""
+    from aios_compile.codegen import overrides
+    from aios_compile.codegen.cache import default_root
+    from aios_compile.study.kernel_table import KERNEL_TABLE, KernelRow, total_bytes
+
     with load(model, options) as loaded:
         folder = Path(loaded.artefact_path)
         rows = [KernelRow.from_json(row) for row in json.loads((folder / KERNEL_TABLE).read_text())]
@@ -72,6 +72,9 @@ def edit(
     The edit lies in the overrides folder of the cache. When a model that has the kernel is
     compiled next, it is built, compared with its reference, timed, and used only if right.
     """
+    from aios_compile.codegen import overrides
+    from aios_compile.codegen.cache import default_root
+
     root = default_root(cache_dir)
     if revert:
         name = _one(sorted(overrides.digests(root)), name)
@@ -108,12 +111,17 @@ def _one(names: list[str], wanted: str) -> str:
 
 def _generated(root: Path) -> dict[str, Path]:
     """Return the newest file of each kernel among the artefacts of the cache."""
+    from aios_compile.codegen.artefact import KERNELS
+    from aios_compile.codegen.cache import ArtefactCache
+
     entries = ArtefactCache(root).entries()
     files = [f for e in reversed(entries) for f in (e.path / KERNELS).glob("*.cpp")]
     return {f.stem: f for f in files}
 
 
 def _text(folder: Path, name: str) -> str:
+    from aios_compile.codegen.artefact import KERNELS
+
     return (folder / KERNELS / f"{name}.cpp").read_text(encoding="utf-8")
 
 
@@ -136,6 +144,8 @@ def _edited(path: Path, name: str) -> str:
 
 
 def _verdicts(model: str, cache_dir: str, name: str) -> list[str]:
+    from aios_compile.codegen.artefact import REPORT
+
     options = {"cache_dir": cache_dir} if cache_dir else {}
     with load(model, options) as loaded:
         notes = json.loads((Path(loaded.artefact_path) / REPORT).read_text())["notes"]
