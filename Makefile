@@ -1,6 +1,7 @@
 # make demo    install into .venv, compile the bundled model, print its passes, stream text
 # make test    install the test tools too, then ruff, mypy --strict and all CPU tests
 # make nightly random graphs by the thousand (an hour or more)
+# make gpu     what needs a GPU: whole models in captured graphs against eager
 # make docs    write docs/passes.md and docs/env.md anew
 # make format  put the tree into ruff's format
 
@@ -13,7 +14,7 @@ PROMPT ?= ROMEO:
 # Extra arguments of pip, e.g. where to find torch's CPU build (it saves gigabytes without a GPU).
 PIP_FLAGS ?=
 
-.PHONY: demo test nightly lint format docs clean
+.PHONY: demo test nightly gpu lint format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/aios report $(MODEL)
@@ -25,6 +26,10 @@ test: $(VENV)/.installed-test lint
 # The slower suites, by hand: random graphs by the thousand.
 nightly: $(VENV)/.installed-test
 	FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest -q -n $(WORKERS) tests/fuzz tests/nightly
+
+# From the checkout: machines with a GPU often allow no installing.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -q tests/gpu
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
