@@ -44,7 +44,8 @@ def emit_kernels(
 ) -> Emitted:
     """Emit every kernel of a level-3 module. Raises CodegenError naming the model line.
 
-    packs: store the weights of linears in blocks of rows (the C++ target), else as they are.
+    packs: store the weights of linears in blocks of rows (the C++ target), else as they are;
+    quantised ones are planar there.
     """
     emitted = Emitted()
     graphs = list(module.graphs().items())
@@ -74,16 +75,18 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta["val"], torch.Tensor)
 
 
-def linear_weights(call: fx.Node) -> dict[int, str]:
+def linear_weights(call: fx.Node, packs: bool = True) -> dict[int, str]:
     """Return the layouts of the operands that linears of a kernel body stream as weights."""
     body = body_of(call)
     holders = [p for p in placeholders(body.graph) if _is_tensor(p)]
     found = {}
     for node in body.graph.nodes:
         if node.target in LINEARS and node.args[1] in holders:
-            quantized = node.target is aios.quantized_linear.default
-            layout = f"quant16.{node.args[2]}" if quantized else ROWS16
-            found[holders.index(node.args[1])] = layout
+            index = holders.index(node.args[1])
+            if node.target is aios.quantized_linear.default:
+                found[index] = f"{'quant16' if packs else 'planar'}.{node.args[2]}"
+            elif packs:
+                found[index] = ROWS16
     return found
 
 
@@ -115,7 +118,7 @@ def _operands(
     body = body_of(call)
     arguments = tensor_arguments(call)
     holders = [p for p in placeholders(body.graph) if _is_tensor(p)]
-    weights = linear_weights(call)
+    weights = linear_weights(call, streamed is not None)
     tables = [
         holders.index(n.args[0])
         for n in body.graph.nodes
@@ -123,9 +126,9 @@ def _operands(
     ]
     operands = []
     for i, (holder, argument) in enumerate(zip(holders, arguments)):
-        names = bound_weights(module, region, argument) if streamed is not None else []
-        table = ROWS16 if i in tables and set(names) <= (streamed or set()) else None
-        layout = weights.get(i, table) if names else None
+        names = bound_weights(module, region, argument)
+        shared = streamed is not None and set(names) <= streamed
+        layout = weights.get(i, ROWS16 if i in tables and shared else None) if names else None
         if layout:
             emitted.packed[call, i] = layout
         operands.append(Operand.of_value(holder.name, argument.meta["val"], layout))

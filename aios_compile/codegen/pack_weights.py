@@ -15,11 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aios_compile.codegen.packing import check_finite, pack_quant16, pack_rows16
+from aios_compile.codegen.planar import PREFIX, pack_planar
 from aios_compile.codegen.program import Program, WeightEntry
-from aios_compile.codegen.quantized_weights import PACKED, QuantizedWeight, describe, source_of
+from aios_compile.codegen.quantized_weights import (
+    PACKED,
+    QuantizedWeight,
+    describe,
+    form_of,
+    source_of,
+)
 from aios_compile.errors import CheckpointError
 from aios_compile.ir.module import IRModule, Recipe
-from aios_compile.ir.quant_format import QuantFormat
 from aios_compile.ir.quantize_rows import quantize_rows
 
 Array = NDArray[Any]
@@ -100,13 +106,16 @@ def _packed(entry: WeightEntry, recipe: Recipe, tensors: Mapping[str, Tensor]) -
 def _quantized(
     entry: WeightEntry, recipe: Recipe, tensors: Mapping[str, Tensor]
 ) -> tuple[Array, QuantizedWeight]:
-    form = QuantFormat.parse(entry.packed.removeprefix(PACKED))
+    form = form_of(entry.packed)
     source = source_of(recipe)
     with torch.no_grad():
         value = None if source is None else source.run(tensors)
         rows = recipe.run(tensors) if value is None else quantize_rows(value, form.name)
         label = _checked(entry, recipe, rows)
-        array = pack_quant16(rows.numpy(), form, label)
+        if entry.packed.startswith(PREFIX):
+            array = pack_planar(rows, form, label).numpy()
+        else:
+            array = pack_quant16(rows.numpy(), form, label)
         return array, describe(label, entry.packed, rows, value)
 
 

@@ -14,7 +14,7 @@ from aios_compile.ir.module import Recipe, outputs
 from aios_compile.ir.quant_format import QuantFormat
 from aios_compile.ir.quantized import dequantize
 
-PACKED = "quant16."
+PACKED = ("quant16.", "planar.")  # layouts of quantised rows, followed by the format's name
 SAMPLED_ROWS = 128  # of a matrix whose error is measured
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -34,9 +34,14 @@ class QuantizedWeight:
     error: float | None
 
 
+def form_of(packed: str) -> QuantFormat:
+    """Return the format of rows in one of the layouts PACKED."""
+    return QuantFormat.parse(packed.partition(".")[2])
+
+
 def describe(name: str, packed: str, rows: Tensor, source: Tensor | None) -> QuantizedWeight:
     """Describe quantised rows; `source` is the matrix [N, K] that they were made of."""
-    form = QuantFormat.parse(packed.removeprefix(PACKED))
+    form = form_of(packed)
     depth = form.depth(rows.shape[1])
     error = None
     if source is not None:

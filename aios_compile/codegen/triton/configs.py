@@ -47,7 +47,7 @@ class Config:
 class Problem:
     """The sizes of a linear: columns are a stream's; a weight and an activation have bytes.
 
-    parts: how many products an activation takes part in. tail: whether the tail reads operands.
+    parts: how many products an activation takes part in.
     """
 
     columns: int
@@ -56,7 +56,6 @@ class Problem:
     weight_bytes: int
     x_bytes: int
     parts: int = 1
-    tail: bool = False
 
 
 def candidates(problem: Problem, kind: str, tokens: int, card: Card) -> list[Config]:
@@ -114,9 +113,9 @@ def _tiles_fit(c: Config, p: Problem, card: Card) -> bool:
     most_x = 64 if p.x_bytes < 4 else 16 if c.kind == "dot" and c.block_n < 64 else 32
     most_x = most_x // 2 // p.streams if in_registers else most_x
     depth = c.block_k * c.split <= max(64, p.depth)
-    return (
-        shared <= card.shared_bytes - 4096 and sums <= card.sums and x_elements <= most_x and depth
-    )
+    narrow = c.block_k < 256 or c.block_n == 16
+    fits = shared <= card.shared_bytes - 4096 and sums * p.parts <= card.sums
+    return fits and x_elements <= most_x and depth and narrow
 
 
 def cost_us(c: Config, p: Problem, tokens: int, card: Card) -> float:

@@ -16,6 +16,7 @@ from aios_compile.codegen.triton import (
     paged_attention,
     pointwise,
     qk_norm_rope_kv_write,
+    quantized_linear,
     rope,
     row_reduction,
     sample,
@@ -43,6 +44,7 @@ class ForCard:
 EMITTERS: tuple[ModuleType, ...] = (
     embedding,
     linear,
+    quantized_linear,
     paged_attention,
     qk_norm_rope_kv_write,
     kv_write,
@@ -56,4 +58,4 @@ EMITTERS: tuple[ModuleType, ...] = (
 
 def emitters_for(card: Card = DEFAULT) -> Sequence[Any]:
     """Return the emitters for a card."""
-    return [ForCard(e, card) if e is linear else e for e in EMITTERS]
+    return [ForCard(e, card) if e in (linear, quantized_linear) else e for e in EMITTERS]

@@ -40,7 +40,7 @@ def problem_of(spec: LinearSpec) -> Problem:
     weight, x = spec.weight.operand.dtype, spec.x.operand.dtype
     parts = 2 if x == "f32" and weight != "f32" else 1
     sizes = (spec.columns, spec.depth, spec.streams, BYTES[weight], BYTES[x])
-    return Problem(*sizes, parts, len(spec.leaves) > spec.streams)
+    return Problem(*sizes, parts)
 
 
 def choose(spec: LinearSpec, card: Card = DEFAULT) -> list[tuple[int | None, Config]]:

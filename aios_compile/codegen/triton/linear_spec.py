@@ -57,7 +57,7 @@ class LinearSpec:
 
     @property
     def depth(self) -> int:
-        depth = self.weight.operand.shape[1]
+        depth = self.x.operand.shape[1]
         assert isinstance(depth, int), "the number of input features is fixed"
         return depth
 
@@ -82,23 +82,26 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> LinearSpec | N
         return None
     if any(dtype not in FLOATS for dtype in dtypes):
         return None
-    columns = {shape_of(r)[-1] for r in results}
-    streams = 1 if columns == {rows} else 2
-    if streams == 2 and (columns != {rows // 2} or rows % 2):
-        return None
-    return _with_tail(body, operands, nodes[0], x, weight, streams)
+    bias = nodes[0].args[2] if len(nodes[0].args) > 2 else nodes[0].kwargs.get("bias")
+    return with_tail(body, operands, nodes[0], bias, x, weight)
 
 
-def _with_tail(
+def with_tail(
     body: fx.GraphModule,
     operands: Sequence[Operand],
     node: fx.Node,
+    bias: Any,
     x: Strided,
     weight: Strided,
-    streams: int,
 ) -> LinearSpec | None:
-    rows = weight.operand.shape[0]
-    assert isinstance(rows, int)
+    """Return the spec of a linear `node` with its bias and the tail that follows it, else None."""
+    rows, results = weight.operand.shape[0], outputs(body)
+    if not isinstance(rows, int):
+        return None
+    widths = {shape_of(r)[-1] for r in results}
+    streams = 1 if widths == {rows} else 2
+    if streams == 2 and (widths != {rows // 2} or rows % 2):
+        return None
     columns = rows // streams
 
     def sum_of(reader: Reader, at: fx.Node, coordinates: Coordinates) -> Expr | None:
@@ -112,12 +115,10 @@ def _with_tail(
             raise NotExpressible("the tail mixes tokens of a linear")
         stream = len(operands) + stream_at[column.constant]
         value: Expr = reader.leaf(Access(stream, Linear.of(Index(1))), "f32")
-        bias: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         return value if bias is None else call("add", (value, reader.at(bias, (column,))), "f32")
 
     reader = Reader(body, operands, ((0, None), (0, columns)), sum_of)
     values, stores = [], []
-    results = outputs(body)
     for result, out in zip(results, operands[len(operands) - len(results) :]):
         shape = shape_of(result)
         if len(shape) < 2 or any(s != 1 for s in shape[:-2]) or shape[-2] != x.operand.shape[0]:

@@ -1,0 +1,90 @@
+"""The layout of quantised rows on a GPU: a row's codes, then its scales, then its minimums.
+
+planar.<format>: uint8 [N, planar_bytes]; each part begins at a multiple of 16 bytes, so that codes
+are read 16 bytes at a time. Codes of four bits: byte b of 16 bytes holds k = b in its low and
+k = 16 + b in its high half; codes of more bits take a byte each. Scales and minimums keep their
+float dtype; those made of two numbers (k, zero) are stored as their float32 product, so that a
+weight is always float(u + low) * scale - minimum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aios_compile.codegen.packing import check_finite
+from aios_compile.ir.quant_format import QuantFormat
+from aios_compile.ir.quantized import SCALE_DTYPES, scales_of, unpack_fields
+
+PREFIX = "planar."
+CHUNK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Where the parts of a row of `depth` values lie. bits: 4 or 8. minimum_dtype: "" for none."""
+
+    depth: int
+    bits: int
+    group: int
+    low: int
+    scale_dtype: str
+    minimum_dtype: str
+
+    @property
+    def scale_begin(self) -> int:
+        return _aligned(self.depth * self.bits // 8)
+
+    @property
+    def minimum_begin(self) -> int:
+        return _aligned(self.scale_begin + self._plane_bytes(self.scale_dtype))
+
+    @property
+    def row_bytes(self) -> int:
+        return _aligned(self.minimum_begin + self._plane_bytes(self.minimum_dtype))
+
+    def _plane_bytes(self, dtype: str) -> int:
+        return SCALE_DTYPES[dtype].itemsize * self.depth // self.group if dtype else 0
+
+
+def plane_of(form: QuantFormat, depth: int) -> Plane:
+    """Return the layout of a format's rows of `depth` values, a multiple of 32."""
+    scale = form.scales if form.scales in SCALE_DTYPES else "f32"
+    minimum = form.minimums if form.minimums in SCALE_DTYPES or not form.minimums else "f32"
+    return Plane(depth, 4 if form.bits == 4 else 8, form.group, form.low, scale, minimum)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 16) * 16
+
+
+def pack_planar(rows: Tensor, form: QuantFormat, label: str = "weight") -> Tensor:
+    """Return quantised rows uint8 [N, row_bytes] as planar uint8 [N, Plane.row_bytes].
+
+    Raises CheckpointError when a scale or a minimum is NaN or infinite.
+    """
+    plane = plane_of(form, form.depth(rows.shape[1]))
+    packed = torch.zeros(len(rows), plane.row_bytes, dtype=torch.uint8)
+    for first in range(0, len(rows), CHUNK_ROWS):
+        chunk = rows[first : first + CHUNK_ROWS]
+        fields, into = unpack_fields(form, chunk), packed[first : first + CHUNK_ROWS]
+        codes = fields.codes
+        if plane.bits == 4:
+            halves = codes.reshape(len(codes), -1, 2, 16)
+            codes = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(len(codes), -1)
+        into[:, : codes.shape[1]] = codes
+        scales, minimums = scales_of(form, fields)
+        for values in (scales, minimums):
+            if values is not None:
+                check_finite(values.numpy(), label)
+        _put(into, plane.scale_begin, scales, plane.scale_dtype)
+        if minimums is not None:
+            _put(into, plane.minimum_begin, minimums, plane.minimum_dtype)
+    return packed
+
+
+def _put(into: Tensor, begin: int, values: Tensor, dtype: str) -> None:
+    data = values.to(SCALE_DTYPES[dtype]).contiguous().view(torch.uint8)
+    into[:, begin : begin + data.shape[1]] = data

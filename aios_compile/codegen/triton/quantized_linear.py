@@ -1,0 +1,229 @@
+"""y[t, n] = f(sum over k of x[t, k] * w[n, k], ...) with weights quantised to 8 or 4 bits.
+
+w: rows of codes, scales and minimums (codegen/planar.py), dequantised in registers; x, tail and
+outputs as in linear.py. Activations are not quantised: the sums are those of the float64 oracle to
+float32's precision (the CPU kernel rounds activations to 8 bits). rows: one token on the
+vector units; 16 codes meet 16 activations, their sum takes the scale once. tiles: the weights as
+two bfloat16 parts on the tensor cores, 16 bits of mantissa, and so are float32 activations.
+Bytes: codes, scales and minimums once for each tile of tokens; 16 bytes of codes a load. Grid: one
+program for BLOCK_N columns of 1, 16, 32 or 64 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from aios_compile.codegen.access import outputs
+from aios_compile.codegen.cpp.frame import layout, symbol_of, variable
+from aios_compile.codegen.cpp.head_rows import without_leading_ones
+from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.planar import PREFIX, Plane, plane_of
+from aios_compile.codegen.source import KernelSource
+from aios_compile.codegen.strided import resolve
+from aios_compile.codegen.triton import linear_spec
+from aios_compile.codegen.triton.cards import DEFAULT, Card
+from aios_compile.codegen.triton.frame import Launch, Variant, module_text, python_dim
+from aios_compile.codegen.triton.linear_spec import FLOATS, LinearSpec
+from aios_compile.codegen.triton.linear_text import PRODUCT, kernel_text, tail_lines, x_row
+from aios_compile.ir.quant_format import QuantFormat
+
+STRIP = 16  # bytes of codes that a thread reads at once
+DTYPES = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
+# (row bound, kernel, columns, strips a step, warps): the bound is the tokens of a tile.
+VARIANTS = (
+    (1, "rows", 4, 32, 2),
+    (16, "tiles", 32, 4, 4),
+    (32, "tiles", 32, 2, 4),
+    (None, "tiles", 64, 2, 4),
+)
+
+
+@dataclass(frozen=True)
+class QuantizedLinearSpec:
+    """A linear's spec (its weight operand are the packed rows), and the layout of a row."""
+
+    linear: LinearSpec
+    plane: Plane
+
+
+def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> QuantizedLinearSpec | None:
+    """Return the spec of a body of one aios.quantized_linear and a pointwise tail, else None."""
+    target = torch.ops.aios.quantized_linear.default
+    nodes = [n for n in body.graph.nodes if n.target is target]
+    if len(nodes) != 1 or not all(isinstance(r, fx.Node) for r in outputs(body)):
+        return None
+    form = QuantFormat.parse(str(nodes[0].args[2]))
+    x = without_leading_ones(resolve(nodes[0].args[0], operands), 2)
+    weight = resolve(nodes[0].args[1], operands)
+    if x is None or weight is None or weight.operand.packed != PREFIX + form.name:
+        return None
+    depth, dense = x.operand.shape[1], x.operand.strides[1] == 1
+    if not dense or not isinstance(depth, int) or depth % 32 or x.operand.dtype not in FLOATS:
+        return None
+    bias = nodes[0].args[3] if len(nodes[0].args) > 3 else nodes[0].kwargs.get("bias")
+    spec = linear_spec.with_tail(body, operands, nodes[0], bias, x, weight)
+    return None if spec is None else QuantizedLinearSpec(spec, plane_of(form, depth))
+
+
+def reference(spec: QuantizedLinearSpec, body: fx.GraphModule, *tensors: Tensor) -> Any:
+    """Compute the outputs in eager PyTorch from rows that are not packed: the definition."""
+    return body(*tensors)
+
+
+def emit(spec: QuantizedLinearSpec, card: Card = DEFAULT) -> KernelSource:
+    """Return the module. Tiles hold half as many tokens where factors live in registers."""
+    base, plane = spec.linear, spec.plane
+    symbol = symbol_of("quantized_linear", (spec, card.async_dots))
+    operands, tallest = list(base.operands), 64 if card.async_dots else 32
+    rows, parts, variants = python_dim(base.x.operand.shape[0]), [PRODUCT], []
+    for most, kind, block_n, strips, warps in VARIANTS:
+        name = f"{symbol}_{kind}_{'any' if most is None else most}"
+        tokens, across = most or tallest, -(-base.columns // block_n)
+        sizes: tuple[tuple[str, int | str], ...] = (("BLOCK_N", block_n), ("STRIPS", strips))
+        if kind == "rows":
+            text = kernel_text(name, operands, tuple(n for n, _ in sizes), _rows(spec))
+            grid = str(across)
+        else:
+            sizes = (("BLOCK_T", tokens), *sizes)
+            text = kernel_text(name, operands, tuple(n for n, _ in sizes), _tiles(spec))
+            grid = f"(({rows} + {tokens - 1}) // {tokens}) * {across}"
+        parts.append(text)
+        variants.append(Variant(most, (Launch(name, grid, sizes, warps, 2),)))
+    comment = [f"quantized_linear: {plane.bits} bits, groups of {plane.group}"]
+    comment += [f"  {layout(o)}" for o in operands] + [f"model: {x}" for x in base.lines]
+    text = module_text(comment, operands, parts, variants, base.x.operand.shape[0])
+    return KernelSource(
+        "quantized_linear", symbol, "triton", text, len(operands), linear_spec.inplace(base),
+        base.lines,
+    )  # fmt: skip
+
+
+def _halves(plane: Plane) -> range:
+    """Return the codes of a byte: a strip is 16 k a half."""
+    return range(8 // plane.bits)
+
+
+def _weights(spec: QuantizedLinearSpec, stream: int) -> list[str]:
+    """Return the lines that set the pointers of a stream's codes, scales and minimums."""
+    base, plane = spec.linear, spec.plane
+    weight = variable(base.weight.operand, base.weight.index)
+    first = stream * base.columns
+    lines = [f"row{stream} = {weight} + (column + {first}) * {plane.row_bytes}"]
+    for name, begin, dtype in (
+        ("scales", plane.scale_begin, plane.scale_dtype),
+        ("minimums", plane.minimum_begin, plane.minimum_dtype),
+    ):
+        if dtype:
+            pointer = f"tl.pointer_type({DTYPES[dtype]})"
+            lines.append(f"{name}{stream} = (row{stream} + {begin}).to({pointer})")
+    return lines
+
+
+def _affine(spec: QuantizedLinearSpec, stream: int, half: int) -> list[str]:
+    """Return the lines that load `scale` and `shift` of a half's strips: w = u * scale + shift."""
+    plane, count = spec.plane, len(_halves(spec.plane))
+    place = f"(strip * {STRIP * count} + {STRIP * half}) // {plane.group}"
+    lines = [f"group = {place}"]
+    mask = "mask=inside, other=0.0"
+    lines.append(f"scale = tl.load(scales{stream} + group, {mask}).to(tl.float32)")
+    lines.append(f"shift = {float(plane.low)} * scale")
+    if plane.minimum_dtype:
+        lines.append(f"shift -= tl.load(minimums{stream} + group, {mask}).to(tl.float32)")
+    return lines
+
+
+def _codes(plane: Plane, half: int) -> str:
+    text = "codes" if plane.bits == 8 else "(codes & 15)" if half == 0 else "(codes >> 4)"
+    return f"{text}.to(tl.float32)"
+
+
+def _rows(spec: QuantizedLinearSpec) -> list[str]:
+    """Return the body for one token; codes are blocks [BLOCK_N, STRIPS, 16]."""
+    base, plane = spec.linear, spec.plane
+    streams, count = range(base.streams), len(_halves(plane))
+    strips = base.depth // (STRIP * count)
+    lines = [
+        "i0 = tl.full([1], 0, tl.int64)",
+        f"mask0 = i0 < {python_dim(base.x.operand.shape[0])}",
+        "i1 = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)",
+        f"mask1 = i1 < {base.columns}",
+        f"column = tl.minimum(i1, {base.columns - 1})[:, None, None]",
+        f"byte = tl.arange(0, {STRIP})[None, None, :]",
+        f"x = {x_row(base, '0')}",
+    ]
+    for s in streams:
+        lines += [*_weights(spec, s), f"sums{s} = tl.zeros([BLOCK_N, STRIPS], tl.float32)"]
+    lines += [f"for start in range(0, {strips}, STRIPS):"]
+    inner = [
+        "strip = start + tl.arange(0, STRIPS)[None, :, None]",
+        f"inside = strip < {strips}",
+    ]
+    for h in _halves(plane):
+        place = f"strip * {STRIP * count} + {STRIP * h} + byte"
+        inner.append(f"x{h} = tl.load(x + {place}, mask=inside, other=0.0).to(tl.float32)")
+        inner.append(f"total{h} = tl.sum(x{h}, 2)")
+    for s in streams:
+        load = f"row{s} + strip * {STRIP} + byte, mask=inside, other=0"
+        inner.append(f'codes = tl.load({load}, eviction_policy="evict_first")')
+        for h in _halves(plane):
+            inner += [*_affine(spec, s, h), f"u = {_codes(plane, h)}"]
+            inner += ["scale, shift = tl.sum(scale, 2), tl.sum(shift, 2)"]  # one value each
+            inner.append(f"sums{s} += tl.sum(u * x{h}, 2) * scale + total{h} * shift")
+    lines += [f"    {line}" for line in inner]
+    lines += [f"sum{s} = tl.sum(sums{s}, 1)" for s in streams]
+    return lines + tail_lines(base)
+
+
+def _tiles(spec: QuantizedLinearSpec) -> list[str]:
+    """Return the body for a tile of tokens: weights in two parts times x[k, t] on tensor cores."""
+    base, plane = spec.linear, spec.plane
+    count, rows = len(_halves(plane)), python_dim(base.x.operand.shape[0])
+    across = f"({base.columns} + BLOCK_N - 1) // BLOCK_N"
+    lines = [
+        "item = tl.program_id(0).to(tl.int64)",
+        f"across = {across}",
+        "i0 = (item // across * BLOCK_T + tl.arange(0, BLOCK_T))[None, :]",
+        "i1 = (item % across * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]",
+        f"mask0 = i0 < {rows}",
+        f"mask1 = i1 < {base.columns}",
+        f"token = tl.minimum(i0, {rows} - 1)",
+        "column = (item % across * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]",
+        f"column = tl.minimum(column, {base.columns - 1})",
+        f"byte = tl.arange(0, {STRIP})[None, None, :]",
+        f"k = tl.arange(0, STRIPS * {STRIP})[:, None]",
+        f"x_at = {x_row(base, 'token')}",
+    ]
+    for s in range(base.streams):
+        lines += [*_weights(spec, s), f"sum{s} = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)"]
+    strips = base.depth // (STRIP * count)
+    lines += [f"for start in range(0, {strips}, STRIPS):"]
+    inner = [
+        "strip = start + tl.arange(0, STRIPS)[None, :, None]",
+        f"inside = strip < {strips}",
+    ]
+    for h in _halves(plane):
+        inner += [
+            f"place = (start + k // {STRIP}) * {STRIP * count} + {STRIP * h} + k % {STRIP}",
+            f"x = tl.load(x_at + place, mask=place < {base.depth}, other=0.0).to(tl.float32)",
+            f"x{h}_0 = x.to(tl.bfloat16)",
+            f"x{h}_1 = (x - x{h}_0.to(tl.float32)).to(tl.bfloat16)",
+        ]
+    for s in range(base.streams):
+        inner.append(f"codes = tl.load(row{s} + strip * {STRIP} + byte, mask=inside, other=0)")
+        for h in _halves(plane):
+            inner += [
+                *_affine(spec, s, h),
+                f"w = tl.reshape({_codes(plane, h)} * scale + shift, [BLOCK_N, STRIPS * {STRIP}])",
+                "w0 = w.to(tl.bfloat16)",
+                "w1 = (w - w0.to(tl.float32)).to(tl.bfloat16)",
+                f'sum{s} = product(w0, x{h}_0, sum{s}, "ieee")',
+                f'sum{s} = product(w1, x{h}_0, sum{s}, "ieee")',
+            ]
+            if base.x.operand.dtype != "bf16":
+                inner.append(f'sum{s} = product(w0, x{h}_1, sum{s}, "ieee")')
+    return [*lines, *(f"    {line}" for line in inner), *tail_lines(base)]

@@ -1,0 +1,82 @@
+"""Triton modules compiled for GPUs that are not there: resources, no spills, 16-byte loads.
+
+The whole matrix of shapes, targets and dtypes is in tests/nightly/test_triton_binaries.py.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from aios_compile.codegen.triton import linear, sample
+from aios_compile.codegen.triton.cards import card_of
+from aios_compile.codegen.triton.compile_ahead import compile_ahead, parse_target
+from aios_compile.codegen.triton.configs import Config
+from aios_compile.errors import CodegenError
+from tests.codegen.test_sample import body_of
+from tests.codegen.triton_shapes import linear_spec
+
+WEIGHT_LOADS = re.compile(r"ld\.global\S*evict_first\S*")
+COPIES = re.compile(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (0x\w+)")
+
+
+@pytest.mark.parametrize(("layer", "target"), [("down", "cuda:90"), ("gate_up", "cuda:80")])
+def test_linear_kernels_use_what_is_pinned(layer: str, target: str, tmp_path: Path) -> None:
+    """(variant, most registers, bytes of shared memory) of triton 3.7; other ptxas may differ."""
+    pinned = {
+        ("down", "cuda:90"): {"rows": (64, 8), "dot": (255, 200), "tile": (255, 200)},
+        ("gate_up", "cuda:80"): {"rows": (104, 4), "dot": (255, 150), "tile": (255, 150)},
+    }[layer, target]
+    source = linear.emit(linear_spec("Qwen3-0.6B", layer), card_of(target))
+    (binaries,) = compile_ahead([source], target, tmp_path)
+    kinds = [b.kernel.split("_")[3] for b in binaries if "combine" not in b.kernel]
+    assert kinds[0] == "rows" and kinds[-1] == "tile" and "dot" in kinds
+    for binary in binaries:
+        kind, text = binary.kernel.split("_")[3], binary.assembly()
+        assert binary.spill_bytes == 0, binary
+        registers, kilobytes = pinned[kind]
+        assert 8 < binary.registers <= registers, binary
+        assert binary.shared_bytes <= kilobytes << 10, binary
+        if kind == "rows":
+            loads = WEIGHT_LOADS.findall(text)
+            assert loads and all(load.endswith("v4.b32") for load in loads), loads
+        elif "combine" not in binary.kernel:
+            assert set(COPIES.findall(text)) == {"0x10"}
+            assert "wgmma" in text or "mma.sync" in text
+
+
+def test_the_sampler_reads_16_bytes_and_fuses_nothing_itself(tmp_path: Path) -> None:
+    """Noise is two logarithms an element, each of five fma: a sixth would change tokens."""
+    spec = sample.spec_of(*body_of(8192))
+    assert spec is not None
+    (binaries,) = compile_ahead([sample.emit(spec)], "cuda:90", tmp_path)
+    assert all(b.spill_bytes == 0 for b in binaries), binaries
+    by_name = {b.kernel.split("_")[-1]: b for b in binaries}
+    assert list(by_name) == list(sample.ARGUMENTS)
+    assert "ld.global.v4.b32" in by_name["measure"].assembly()
+    draw = by_name["draw"]
+    elements = sample.CHUNK // (32 * draw.num_warps)
+    text = draw.assembly()
+    assert text.count("fma.rn.f32") == 10 * elements and ".ftz" not in text
+    assert text.count("div.rn.f32") == 4 * elements  # a true quotient where s is made, then 3
+
+
+def test_a_kernel_that_would_trap_is_an_error(tmp_path: Path) -> None:
+    """Triton 3.7 compiles a tile that does not fit tensor memory to `trap;` and says nothing."""
+    spec = linear_spec("Qwen3-0.6B", "qkv")
+    wide = ((None, Config("tile", 128, 256, 64, 8, 3)),)
+    source = linear.emit(spec, card_of("cuda:100"), wide)
+    with pytest.raises(CodegenError, match="trap"):
+        compile_ahead([source], "cuda:100", tmp_path)
+
+
+def test_unknown_targets_are_refused() -> None:
+    for name in ("cuda", "cuda:x", "metal:1", "hip:"):
+        with pytest.raises(CodegenError, match="unknown GPU target"):
+            parse_target(name)
+    with pytest.raises(CodegenError, match="no cost model"):
+        card_of("cuda:75")

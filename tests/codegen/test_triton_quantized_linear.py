@@ -1,0 +1,135 @@
+"""Weight-only quantised linears of the Triton target in the interpreter, against float64."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.planar import PREFIX, pack_planar, plane_of
+from aios_compile.ir import ops  # noqa: F401  (registers the ops)
+from aios_compile.ir.quant_format import QuantFormat
+from aios_compile.ir.quantized import QuantFields, dequantize, pack_fields
+from tests.codegen.harness import make_body
+from tests.codegen.triton_modules import load, poisoned, run
+
+pytest.importorskip("triton")
+
+from aios_compile.codegen.triton import quantized_linear
+
+aios, aten = torch.ops.aios, torch.ops.aten
+FORMS = ("int8_g32_f16", "int4_g32_f16", "uint4_g128_f16_min_zero", "int4_g32_bf16")
+OTHERS = ("uint4_g32_k_min_k", "uint5_g32_k_min_k", "int6_g16_k", "uint4_g64_f32_min_bf16")
+
+
+def random_rows(form: QuantFormat, rows: int, depth: int) -> torch.Tensor:
+    """Return quantised rows whose parts are all random."""
+    g = torch.Generator().manual_seed(rows + depth)
+    groups, spans = depth // form.group, depth // form.span
+
+    def floats(name: str, count: int) -> torch.Tensor:
+        dtype = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}[name]
+        return (torch.rand(rows, count, generator=g) + 0.5).div(50).to(dtype)
+
+    def part(kind: str, lowest: int, dtype: torch.dtype) -> torch.Tensor:
+        if kind in ("f16", "bf16", "f32"):
+            return floats(kind, groups)
+        high = min(15 if kind == "zero" else 60, 2**form.bits)
+        return torch.randint(lowest, high, (rows, groups), generator=g).to(dtype)
+
+    codes = torch.randint(0, 2**form.bits, (rows, depth), generator=g).to(torch.uint8)
+    return pack_fields(
+        form,
+        QuantFields(
+            codes,
+            part(form.scales, -60, torch.int8),
+            part(form.minimums, 0, torch.uint8) if form.minimums else None,
+            floats("f16", spans) / 16 if form.scales == "k" else None,
+            floats("f16", spans) / 16 if form.minimums == "k" else None,
+        ),
+    )
+
+
+def plain(x, w, form):
+    return aios.quantized_linear.default(x, w, form)
+
+
+def gated(x, w, form):
+    y = aios.quantized_linear.default(x, w, form)
+    gate, up = aten.split.Tensor(y, w.shape[0] // 2, 1)
+    return aios.gated_activation.default(gate, up, "silu")
+
+
+def residual(x, w, r, form):
+    return aten.add.Tensor(r, aios.quantized_linear.default(x, w, form))
+
+
+@functools.cache
+def made(function, name, rows, depth, extra=()):
+    form = QuantFormat.parse(name)
+    inputs = {"x": (("T", depth), torch.float32), "w": ((rows, form.row_bytes(depth)), torch.uint8)}
+    inputs |= {n: (shape, torch.float32) for n, shape in extra}
+    if extra:
+        body, operands = make_body(lambda x, w, r: function(x, w, r, name), inputs)
+    else:
+        body, operands = make_body(lambda x, w: function(x, w, name), inputs)
+    w = operands[1]
+    operands[1] = Operand(w.name, w.dtype, w.shape, w.strides, PREFIX + form.name)
+    spec = quantized_linear.spec_of(body, operands)
+    assert spec is not None
+    source = quantized_linear.emit(spec)
+    return form, body, source, load(source)
+
+
+def close(actual, x, w, tail=lambda y: y):
+    exact = tail(x.double() @ w.double().T)
+    scale = (x.abs().double() @ w.abs().double().T).max()
+    assert (actual - exact).abs().max() < 2e-5 * scale
+
+
+@pytest.mark.parametrize("name", [*FORMS, *OTHERS])
+def test_weights_are_dequantised_exactly_enough(name: str) -> None:
+    rows, depth = 37, 256
+    form, _, source, module = made(plain, name, rows, depth)
+    packed = random_rows(form, rows, depth)
+    w, planar = dequantize(packed, form), pack_planar(packed, form)
+    assert planar.shape == (rows, plane_of(form, depth).row_bytes)
+    for tokens in (1, 3, 17) if name in FORMS else (1, 5):
+        x, out = torch.randn(tokens, depth), poisoned((tokens, rows))
+        run(source, module, [x, planar, out], T=tokens)
+        close(out, x, w)
+
+
+@pytest.mark.parametrize("name", FORMS[:2])
+def test_tails_and_a_depth_that_fills_no_step(name: str) -> None:
+    rows, depth = 42, 96
+    form, _, source, module = made(gated, name, rows, depth)
+    packed, x = random_rows(form, rows, depth), torch.randn(70, depth)
+    w, planar = dequantize(packed, form), pack_planar(packed, form)
+    for tokens in (1, 70):
+        out = poisoned((tokens, 21))
+        run(source, module, [x[:tokens], planar, out], T=tokens)
+        silu = torch.nn.functional.silu
+        exact = x[:tokens].double() @ w.double().T
+        want = silu(exact[:, :21]) * exact[:, 21:]
+        assert (out - want).abs().max() < 2e-4 * want.abs().max()
+    form, _, source, module = made(residual, name, rows, depth, (("r", ("T", rows)),))
+    assert source.inplace == ((0, 2),)
+    kept = torch.randn(2, rows)
+    into = kept.clone()
+    run(source, module, [x[:2], planar, into, into], T=2)
+    close(into, x[:2], w, lambda y: y + kept)
+
+
+def test_the_same_bits_again_and_other_layouts_are_refused() -> None:
+    form, body, source, module = made(plain, "int4_g32_f16", 37, 256)
+    planar, x = pack_planar(random_rows(form, 37, 256), form), torch.randn(3, 256)
+    outs = [poisoned((3, 37)) for _ in range(2)]
+    for out in outs:
+        run(source, module, [x, planar, out], T=3)
+    assert torch.equal(*outs)
+    inputs = {"x": (("T", 256), torch.float32), "w": ((37, form.row_bytes(256)), torch.uint8)}
+    _, operands = make_body(lambda x, w: plain(x, w, form.name), inputs)
+    assert quantized_linear.spec_of(body, operands) is None
