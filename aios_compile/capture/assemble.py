@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from aios_compile.capture import torch_private
+from aios_compile.capture.complex_numbers import split_complex
 from aios_compile.errors import CaptureError
 from aios_compile.ir import provenance
 from aios_compile.ir.module import (
@@ -37,6 +38,7 @@ def assemble(
     _own_regions(module, traced)
     _bind_inputs(module, bindings)
     _flatten_tokens(module)
+    split_complex(module)
     for graph_module in module.graphs().values():
         _free_of_sizes(graph_module)
     _drop_size_inputs(module)

@@ -134,6 +134,29 @@ class Alibi(nn.Module):
         return (q @ k.transpose(-1, -2) * WIDTH**-0.5 + bias).softmax(-1) @ v
 
 
+class Turned(nn.Module):
+    """Rotary embeddings as products of complex numbers: of a stored table, or made of positions."""
+
+    def __init__(self, stored: bool) -> None:
+        super().__init__()
+        self.register_buffer("speeds", 100.0 ** -torch.arange(0, 1, 2 / WIDTH))
+        angles = torch.arange(96.0)[:, None] * self.speeds
+        self.register_buffer("table", torch.polar(torch.ones_like(angles), angles))
+        self.stored = stored
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        angles = positions[..., None] * self.speeds
+        made = torch.complex(angles.cos(), angles.sin())
+        turn = self.table[positions] if self.stored else made
+        q, k = (self.turned(x, turn.unsqueeze(-3)) for x in (q, k))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    @staticmethod
+    def turned(x: Tensor, turn: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * turn.conj().conj()).flatten(-2)
+
+
 class MeanOfPast(nn.Module):
     """No attention: the running mean of the values."""
 
@@ -207,6 +230,8 @@ GENERATABLE = {
     "shared_weights": lambda: Shared(blocks(causal, 1)),
     "alibi_spelled": lambda: Model(blocks(lambda: Alibi(False))),
     "alibi_called": lambda: Model(blocks(lambda: Alibi(True))),
+    "complex_table": lambda: Model(blocks(lambda: Turned(True))),
+    "complex_angles": lambda: Model(blocks(lambda: Turned(False))),
     "flat": lambda: Flat(Model(blocks(causal))),
 }
 CALLABLE = {

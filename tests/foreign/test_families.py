@@ -12,7 +12,7 @@ TOLERANCE = 1e-4
 TESTED = (
     "gemma2", "gemma3", "gpt2", "gpt_neox", "phi", "olmo", "cohere", "falcon_new", "opt",
     "stablelm_qk", "granite", "smollm3", "codegen", "mixtral", "gpt_oss", "deepseek_v3",
-    "bloom",
+    "bloom", "llama4",
 )  # fmt: skip
 OTHERS = (  # FOREIGN_FAMILIES=all
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gpt_neox_serial", "gptj", "phi3", "olmo2",
@@ -21,12 +21,11 @@ OTHERS = (  # FOREIGN_FAMILIES=all
     "biogpt", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "phimoe", "granitemoe",
     "granitemoeshared", "glm4_moe_lite", "mistral4", "dots1", "glm4_moe", "solar_open",
     "ernie4_5_moe", "hunyuan_moe", "minimax", "minimax_m2", "exaone_moe", "lfm2_moe",
-    "mimo_v2_flash", "cohere2_moe", "falcon_alibi",
+    "mimo_v2_flash", "cohere2_moe", "falcon_alibi", "deepseek_v2",
 )  # fmt: skip
 CHOSEN = (*TESTED, *OTHERS) if os.environ.get("FOREIGN_FAMILIES") == "all" else TESTED
 REFUSED = {
     "dbrx": "modeling_dbrx.py:.*expert_hit",
-    "llama4": "complex64",
     "mpt": "modeling_mpt.py:.*position_bias",
     "mamba": "modeling_mamba.py:",
 }
