@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from aios_compile.capture import foreign, regions, torch_private
 from aios_compile.capture.assemble import assemble
+from aios_compile.capture.size_bounds import decide_bounds
 from aios_compile.errors import CaptureError, UnsupportedModelError
 from aios_compile.ir import ops
 from aios_compile.ir.module import IRModule
@@ -70,6 +71,7 @@ def _capture(model: nn.Module, flat: bool, max_tokens: int) -> IRModule:
         _adopt_token_count(mode, holders, fakes)
         with _captured_errors():
             keep_composites(outer)
+            decide_bounds([outer, *_children(outer)], max_tokens)
             lowered = torch_private.lower(outer, fakes, mode)
     _check_guards(mode, max_tokens)
     names = _names(wrapped)

@@ -162,7 +162,8 @@ class _Splitter:
             real, imaginary = (self.call(aten.mul.Tensor, args[0], t) for t in turned)
             return real, imaginary
         if node.target is aten.view_as_complex.default:
-            return tuple(self.call(aten.select.int, args[0], -1, i) for i in (0, 1))  # type: ignore[return-value]
+            real, imaginary = (self.call(aten.select.int, args[0], -1, i) for i in (0, 1))
+            return real, imaginary
         if node.target is aten.mul.Tensor:
             return self._product(*args)
         if node.target in SUMS and all(a in self.pairs for a in args) and not node.kwargs:

@@ -105,6 +105,8 @@ def decompositions() -> dict[Any, Any]:
             del table[overload]
     table[torch.ops.aten.cumsum.default] = _cumsum
     table[torch.ops.aten.copy.default] = _copy
+    table[torch.ops.aten.max.default] = lambda x: x.reshape(-1).amax(0)
+    table[torch.ops.aten.min.default] = lambda x: x.reshape(-1).amin(0)
     return table
 
 

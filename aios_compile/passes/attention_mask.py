@@ -153,9 +153,13 @@ def _positions(
 
 
 def _table_sizes(node: fx.Node, context: PassContext) -> list[int]:
-    """Return the tokens that a table of queries and keys (a stored triangle) was made for."""
+    """Return the tokens that a table of keys (a stored triangle, a row of biases) was made for."""
     value = node.meta.get("val")
     shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+    if is_call(node, aten.slice.Tensor):  # the last T columns of a table, or the first
+        source: Any = node.args[0]
+        before = source.meta["val"].shape
+        return [b for b, s in zip(before, shape) if isinstance(b, int) and not isinstance(s, int)]
     fixed = len(shape) > 1 and all(isinstance(s, int) for s in shape[-2:])
     square = fixed and shape[-1] == shape[-2] and shape[-1] > 1
     return [int(shape[-1])] if square and node.op == "placeholder" else []

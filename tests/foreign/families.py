@@ -47,6 +47,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("GPTJ", {**GPT2, "rotary_dim": 4}),
     "phi": ("Phi", {**SIZES, "partial_rotary_factor": 0.5}),
     "phi3": ("Phi3", {**SIZES, **GROUPED, "sliding_window": 7}),
+    "phi3_long": (
+        "Phi3",
+        {
+            **SIZES,
+            **GROUPED,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4, 2.5],
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
     "olmo": ("Olmo", {**SIZES, **GROUPED, "clip_qkv": 0.5}),
     "olmo2": ("Olmo2", {**SIZES, **GROUPED}),
     "olmo3": ("Olmo3", {**SIZES, **GROUPED, "sliding_window": 7, "layer_types": LAYERS}),

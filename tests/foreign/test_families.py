@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from aios_compile.errors import AiosError
+from aios_compile.errors import AiosError, RequestError
 from tests.foreign import families
 
 TOLERANCE = 1e-4
@@ -21,12 +21,12 @@ OTHERS = (  # FOREIGN_FAMILIES=all
     "biogpt", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "phimoe", "granitemoe",
     "granitemoeshared", "glm4_moe_lite", "mistral4", "dots1", "glm4_moe", "solar_open",
     "ernie4_5_moe", "hunyuan_moe", "minimax", "minimax_m2", "exaone_moe", "lfm2_moe",
-    "mimo_v2_flash", "cohere2_moe", "falcon_alibi", "deepseek_v2",
+    "mimo_v2_flash", "cohere2_moe", "falcon_alibi", "deepseek_v2", "mpt",
 )  # fmt: skip
 CHOSEN = (*TESTED, *OTHERS) if os.environ.get("FOREIGN_FAMILIES") == "all" else TESTED
+CALLED = {"phi3_long": "modeling_rope_utils.py:.*torch.max"}  # the whole sequence chooses factors
 REFUSED = {
     "dbrx": "modeling_dbrx.py:.*expert_hit",
-    "mpt": "modeling_mpt.py:.*position_bias",
     "mamba": "modeling_mamba.py:",
 }
 
@@ -62,6 +62,15 @@ def test_family(name, compiled):
         )
         result = found.generate(prompt[0].tolist(), max_tokens=12, temperature=0, ignore_eos=True)
         assert list(result.outputs[0].token_ids) == expected[0, 9:].tolist()
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_family_that_is_only_called(name, compiled):
+    model = families.build(name)
+    with compiled(model) as found:
+        check_logits(model, found)
+        with pytest.raises(RequestError, match=CALLED[name]):
+            found.generate([3, 4], max_tokens=2)
 
 
 @pytest.mark.parametrize("name", REFUSED)
