@@ -40,10 +40,10 @@ from aios_compile.runtime.health import Health, Pulse, judge, now_us
 from aios_compile.runtime.metrics import EngineMetrics, Family, MetricsSnapshot, counter
 from aios_compile.runtime.outputs import RequestOutput, StreamChunk
 from aios_compile.runtime.request import mix_seed
+from aios_compile.runtime.suspects import Suspects
 from aios_compile.sampling_params import SamplingParams
 
 MAX_FAILED_STARTS = 2  # one after another: the model does not load
-MAX_BARREN_DEATHS = 3  # one after another without a token for anybody: a request is the reason
 
 
 class EngineFront:
@@ -74,7 +74,7 @@ class EngineFront:
         self._families: tuple[Family, ...] = ()
         self._heard = 0.0
         self._has_given = False  # a token since this process started
-        self._num_barren = 0
+        self._suspects = Suspects()
         self.child: EngineChild | None = None
         self.epoch = 0
         self._thread = threading.Thread(target=self._run, name="aios-front", daemon=True)
@@ -112,7 +112,7 @@ class EngineFront:
             frame = request.start_message(self.epoch)  # checks that it can be sent at all
             self._next_request += 1
             self._requests[number] = request
-            if self._outbox is not None:
+            if self._suspects.arrive(number) and self._outbox is not None:
                 self._outbox.put(frame)
         return FrontStream(request, self.end)
 
@@ -154,6 +154,7 @@ class EngineFront:
             if self._requests.pop(request.request_id, None) is None:
                 return
             self._send("abort", request.request_id)
+            self._clear(request.request_id)
             if error is None:
                 request.finish(StreamChunk("", [], "abort"), {})
             else:
@@ -269,8 +270,15 @@ class EngineFront:
         with self._lock:
             self._pulse = Pulse(None, None)
             self._outbox = child.outbox
-            for request in self._requests.values():
-                child.outbox.put(request.start_message(child.epoch))
+            for number, request in self._requests.items():
+                if self._suspects.may_run(number):
+                    child.outbox.put(request.start_message(child.epoch))
+
+    def _clear(self, number: int) -> None:
+        """Let the next suspect run if this one was on trial."""
+        following = self._suspects.clear(number)
+        if following is not None and self._outbox is not None:
+            self._outbox.put(self._requests[following].start_message(self.epoch))
 
     def _is_silent(self) -> bool:
         """Return whether a step hangs, or nothing was heard for too long (a stopped process)."""
@@ -297,6 +305,7 @@ class EngineFront:
                     if each in self._requests:
                         self._has_given = True
                         self._requests[each].put(wire.chunk_in(values))
+                        self._clear(each)
             elif request is None:
                 return True  # it was aborted meanwhile
             elif kind == "admitted":
@@ -309,6 +318,7 @@ class EngineFront:
                     return False  # the engine is at its end; the request is not
                 del self._requests[number]
                 request.fail(error)
+                self._clear(number)
         return True
 
     def _end(self, request: FrontRequest, message: dict[str, Any]) -> None:
@@ -316,19 +326,18 @@ class EngineFront:
         del self._requests[request.request_id]
         chunk = wire.chunk_in(message["chunk"])
         request.finish(chunk, message["output"])
+        self._clear(request.request_id)
         total_us = now_us() - request.submitted_us
         self._ends.on_end(now_us(), total_us, chunk.finish_reason or "error")
 
     def _note_death(self) -> None:
-        """Start again, unless processes die without a token for anybody: then requests do it."""
+        """Find out whether a request is the reason; the others go on in the next process."""
         with self._lock:
-            self._num_barren = 0 if self._has_given or not self._requests else self._num_barren + 1
-            if self._num_barren < MAX_BARREN_DEATHS:
-                return
-            self._num_barren = 0
-            requests, self._requests = list(self._requests.values()), {}
-        for request in requests:
-            request.fail(EngineDiedError(f"the engine died {MAX_BARREN_DEATHS} times running this"))
+            gave_or_idle = self._has_given or not self._requests
+            guilty = self._suspects.note_death(gave_or_idle, self._requests)
+            request = None if guilty is None else self._requests.pop(guilty)
+        if request is not None:
+            request.fail(EngineDiedError("the engine died again and again as it ran this request"))
 
     def _shut_down(self) -> None:
         with self._lock:

@@ -25,6 +25,7 @@ from aios_compile.errors import (
 )
 from aios_compile.runtime import wire
 from aios_compile.runtime.outputs import Logprob, StreamChunk
+from aios_compile.runtime.suspects import Suspects
 from tests.runtime.fake_executor import greedy
 from tests.runtime.killing import answers, fake_front, requests, run_while_killing
 
@@ -62,12 +63,32 @@ def test_a_step_that_hangs_exits_or_fails_for_good(what: str) -> None:
         assert front.epoch == 2
 
 
-def test_a_request_that_kills_every_engine_ends_with_an_error() -> None:
-    with fake_front(poison=49) as front:
-        with pytest.raises(EngineDiedError, match="died 3 times"):
-            front.generate([[1, 49]], max_tokens=5)
-        output = front.generate([[1, 2]], temperature=0, max_tokens=5)[0].outputs[0]
-        assert output.token_ids == greedy([1, 2], 5)
+def test_a_request_that_kills_every_engine_ends_alone() -> None:
+    """The others, before and after it, get all of their tokens."""
+    with fake_front(poison=49, step_seconds=0.002) as front:
+        prompts = [[1, 2], [1, 49], [3], [4, 5], [6]]
+        streams = [front.stream(p, temperature=0, max_tokens=12, ignore_eos=True) for p in prompts]
+        with pytest.raises(EngineDiedError, match="again and again"):
+            list(streams[1])
+        for i in (0, 2, 3, 4):
+            ids = [t for c in streams[i] for t in c.token_ids]
+            assert 49 not in ids and ids == greedy(prompts[i], 12)
+        assert front.num_requests == 0 and front._suspects.on_trial is None
+
+
+def test_suspects() -> None:
+    suspects = Suspects()
+    assert suspects.note_death(False, [1, 2, 3]) is None and suspects.on_trial is None
+    assert suspects.note_death(True, [1, 2, 3]) is None, "somebody got a token in between"
+    assert suspects.note_death(False, [1, 2, 3]) is None
+    assert suspects.note_death(False, [3, 1, 2]) is None and suspects.on_trial == 1
+    assert not suspects.arrive(4)
+    assert [suspects.may_run(i) for i in (0, 1, 2, 3, 4)] == [True, True, False, False, False]
+    assert suspects.clear(3) is None, "aborted before its turn"
+    assert suspects.clear(1) == 2 and suspects.may_run(1)
+    assert suspects.note_death(True, [1, 2, 4]) is None, "once may be chance"
+    assert suspects.note_death(True, [1, 2, 4]) == 2 and suspects.on_trial == 4
+    assert suspects.clear(4) is None and suspects.on_trial is None and suspects.arrive(5)
 
 
 def test_a_process_that_never_starts_is_an_error_for_everybody() -> None:
