@@ -2,6 +2,7 @@
 # make test    install the test tools too, then ruff, mypy --strict and all CPU tests
 # make nightly random graphs by the thousand (an hour or more)
 # make gpu     what needs a GPU: whole models in captured graphs against eager
+# make replay generated sources of the model zoo, this tree against the commit AGAINST
 # make docs    write docs/passes.md and docs/env.md anew
 # make format  put the tree into ruff's format
 
@@ -14,7 +15,9 @@ PROMPT ?= ROMEO:
 # Extra arguments of pip, e.g. where to find torch's CPU build (it saves gigabytes without a GPU).
 PIP_FLAGS ?=
 
-.PHONY: demo test nightly gpu lint format docs clean
+AGAINST ?= HEAD
+
+.PHONY: demo test nightly gpu lint format docs clean replay
 
 demo: $(VENV)/.installed
 	$(BIN)/aios report $(MODEL)
@@ -30,6 +33,9 @@ nightly: $(VENV)/.installed-test
 # From the checkout: machines with a GPU often allow no installing.
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -q tests/gpu
+
+replay: $(VENV)/.installed-test
+	$(BIN)/python tests/replay.py --against $(AGAINST)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
