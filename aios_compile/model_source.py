@@ -158,8 +158,8 @@ def _quantized_notes(weights: Tensors, dtype: str) -> list[str]:
         return []
     return [
         f"the checkpoint stores weights as {', '.join(sorted(stored))}, {sum(stored.values())} "
-        "bytes: linear layers compute with the codes as they are (keep_quantized_weights), what "
-        f"else reads them gets {dtype}"
+        "bytes: linear layers and embeddings compute with the codes as they are "
+        f"(keep_quantized_weights), what else reads them gets {dtype}"
     ]
 
 

@@ -76,7 +76,9 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def linear_weights(call: fx.Node, packs: bool = True) -> dict[int, str]:
-    """Return the layouts of the operands that linears of a kernel body stream as weights."""
+    """Return the layouts of the operands that a kernel body needs packed: weights that linears
+    stream, and quantised tables.
+    """
     body = body_of(call)
     holders = [p for p in placeholders(body.graph) if _is_tensor(p)]
     found = {}
@@ -87,6 +89,8 @@ def linear_weights(call: fx.Node, packs: bool = True) -> dict[int, str]:
                 found[index] = f"{'quant16' if packs else 'planar'}.{node.args[2]}"
             elif packs:
                 found[index] = ROWS16
+        if node.target is aios.quantized_embedding.default and node.args[0] in holders:
+            found[holders.index(node.args[0])] = f"quant16.{node.args[2]}"
     return found
 
 

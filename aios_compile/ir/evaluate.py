@@ -18,6 +18,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MATMULS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.matmul.default)
 LINEAR = torch.ops.aios.linear.default
 QUANTIZED_LINEAR = torch.ops.aios.quantized_linear.default
+QUANTIZED_EMBEDDING = torch.ops.aios.quantized_embedding.default
 HALVES = (torch.bfloat16, torch.float16)
 
 # Name of a region call -> for each output, the position of the argument that is passed through.
@@ -103,6 +104,8 @@ def _apply(
     if computed_in is not None:
         args = tuple(_replaced(a, computed_in) for a in args)
         kwargs = {k: _replaced(v, computed_in) for k, v in kwargs.items()}
+        if node.target is QUANTIZED_EMBEDDING:
+            return node.target(*args, **kwargs).to(computed_in)
     elif not exact_halves and node.target in MATMULS and args[0].dtype in HALVES:
         wide = (a.float() if isinstance(a, Tensor) else a for a in args)
         return node.target(*wide, **kwargs).to(args[0].dtype)

@@ -235,6 +235,13 @@ OPS: tuple[Op, ...] = (
         "the matrix float32[N, K] of rows uint8[N, row_bytes] of a format (ir/quant_format.py)",
     ),
     Op(
+        "quantized_embedding",
+        "(Tensor rows, Tensor ids, str form) -> Tensor",
+        quantized.quantized_embedding,
+        quantized.fake_quantized_embedding,
+        "rows ids[T] of a table of rows uint8[N, row_bytes] of a format, dequantised to float32",
+    ),
+    Op(
         "quantized_linear",
         "(Tensor x, Tensor weight, str form, Tensor? bias=None) -> Tensor",
         quantized.quantized_linear,

@@ -110,6 +110,16 @@ def fake_dequantize_rows(rows: Tensor, form: str) -> Tensor:
     return rows.new_empty(rows.shape[0], depth, dtype=torch.float32)
 
 
+def quantized_embedding(rows: Tensor, ids: Tensor, form: str) -> Tensor:
+    """Return the dequantised rows float32 [T, K] of ids [T]."""
+    return dequantize(rows[ids], QuantFormat.parse(form))
+
+
+def fake_quantized_embedding(rows: Tensor, ids: Tensor, form: str) -> Tensor:
+    depth = QuantFormat.parse(form).depth(int(rows.shape[1]))
+    return rows.new_empty(ids.shape[0], depth, dtype=torch.float32)
+
+
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return (codes int8 [..., K], scales float32 [..., K / 32]) of float32 x: x = code * scale.
 

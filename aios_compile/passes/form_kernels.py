@@ -35,6 +35,7 @@ KINDS = {
     aios.linear.default: "linear",
     aios.expert_linear.default: "expert_linear",
     aios.quantized_linear.default: "quantized_linear",
+    aios.quantized_embedding.default: "quantized_embedding",
     aios.rope.default: "rope",
     aios.kv_write.default: "kv_write",
     aios.paged_attention.default: "paged_attention",

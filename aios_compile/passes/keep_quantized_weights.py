@@ -2,14 +2,15 @@
 
 Pays in bytes, as quantize_weights does, and loses nothing to a second quantisation: GGUF, GPTQ, AWQ
 and compressed-tensors files keep their own codes and scales, to the bit. What the recipes before
-this pass say is dequantize_rows(rows); afterwards the linear reads the rows. Before the merges, so
-that matrices stored in different formats (Q4_K beside Q6_K) stay apart; those of one format are
-merged as rows. For the CPU; other targets have no kernel on codes and compute with the floats.
+this pass say is dequantize_rows(rows); afterwards linears and embeddings read the rows, and a table
+that is tied to the head is one copy. Before the merges, so that matrices stored in different
+formats (Q4_K beside Q6_K) stay apart; those of one format are merged as rows. For the CPU: other
+targets have no kernel on codes and compute with the floats.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -19,13 +20,16 @@ from aios_compile.ir.module import Recipe
 from aios_compile.ir.quant_format import QuantFormat
 from aios_compile.ir.stored_weights import DEQUANTIZE, stored_rows
 from aios_compile.passes.context import PassContext, Refusal
+from aios_compile.passes.fusion_groups import is_call
 from aios_compile.passes.graph_pass import graph_pass
 
-aios = torch.ops.aios
+aten, aios = torch.ops.aten, torch.ops.aios
+TARGETS = (aios.linear.default, aten.embedding.default)
 ACTIVATION_GROUP = 32
 
 
 class Match(NamedTuple):
+    node: fx.Node
     x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
@@ -35,14 +39,11 @@ class Match(NamedTuple):
 
 
 def _match(node: fx.Node, context: PassContext) -> Match | Refusal | None:
-    x, weight = node.args[:2]
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
-    assert bias is None or isinstance(bias, fx.Node)
+    x, weight, bias = _operands(node)
     if weight.target is DEQUANTIZE and context.is_weight(weight.args[0]):
         rows, form = weight.args
         assert isinstance(rows, fx.Node)
-        return Match(x, weight, bias, str(form), [], rows)
+        return Match(node, x, weight, bias, str(form), [], rows)
     if not context.is_weight(weight):
         return None
     stored = [stored_rows(recipe) for recipe in context.recipes(weight)]
@@ -56,12 +57,25 @@ def _match(node: fx.Node, context: PassContext) -> Match | Refusal | None:
     depth = int(weight.meta["val"].shape[1])
     if depth % ACTIVATION_GROUP:
         return Refusal(f"rows of {depth} values, no multiple of {ACTIVATION_GROUP}", line)
-    return Match(x, weight, bias, forms[0], [name for name, _ in found])
+    if x.meta["val"].dim() != 1 and node.target is aten.embedding.default:
+        return Refusal("ids that are no list", line)
+    return Match(node, x, weight, bias, forms[0], [name for name, _ in found])
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """Return the input (or ids), the weight (or table) and the bias."""
+    x, weight = node.args[:2]
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    if node.target is aten.embedding.default:  # table, ids, padding and training options
+        x, weight, bias = weight, x, None
+    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    assert bias is None or isinstance(bias, fx.Node)
+    return x, weight, bias
 
 
 @graph_pass(numerics="lossy", target="cpp")
 def keep_quantized_weights(graph: fx.Graph, context: PassContext) -> int:
-    """Replace a linear whose weight is dequantised from stored rows by one on the rows.
+    """Replace linears and embeddings whose weight is dequantised from stored rows by ones on rows.
 
     Where a checkpoint stores `w` quantised, its recipe is dequantize_rows of the stored rows; the
     example has it in the graph.
@@ -79,22 +93,45 @@ def keep_quantized_weights(graph: fx.Graph, context: PassContext) -> int:
     """
     made: dict[fx.Node, fx.Node] = {}
     hits = 0
-    for node in graph.find_nodes(op="call_function", target=aios.linear.default):
+    for node in [n for n in graph.nodes if is_call(n, *TARGETS)]:
         match = _match(node, context)
-        if match is None or isinstance(match, Refusal):
-            if match is not None:
-                context.refuse(match)
-            continue
-        if match.weight not in made:
-            made[match.weight] = match.rows or _rows(graph, match, context)
-        values = (match.x, made[match.weight], match.form, match.bias)
-        with graph.inserting_before(node):
-            target = aios.quantized_linear.default
-            new = context.call(graph, target, *values, source=[node])
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-        hits += 1
+        if isinstance(match, Refusal):
+            context.refuse(match)
+        elif match is not None:
+            if match.weight not in made:
+                made[match.weight] = match.rows or _rows(graph, match, context)
+            _rewrite(graph, match, made[match.weight], context)
+            hits += 1
     return hits
+
+
+def _rewrite(graph: fx.Graph, match: Match, rows: fx.Node, context: PassContext) -> None:
+    node = match.node
+    with graph.inserting_before(node):
+        if node.target is aten.embedding.default:
+            values: tuple[Any, ...] = (rows, match.x, match.form)
+            new = context.call(graph, aios.quantized_embedding.default, *values, source=[node])
+        else:
+            values = (match.x, rows, match.form, match.bias)
+            new = context.call(graph, aios.quantized_linear.default, *values, source=[node])
+    if new.meta["val"].dtype != node.meta["val"].dtype:
+        new = _narrowed(graph, node, new, context)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _narrowed(graph: fx.Graph, node: fx.Node, new: fx.Node, context: PassContext) -> fx.Node:
+    """Return `new` in the dtype of the node; who widens that again gets `new` as it is."""
+    for user in list(node.users):
+        cast = is_call(user, aten._to_copy.default)
+        if cast and user.meta["val"].dtype == new.meta["val"].dtype:
+            user.replace_all_uses_with(new)
+            graph.erase_node(user)
+    if not node.users:
+        return new
+    with graph.inserting_before(node):
+        dtype = node.meta["val"].dtype
+        return context.call(graph, aten._to_copy.default, new, dtype=dtype, source=[node])
 
 
 def _rows(graph: fx.Graph, match: Match, context: PassContext) -> fx.Node:

@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType as Kind
 
 import aios_compile
 from aios_compile.checkpoint.gguf import GgufCheckpoint
+from aios_compile.checkpoint.gguf_header import read_gguf_header
 from aios_compile.codegen.packing import unpack_quant16
 from aios_compile.config import CompileOptions
 from aios_compile.errors import CheckpointError
@@ -124,10 +125,13 @@ def test_compiled_k_types(wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         report = model.report()
         rows = {row.name: row for row in report.passes}
         assert rows["keep_quantized_weights"].kept
-        assert rows["keep_quantized_weights"].hits == 15  # 2 regions of 7, and the head
+        assert rows["keep_quantized_weights"].hits == 16  # 2 regions of 7, embedding, head
         assert rows["merge_qkv"].hits == 1  # where v is Q6_K, it stays apart
         assert any("Q4_K, Q5_K, Q6_K" in note for note in report.notes)
-        assert check_stored(model, meant) == 15  # 7 a layer, and the head
+        assert check_stored(model, meant) == 16  # 7 a layer, embedding and head
+        stored = sum(i.end - i.begin for i in read_gguf_header(path).tensors.values())
+        taken = sum(t.num_bytes for t in model._artefact.tensors.values())
+        assert taken <= 1.04 * stored  # the K types' scales of 6 bits take 8 here
 
 
 def check_stored(model: aios_compile.CompiledModel, meant: dict[str, torch.Tensor]) -> int:

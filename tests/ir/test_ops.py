@@ -50,6 +50,11 @@ EXAMPLES: dict[str, tuple[Any, ...]] = {
     "kv_write": (rand(3, 2, 8), rand(3, 2, 4), *caches(), torch.tensor([35, 16, 90])),
     "quantize_rows": (rand(5, 64, dtype=torch.bfloat16), "int4_g32_f16"),
     "dequantize_rows": (aios.quantize_rows(rand(5, 64), "int8_g32_f16"), "int8_g32_f16"),
+    "quantized_embedding": (
+        aios.quantize_rows(rand(5, 64), "int8_g32_f16"),
+        torch.tensor([4, 0, 4]),
+        "int8_g32_f16",
+    ),
     "quantized_linear": (
         rand(3, 64),
         aios.quantize_rows(rand(5, 64), "int8_g32_f16"),

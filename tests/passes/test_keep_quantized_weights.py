@@ -75,6 +75,21 @@ def test_rows_that_activations_do_not_fit_are_refused() -> None:
     assert applied.refusals == ("rows of 48 values, no multiple of 32",)
 
 
+def test_an_embedding_and_its_tied_head_share_the_rows() -> None:
+    def f(ids: "i64[T]", w: "weight bf16[128, 64]") -> Any:
+        x = torch.ops.aten.embedding(w, ids)
+        return aios.linear(x.float(), w, None), x
+
+    module = helpers.trace(f)
+    bind_stored_weights(module, {"w": Q8})
+    assert helpers.apply(keep_quantized_weights, module).total == 2
+    # who widens the row gets it as it is, who does not gets it rounded as before
+    assert helpers.targets(module) == ["aios.quantized_embedding", "_to_copy",
+                                       "aios.quantized_linear"]  # fmt: skip
+    (name,) = module.weights
+    assert module.weights[name].names == (f"w:{Q8}",)
+
+
 def test_gate_and_up() -> None:
     def f(x: "f32[T, 64]", wg: "weight f32[96, 64]", wu: "weight f32[96, 64]") -> Any:
         return aios.gated_activation(aios.linear(x, wg), aios.linear(x, wu), "silu")

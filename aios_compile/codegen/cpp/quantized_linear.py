@@ -64,9 +64,23 @@ def reference(spec: QuantizedLinearSpec, body: fx.GraphModule, *tensors: Tensor)
 
 def emit(spec: QuantizedLinearSpec) -> KernelSource:
     """Return the kernel's text."""
-    form, base = spec.form, spec.linear
+    base = spec.linear
+    definitions = [*format_definitions(spec.form), *linear.definitions(base)]
+    return kernel(
+        "quantized_linear",
+        spec,
+        definitions,
+        base.outputs().stop,
+        inplace=linear.inplace(base),
+        lines=base.lines,
+        header="quantized.h",
+    )
+
+
+def format_definitions(form: QuantFormat) -> list[str]:
+    """Return the constants and types of a format, which the templates on its rows read."""
     minimum = "uint8_t" if form.minimums == "k" else TYPES[form.minimums]
-    definitions = [
+    return [
         f"// weights: {form.name}",
         f"using Scale = {TYPES[form.scales]};\nusing Minimum = {minimum};",
         constants(
@@ -81,14 +95,4 @@ def emit(spec: QuantizedLinearSpec) -> KernelSource:
             SUPER_MINIMUM=form.minimums == "k",
             ZERO_POINT=form.minimums == "zero",
         ),
-        *linear.definitions(base),
     ]
-    return kernel(
-        "quantized_linear",
-        spec,
-        definitions,
-        base.outputs().stop,
-        inplace=linear.inplace(base),
-        lines=base.lines,
-        header="quantized.h",
-    )
