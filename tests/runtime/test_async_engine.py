@@ -229,7 +229,7 @@ def test_the_watchdog_notices_a_step_that_hangs_and_its_recovery() -> None:
         output = await served.result(PROMPT, temperature=0, max_tokens=4)
         assert output.outputs[0].token_ids == greedy(PROMPT, 4)
 
-    run(engine, work, stall_s=0.1, probe_s=1.0)
+    run(engine, work, stall_s=0.4, probe_s=1.0)
 
 
 def test_an_idle_engine_is_ready_only_while_probes_pass(make_engine: MakeEngine) -> None:
@@ -249,7 +249,7 @@ def test_an_idle_engine_is_ready_only_while_probes_pass(make_engine: MakeEngine)
         fake(engine).before_step = fail
         await until(lambda: not engine._thread.is_alive() or not served.health().ready)
 
-    run(engine, work, stall_s=0.05, probe_s=0.1)
+    run(engine, work, stall_s=0.3, probe_s=0.1)
 
 
 def test_a_dead_thread_is_neither_live_nor_ready(make_engine: MakeEngine) -> None:
@@ -268,7 +268,7 @@ def test_a_dead_thread_is_neither_live_nor_ready(make_engine: MakeEngine) -> Non
 def test_a_long_text_is_tokenised_outside_of_the_loop(make_engine: MakeEngine) -> None:
     class Slow(FakeTokenizer):
         def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-            time.sleep(0.2)
+            time.sleep(0.6)
             return [1] * 10
 
     engine = make_engine(Slow(), max_model_len=8192)
@@ -276,15 +276,15 @@ def test_a_long_text_is_tokenised_outside_of_the_loop(make_engine: MakeEngine) -
     async def work(served: AsyncEngine) -> None:
         async def longest_gap() -> float:
             gap, last = 0.0, time.monotonic()
-            for _ in range(100):
-                await asyncio.sleep(0.002)
+            for _ in range(200):
+                await asyncio.sleep(0.004)
                 gap, last = max(gap, time.monotonic() - last), time.monotonic()
             return gap
 
         lag = asyncio.create_task(longest_gap())
         output = await served.result("a" * 20_000, temperature=0, max_tokens=3)
         assert output.outputs[0].token_ids == greedy([1] * 10, 3)
-        assert await lag < 0.15
+        assert await lag < 0.4, "the loop stood still while a text was tokenised"
         stream = served.generate("a" * 20_000, max_tokens=50)
         task = asyncio.create_task(stream.submit())
         await asyncio.sleep(0.05)

@@ -41,14 +41,14 @@ def test_kill_9_at_random_moments() -> None:
 
 def test_a_stopped_process_is_noticed_and_replaced() -> None:
     asked = requests(8, 2)
-    with fake_front(step_seconds=0.003, stall_s=0.4) as front:
+    with fake_front(step_seconds=0.003, stall_s=0.6) as front:
         front.wait_until_ready()
         run_while_killing(front, asked, answers(asked), 2, num_clients=3, how=signal.SIGSTOP)
 
 
 @pytest.mark.parametrize("what", ["hang_at", "exit_at", "fail_at"])
 def test_a_step_that_hangs_exits_or_fails_for_good(what: str) -> None:
-    with fake_front(step_seconds=0.002, stall_s=0.5, **{what: 7}) as front:
+    with fake_front(step_seconds=0.002, stall_s=1.0, **{what: 7}) as front:
         streams = [front.stream([i, 3], temperature=0, max_tokens=20) for i in range(3)]
         for i, stream in enumerate(streams):
             if what == "fail_at":  # one clean error for those whose step it was
