@@ -3,8 +3,8 @@
 Under the limits on tokens, rows and sequences, in the order of the policy:
 
 1. one token of every running sequence that has one left (decodes);
-2. drafts for them to verify, as far as budgets and free pages go;
-3. chunks of the prompts that are running;
+2. chunks of the prompts that are running;
+3. drafts for the decodes to verify, as far as budgets and free pages go;
 4. new sequences, if the pages of all their tokens are free; they begin after what the prefix cache
    knows.
 
@@ -37,9 +37,9 @@ def plan_step(ctx: StepContext, event: Schedule) -> None:
         preemption.make_way(ctx)
     num_given_way = len(plan.preempted)
     _decodes(ctx)
-    if event.drafts:
-        _drafts(ctx, dict(event.drafts))
     _running_prompts(ctx)
+    if event.drafts:  # after the prompts, which they would starve on a small budget
+        _drafts(ctx, dict(event.drafts))
     # No newcomer while pages are short; but a younger sequence that ran alone may have given way to
     # samples that wait and hold pages, and then one of them begins.
     if len(plan.preempted) == num_given_way or not plan.chunks:
@@ -81,7 +81,7 @@ def _decodes(ctx: StepContext) -> None:
 def _drafts(ctx: StepContext, wanted: dict[int, int]) -> None:
     """Lengthen decodes by drafts. They only use what is left over: free pages, tokens and rows."""
     state, plan, limits = ctx.state, ctx.plan, ctx.state.limits
-    place = {chunk.sequence_id: i for i, chunk in enumerate(plan.chunks)}
+    place = {chunk.sequence_id: i for i, chunk in enumerate(plan.chunks[: plan.num_decodes])}
     for sequence_id, num_drafts in wanted.items():
         if sequence_id not in place:
             continue

@@ -179,7 +179,8 @@ def _commit_chunk(
         if num_full > len(sequence.serials):
             block_manager.publish(state, sequence, num_full)
     is_past_prompt = sequence.num_computed >= sequence.num_prompt_tokens
-    if is_past_prompt and chunk.sequence_id in state.siblings:
+    # what a NaN has touched is not shared: the samples compute the prompt on their own
+    if is_past_prompt and finished != "error" and chunk.sequence_id in state.siblings:
         block_manager.fork(ctx, sequence)
     window = state.options.window_tokens
     if window is not None:  # after the fork: a sample computes the last prompt token again

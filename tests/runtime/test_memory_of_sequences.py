@@ -272,6 +272,22 @@ def test_drafts_use_what_is_left_and_roll_back() -> None:
     state.check_integrity()
 
 
+def test_drafts_leave_a_prompt_its_tokens() -> None:
+    """Found by a random world: drafts took the last tokens of a small budget, step after step."""
+    state = SchedulerState.empty(
+        limits(max_num_batched_tokens=3), SchedulerOptions(chunked_prefill_size=1)
+    )
+    advance(state, Arrive(0, 0, 2), 0)
+    advance(state, Schedule(), 0)
+    advance(state, Commit(), 0)
+    advance(state, Arrive(1, 1, 9), 0)
+    for start in range(4):
+        plan = advance(state, Schedule(drafts=((0, 4),) if start else ()), 0)
+        assert plan.chunks[1][:3] == (1, start, 1)
+        assert plan.chunks[0].num_drafts == min(start, 1), "and they get what it leaves"
+        advance(state, Commit(), 0)
+
+
 def test_drafts_never_preempt() -> None:
     state = SchedulerState.empty(limits(num_pages=4))  # 3 pages of 4
     for i in range(2):
