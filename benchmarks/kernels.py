@@ -1,8 +1,8 @@
 """Linear, attention and sampling kernels beside this machine's read bandwidth and FMA peak.
 
-    python benchmarks/kernels.py [--threads 2] [--tokens 1,2,4,8,256]
+    python benchmarks/kernels.py [--threads 2] [--tokens 1,2,4,8,256] [--weights bf16,int8,int4]
 
-Shapes of Qwen3-0.6B, bf16 weights, random data. Weights are streamed from a set of matrices of
+Shapes of Qwen3-0.6B, random data; quantised weights by name or format. Weights are streamed from a set of matrices of
 512 MiB, far larger than the caches. Reading them, FMAs in registers and the kernel take turns;
 times are medians of processor time of the slowest thread, so that other work disturbs little.
 
@@ -26,15 +26,18 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from aios_compile.codegen.cpp import build, linear
+from aios_compile.codegen.cpp import build, linear, quantized_linear
 from aios_compile.codegen.operand import Operand, SizeExpr
-from aios_compile.codegen.packing import pack_rows16
+from aios_compile.codegen.packing import pack_quant16, pack_rows16
 from aios_compile.codegen.source import KernelSource
-from aios_compile.ir import ops
+from aios_compile.ir import ops, quantized
+from aios_compile.ir.quant_format import SHORT_NAMES, QuantFormat
+from aios_compile.ir.quantize_rows import quantize_rows
 from aios_compile.ir.symbols import new_fake, new_fake_mode
 
 SHAPES = {"qkv": (1024, 4096), "o": (2048, 1024), "gate_up": (1024, 6144), "down": (3072, 1024)}
@@ -42,7 +45,7 @@ SHAPES["head"] = (1024, 151936)
 BYTES = 512 << 20
 KEPT: list[np.ndarray] = []  # memory that probes write
 PROBE = """
-#include "prelude.h"
+#include "quantized.h"
 extern "C" int64_t probe_items(const Sizes* n) { return n->T; }
 extern "C" void probe_read(const Sizes* n, void* const* p, int64_t begin, int64_t end) {
   const vi* data = (const vi*)p[0];  // item: 4 KiB
@@ -61,6 +64,21 @@ extern "C" void probe_fma(const Sizes* n, void* const* p, int64_t begin, int64_t
     for (int j = 0; j < 10; ++j) a[j] = fma(a[j], b, c);
   for (int i = 1; i < 10; ++i) a[0] += a[i];
   if (begin < end) store((float*)p[0] + (begin ? VL : 0), a[0]);
+}
+extern "C" void probe_dot(const Sizes* n, void* const* p, int64_t begin, int64_t end) {
+  vi a[10] = {};
+  vq u[2] = {(vq)lanes(), (vq)(lanes() + 5)};  // item: 10 dot products
+  const int32_t x = ((const int32_t*)p[0])[1] | 0x01020304;
+  for (int64_t i = begin; i < end; ++i)
+#if AIOS_DOT
+#pragma GCC unroll 10
+    for (int j = 0; j < 10; ++j) a[j] = dot4(a[j], u[j % 2], x + j);
+#else
+#pragma GCC unroll 10
+    for (int j = 0; j < 10; ++j) a[j] += sum_pairs(pairs(u[j % 2] ^ (vq)a[j], x + j));
+#endif
+  for (int i = 1; i < 10; ++i) a[0] += a[i];
+  if (begin < end) store((int32_t*)p[0] + (begin ? VL : 0), a[0]);
 }
 """
 
@@ -115,73 +133,102 @@ def calls(
 
 
 def probes(
-    lib: ctypes.CDLL, data: np.ndarray, threads: int
+    lib: ctypes.CDLL, data: np.ndarray, threads: int, quantized: bool
 ) -> tuple[Callable[[int], None], Callable[[int], None], float]:
-    """Return (reading all of `data`, FMAs in registers, the number of their operations)."""
+    """Return (reading all of `data`, FMAs or dot products in registers, their operations)."""
     out = np.zeros(1 << 20, np.float32)
     pages = data.nbytes // 4096
     read = calls(lib.probe_read, pages, threads, [[data.ctypes.data, out.ctypes.data]], 0)
     rounds, lanes = 2_000_000, build.Target.host().vector_bytes // 4
-    fma = calls(lib.probe_fma, rounds, threads, [[out.ctypes.data]], 0)
+    function = lib.probe_dot if quantized else lib.probe_fma
+    compute = calls(function, rounds, threads, [[out.ctypes.data]], 0)
     KEPT.append(out)
-    return read, fma, rounds * 10 * lanes * 2
+    return read, compute, rounds * 10 * lanes * 2 * (4 if quantized else 1)
 
 
-def linear_source(depth: int, columns: int) -> KernelSource:
+def linear_source(depth: int, columns: int, form: str) -> KernelSource:
+    """Return the kernel for weights in bf16, or in a quantised format."""
     mode = new_fake_mode()
     graph = torch.fx.Graph()
     x, w = graph.placeholder("x"), graph.placeholder("w")
-    y = graph.call_function(torch.ops.aios.linear.default, (x, w))
-    graph.output(y)
     x.meta["val"] = new_fake(mode, ("T", depth), torch.float32)
-    w.meta["val"] = new_fake(mode, (columns, depth), torch.bfloat16)
+    if form:
+        shape, dtype = (columns, QuantFormat.parse(form).row_bytes(depth)), torch.uint8
+        y = graph.call_function(torch.ops.aios.quantized_linear.default, (x, w, form))
+    else:
+        shape, dtype = (columns, depth), torch.bfloat16
+        y = graph.call_function(torch.ops.aios.linear.default, (x, w))
+    graph.output(y)
+    w.meta["val"] = new_fake(mode, shape, dtype)
     y.meta["val"] = new_fake(mode, ("T", columns), torch.float32)
     operands = [Operand.of_value(n.name, n.meta["val"]) for n in (x, w, y)]
-    operands[1] = Operand.of_value("w", w.meta["val"], "rows16")
-    spec = linear.spec_of(torch.fx.GraphModule(torch.nn.Module(), graph), operands)
+    operands[1] = Operand.of_value("w", w.meta["val"], f"quant16.{form}" if form else "rows16")
+    emitter = quantized_linear if form else linear
+    spec = emitter.spec_of(torch.fx.GraphModule(torch.nn.Module(), graph), operands)
     assert spec is not None and isinstance(operands[0].shape[0], SizeExpr)
-    return linear.emit(spec)
+    return emitter.emit(spec)
+
+
+def random_weights(depth: int, columns: int, form: str) -> tuple[np.ndarray, Any]:
+    """Return a packed matrix, and a function from x[T, depth] to its first 64 columns."""
+    rng = np.random.default_rng(0)
+    if form:
+        parsed = QuantFormat.parse(form)
+        few = torch.from_numpy(rng.standard_normal((1024, depth), dtype=np.float32))
+        rows = quantize_rows(few, form).repeat(-(-columns // 1024), 1)[:columns]
+        packed = pack_quant16(rows.numpy(), parsed)
+        return packed, lambda x: quantized.quantized_linear(torch.tensor(x), rows[:64], form)
+    values = rng.standard_normal((columns, depth), dtype=np.float32)
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+    few = (bits[:64].astype(np.uint32) << 16).view(np.float32)
+    return pack_rows16(bits), lambda x: x @ few.T
+
+
+def measure(lib: ctypes.CDLL, name: str, source: KernelSource, form: str, arguments: Any) -> None:
+    threads, rng = arguments.threads, np.random.default_rng(1)
+    depth, columns = SHAPES[name]
+    packed, expected = random_weights(depth, columns, form)
+    copies = max(1, BYTES // packed.nbytes)
+    weights = np.repeat(packed[None], copies, 0)
+    read, compute, operations = probes(lib, weights, threads, bool(form))
+    print(f"{name} {depth} -> {columns} {form or 'bf16'}")
+    for tokens in map(int, arguments.tokens.split(",")):
+        used = copies if tokens <= 8 else max(1, copies * 2 // tokens)
+        x = rng.standard_normal((tokens, depth), dtype=np.float32)
+        y = np.zeros((tokens, columns), np.float32)
+        count = getattr(lib, f"{source.symbol}_items")
+        count.restype = ctypes.c_int64
+        items = count(ctypes.byref(Sizes(tokens, 1, 1, 1)))
+        lists = [[x.ctypes.data, w.ctypes.data, y.ctypes.data] for w in weights[:used]]
+        work = calls(getattr(lib, source.symbol), items, threads, lists, tokens)
+        reading, computing, seconds = interleaved(threads, read, compute, work)
+        assert np.abs(y[:, :64] - np.asarray(expected(x))).max() < 1e-2
+        bandwidth, peak = weights.nbytes / reading, operations / computing
+        moved = packed.nbytes * used / seconds
+        flops = 2 * depth * columns * tokens * used / seconds
+        print(
+            f"  T={tokens:4d} {moved / 1e9:6.1f} of {bandwidth / 1e9:5.1f} GB/s "
+            f"({moved / bandwidth:4.0%})  {flops / 1e9:6.1f} of {peak / 1e9:5.1f} Gop/s "
+            f"({flops / peak:4.0%})",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", default="1,2,4,8,256")
+    parser.add_argument("--weights", default="bf16,int8,int4")
+    parser.add_argument("--shapes", default=",".join(SHAPES))
     arguments = parser.parse_args()
-    threads = arguments.threads
     assert ops.TABLE
-    sources = {name: linear_source(*shape) for name, shape in SHAPES.items()}
+    kinds = arguments.weights.split(",")
+    forms = ["" if k == "bf16" else SHORT_NAMES.get(k, k) for k in kinds]
+    names = arguments.shapes.split(",")
+    sources = {(n, f): linear_source(*SHAPES[n], f) for f in forms for n in names}
     lib = library(list(sources.values()))
-    rng = np.random.default_rng(0)
-    for name, (depth, columns) in SHAPES.items():
-        values = rng.standard_normal((columns, depth), dtype=np.float32)
-        bits = (values.view(np.uint32) >> 16).astype(np.uint16)
-        values = (bits.astype(np.uint32) << 16).view(np.float32)
-        copies = max(1, BYTES // bits.nbytes)
-        weights = np.repeat(pack_rows16(bits)[None], copies, 0)
-        read, fma, operations = probes(lib, weights, threads)
-        print(f"{name} {depth} -> {columns}")
-        for tokens in map(int, arguments.tokens.split(",")):
-            used = copies if tokens <= 8 else max(1, copies * 2 // tokens)
-            x = rng.standard_normal((tokens, depth), dtype=np.float32)
-            y = np.zeros((tokens, columns), np.float32)
-            run = getattr(lib, sources[name].symbol)
-            count = getattr(lib, f"{sources[name].symbol}_items")
-            count.restype = ctypes.c_int64
-            items = count(ctypes.byref(Sizes(tokens, 1, 1, 1)))
-            lists = [[x.ctypes.data, w.ctypes.data, y.ctypes.data] for w in weights[:used]]
-            work = calls(run, items, threads, lists, tokens)
-            reading, computing, seconds = interleaved(threads, read, fma, work)
-            assert np.abs(y[:, :64] - x @ values[:64].T).max() < 1e-2
-            bandwidth, peak = weights.nbytes / reading, operations / computing
-            moved = bits.nbytes * used / seconds
-            flops = 2 * bits.size * tokens * used / seconds
-            print(
-                f"  T={tokens:4d} {moved / 1e9:6.1f} of {bandwidth / 1e9:5.1f} GB/s "
-                f"({moved / bandwidth:4.0%})  {flops / 1e9:6.1f} of {peak / 1e9:5.1f} GFLOP/s "
-                f"({flops / peak:4.0%})",
-                flush=True,
-            )
+    for (name, form), source in sources.items():
+        measure(lib, name, source, form, arguments)
 
 
 if __name__ == "__main__":

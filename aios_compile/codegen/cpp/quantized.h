@@ -12,29 +12,44 @@ typedef int16_t vs __attribute__((vector_size(4 * VL)));
 typedef int8_t vc __attribute__((vector_size(VL)));
 
 // ---- activations: 32 values under one scale ----------------------------------------------------
-AIOS_INLINE int32_t largest_lane(vi x) {
-#if AIOS_AVX512
-  return _mm512_reduce_max_epi32((__m512i)x);
-#elif AIOS_AVX2
-  __m128i a = _mm_max_epi32(_mm256_castsi256_si128((__m256i)x),
-                            _mm256_extracti128_si256((__m256i)x, 1));
-  a = _mm_max_epi32(a, _mm_shuffle_epi32(a, 0x4e));
-  return _mm_cvtsi128_si32(_mm_max_epi32(a, _mm_shuffle_epi32(a, 0xb1)));
-#else
-  int32_t r = x[0];
-  for (int i = 1; i < VL; ++i) r = x[i] > r ? x[i] : r;
+struct Largest { vi operator()(vi a, vi b) const { return a > b ? a : b; } };
+struct Sum { vi operator()(vi a, vi b) const { return a + b; } };
+
+// Lanes of (x, y): the lower and the upper halves of each run of `WIDTH` lanes, x's before y's.
+template <int WIDTH> struct Halves {
+  alignas(64) int32_t low[VL] = {}, high[VL] = {};
+  constexpr Halves() {
+    for (int l = 0; l < VL; ++l) {
+      low[l] = l - l % WIDTH + l % (WIDTH / 2) + (l % WIDTH >= WIDTH / 2 ? VL : 0);
+      high[l] = low[l] + WIDTH / 2;
+    }
+  }
+};
+template <int WIDTH> constexpr Halves<WIDTH> HALVES;
+
+AIOS_INLINE vi shuffle(vi x, vi y, const int32_t (&from)[VL]) {
+#if defined(__clang__)
+  vi r;
+  for (int l = 0; l < VL; ++l) r[l] = from[l] < VL ? x[from[l]] : y[from[l] - VL];
   return r;
+#else
+  return __builtin_shuffle(x, y, load_as<vi>(from));
 #endif
 }
-AIOS_INLINE int32_t sum_of_lanes(vi x) {
-#if AIOS_AVX512
-  return _mm512_reduce_add_epi32((__m512i)x);
-#else
-  int32_t r = 0;
-  for (int i = 0; i < VL; ++i) r += x[i];
-  return r;
-#endif
+
+// Lane l of the result: the reduction of all lanes of m[l]. Halves of two vectors are put side by
+// side and joined, then quarters, and so on: VL - 1 steps for VL reductions.
+template <int WIDTH = VL, class Join> AIOS_INLINE vi reduce_each(vi (&m)[VL], Join join) {
+  if constexpr (WIDTH > 1) {
+    AIOS_LOOP (int i = 0; i < WIDTH / 2; ++i) {
+      const vi x = m[i], y = m[i + WIDTH / 2];
+      m[i] = join(shuffle(x, y, HALVES<WIDTH>.low), shuffle(x, y, HALVES<WIDTH>.high));
+    }
+    reduce_each<WIDTH / 2>(m, join);
+  }
+  return m[0];
 }
+
 AIOS_INLINE vi nearest(vf x) {  // whole numbers, halves to even
 #if AIOS_AVX512
   return (vi)_mm512_cvtps_epi32((__m512)x);
@@ -45,30 +60,42 @@ AIOS_INLINE vi nearest(vf x) {  // whole numbers, halves to even
 #endif
 }
 
-// Codes of x[0, 32) to `codes`; the sum of the first 16 and of the last 16 to `sums`. Returns the
-// scale: max|x| / 127, 0 for values too small to tell from 0, NaN where there is one.
-AIOS_INLINE float quantize32(const float* x, int8_t* codes, int32_t* sums) {
-  constexpr int N = 32 / VL;
-  vf values[N];
-  vi top = {};
-  AIOS_LOOP (int i = 0; i < N; ++i) {
-    values[i] = load(x + i * VL);
-    const vi magnitude = bits_of(values[i]) & 0x7fffffff;  // as whole numbers: NaN is the largest
-    top = magnitude > top ? magnitude : top;
+// COUNT groups of 32 (at most VL) of x: their codes, scales (max|x| / 127; 0 for values too small to
+// tell from 0, NaN where there is one) and, for each STEP (16 or 32) values, the sum of the codes.
+template <int STEP, int COUNT>
+AIOS_INLINE void quantize_groups(const float* x, int8_t* codes, float* scales, int32_t* sums) {
+  constexpr int N = 32 / VL, HALF = STEP == 32 ? N : N / 2;  // vectors of a group, of a sum
+  vi tops[VL] = {};
+  AIOS_LOOP (int g = 0; g < COUNT; ++g)
+    AIOS_LOOP (int i = 0; i < N; ++i)  // compared as whole numbers: NaN is the largest
+      tops[g] = Largest()(tops[g], bits_of(load(x + g * 32 + i * VL)) & 0x7fffffff);
+  const vf most = float_of_bits(reduce_each(tops, Largest()));
+  const vi dead = most < 0x1p-100f;
+  const vf scale = dead ? vf{} : most / 127.0f, inverse = dead ? vf{} : 127.0f / most;
+  vi low[VL] = {}, high[VL] = {};
+  AIOS_LOOP (int g = 0; g < COUNT; ++g)
+    AIOS_LOOP (int i = 0; i < N; ++i) {
+      const vi code = nearest(load(x + g * 32 + i * VL) * inverse[g]);
+      (i < HALF ? low : high)[g] += code;
+      store_as(codes + g * 32 + i * VL, __builtin_convertvector(code, vc));
+    }
+  const vi first = reduce_each(low, Sum()), second = STEP == 32 ? vi{} : reduce_each(high, Sum());
+  AIOS_LOOP (int g = 0; g < COUNT; ++g) {
+    scales[g] = scale[g];
+    sums[STEP == 32 ? g : 2 * g] = first[g];
+    if (STEP == 16) sums[2 * g + 1] = second[g];
   }
-  const int32_t bits = largest_lane(top);
-  float most;
-  memcpy(&most, &bits, 4);
-  const bool live = !(most < 0x1p-100f);
-  const float inverse = live ? 127.0f / most : 0.0f;
-  vi low = {}, high = {};
-  AIOS_LOOP (int i = 0; i < N; ++i) {
-    const vi code = nearest(values[i] * inverse);
-    (i < N / 2 ? low : high) += code;
-    store_as(codes + i * VL, __builtin_convertvector(code, vc));
-  }
-  sums[0] = sum_of_lanes(low), sums[1] = sum_of_lanes(high);
-  return live ? most / 127.0f : 0.0f;
+}
+
+// The same for all K values of a token.
+template <int STEP, int64_t K>
+AIOS_INLINE void quantize_row(const float* x, int8_t* codes, float* scales, int32_t* sums) {
+  constexpr int64_t GROUPS = K / 32;
+  int64_t g = 0;
+  for (; g + VL <= GROUPS; g += VL)
+    quantize_groups<STEP, VL>(x + g * 32, codes + g * 32, scales + g, sums + g * (32 / STEP));
+  if constexpr (constexpr int REST = GROUPS % VL; REST > 0)
+    quantize_groups<STEP, REST>(x + g * 32, codes + g * 32, scales + g, sums + g * (32 / STEP));
 }
 
 // ---- codes: unit c holds k = 4 c .. 4 c + 3 of 16 rows, lane by lane ---------------------------
@@ -157,26 +184,26 @@ template <int BITS> constexpr int32_t offset_of(int low) {
   return BITS == 8 ? low + SIGN_BIT : low;
 }
 
-// The dot products of UNITS units from `first` on of BLOCKS blocks, with WIDTH tokens, onto sums.
+// The dot products of UNITS units from `first` on of a block with WIDTH tokens, onto sums.
 // x[unit][WIDTH] are four signed bytes each.
-template <int BITS, int UNITS, int BLOCKS, int WIDTH>
-AIOS_INLINE void dots(const uint8_t* const (&groups)[BLOCKS], int first, const int32_t* x,
-                      vi (&sums)[WIDTH][BLOCKS * (16 / VL)]) {
+template <int BITS, int UNITS, int WIDTH>
+AIOS_INLINE void dots(const uint8_t* group, int first, const int32_t* x,
+                      vi (&sums)[WIDTH][16 / VL]) {
   constexpr int VECTORS = 16 / VL;
 #if AIOS_DOT
   AIOS_LOOP (int c = 0; c < UNITS; ++c)
-    AIOS_LOOP (int r = 0; r < BLOCKS * VECTORS; ++r) {
-      vq u = unit_of<BITS>(groups[r / VECTORS], first + c, r % VECTORS);
+    AIOS_LOOP (int r = 0; r < VECTORS; ++r) {
+      vq u = unit_of<BITS>(group, first + c, r);
       if (BITS == 8 && SIGN_BIT) u ^= 128;
       AIOS_LOOP (int t = 0; t < WIDTH; ++t) sums[t][r] = dot4(sums[t][r], u, x[c * WIDTH + t]);
     }
 #else
   // So many sums of pairs fit in 16 bits: two products of at most (2^BITS - 1) * 127 each.
   constexpr int FIT = BITS == 8 ? 1 : 32767 / (254 * ((1 << BITS) - 1));
-  AIOS_LOOP (int r = 0; r < BLOCKS * VECTORS; ++r) {
+  AIOS_LOOP (int r = 0; r < VECTORS; ++r) {
     vs pending[WIDTH] = {};
     AIOS_LOOP (int c = 0; c < UNITS; ++c) {
-      vq u = unit_of<BITS>(groups[r / VECTORS], first + c, r % VECTORS);
+      vq u = unit_of<BITS>(group, first + c, r);
       if (BITS == 8) u ^= 128;
       AIOS_LOOP (int t = 0; t < WIDTH; ++t) {
         const int32_t four = x[c * WIDTH + t];
