@@ -2,9 +2,10 @@
 
     python benchmarks/kernels.py [--threads 2] [--tokens 1,2,4,8,256] [--weights bf16,int8,int4]
 
-Shapes of Qwen3-0.6B, random data; quantised weights by name or format. Weights are streamed from a set of matrices of
-512 MiB, far larger than the caches. Reading them, FMAs in registers and the kernel take turns;
-times are medians of processor time of the slowest thread, so that other work disturbs little.
+Shapes of Qwen3-0.6B, random data; quantised weights by name or format. Weights are streamed from a
+set of matrices of 512 MiB, far larger than the caches. Reading them, FMAs (or dot products of
+bytes) in registers and the kernel take turns; times are medians of processor time of the slowest
+thread, so that other work disturbs little.
 
 2 cores of Zen 4 (AVX-512, shared with other work), 2 threads, 63-70 GB/s, 230 GFLOP/s:
 
