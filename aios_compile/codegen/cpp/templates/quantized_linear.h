@@ -19,9 +19,9 @@ constexpr int TILE = VL == 16 ? 12 : VL == 8 ? 4 : 2;  // tokens of a full tile
 constexpr int ITEM = 2;                              // blocks of a work item
 constexpr int64_t NUM_BLOCKS = (COLUMNS + BLOCK - 1) / BLOCK;
 constexpr int64_t ITEMS_N = (NUM_BLOCKS + ITEM - 1) / ITEM;
-// Tokens of a chunk: few, because a worker quantises a chunk's tokens each time it takes items of it,
-// and enough that the weights, which pass by once a chunk, do not have to come from memory faster
-// than they are multiplied.
+// Tokens of a chunk: few, because a worker quantises a chunk's tokens each time it takes items of
+// it, and enough that the weights, which pass by once a chunk, do not have to come from memory
+// faster than they are multiplied.
 constexpr int64_t CHUNK_TILES = 2;
 
 template <int VALUE> struct Constant { static constexpr int value = VALUE; };
