@@ -61,7 +61,7 @@ AIOS_INLINE vi nearest(vf x) {  // whole numbers, halves to even
 }
 
 // COUNT groups of 32 (at most VL) of x: their codes, scales (max|x| / 127; 0 for values too small
-// to tell from 0, NaN where there is one) and, for each STEP (16 or 32) values, the sum of the codes.
+// to tell from 0, NaN where there is one) and, for each STEP (16 or 32) values, the codes' sum.
 template <int STEP, int COUNT>
 AIOS_INLINE void quantize_groups(const float* x, int8_t* codes, float* scales, int32_t* sums) {
   constexpr int N = 32 / VL, HALF = STEP == 32 ? N : N / 2;  // vectors of a group, of a sum
