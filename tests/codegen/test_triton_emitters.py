@@ -31,6 +31,10 @@ POINTWISE: dict[str, tuple[Callable[..., Any], Inputs]] = {
     "rotate_half": (lambda x: torch.cat((-x[..., 8:], x[..., :8]), -1), [(("T", 2, 16), f32)]),
     "angles": (lambda p, f: (p[:, None] * f).cos(), [(("T",), i64), ((33,), f32)]),
     "where_clamp": (lambda x: torch.where(x > 0, x.clamp(max=1.0), x * 2), [(("T", 33), f32)]),
+    "pow": (
+        lambda x, y: (x.abs() + 0.1) ** y + x**5.0 - x**4.0,
+        [(("T", 33), f32), (("T", 33), f32)],
+    ),
     "half": (lambda x, y: x * y + x, [(("T", 40), f16), (("T", 40), f16)]),
     "gather": (lambda ids, w: w[ids] * 2, [(("T",), i64), ((40, 20), f32)]),
 }

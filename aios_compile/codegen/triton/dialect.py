@@ -77,6 +77,8 @@ class Triton:
             return f"tl.{call.op}imum({', '.join(texts)}{nan})"
         if call.op in FUNCTIONS:
             return f"tl.{call.op}({texts[0]})"
+        if call.op == "pow":
+            return f"power({', '.join(texts)})"
         if call.op in FORMULAS:
             return FORMULAS[call.op].format(texts[0])
         raise CodegenError(f"the Triton dialect has no {call.op}")

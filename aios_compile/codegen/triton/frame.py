@@ -27,13 +27,6 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
-@triton.jit
-def tanh(x):
-    small = tl.exp(-2.0 * tl.abs(x))
-    size = (1.0 - small) / (1.0 + small)
-    return tl.where(x < 0, -size, size)
-
-
 {kernels}
 
 
@@ -51,6 +44,27 @@ def launch(operands, T=1, S=1, R=1, P=1):
         grid, options = call["grid"](T, S, R, P), {{**call["constexprs"], **call["options"]}}
         call["kernel"][grid](*operands, T, S, R, P, **options)
 '''
+
+# Functions that Triton's language lacks, written into the modules that call them.
+HELPERS = {
+    "tanh": """\
+@triton.jit
+def tanh(x):
+    small = tl.exp(-2.0 * tl.abs(x))
+    size = (1.0 - small) / (1.0 + small)
+    return tl.where(x < 0, -size, size)""",
+    "power": """\
+@triton.jit
+def power(x, y):
+    # float32 logarithms lose digits
+    base, exponent = tl.broadcast(tl.cast(x, tl.float64), tl.cast(y, tl.float64))
+    size = tl.exp2(exponent * tl.log2(tl.abs(base))).to(tl.float32)
+    whole, half = tl.floor(exponent) == exponent, exponent * 0.5
+    odd = whole & (tl.floor(half) != half)
+    size = tl.where((base < 0) & odd, -size, size)
+    size = tl.where((base < 0) & (whole == 0), float("nan"), size)
+    return tl.where((exponent == 0) | (base == 1), 1.0, size)""",
+}
 
 
 @dataclass(frozen=True)
@@ -110,10 +124,11 @@ def module_text(
     workspace: Sequence[Operand] = (),
 ) -> str:
     """Return the text of a module. `operands` holds the workspace too, at its end."""
+    helpers = [x for name, x in HELPERS.items() if any(f"{name}(" in k for k in kernels)]
     spaces = [f'("{o.dtype}", "{"*".join(python_dim(d) for d in o.shape)}"),' for o in workspace]
     return HEAD.format(
         comment="\n".join(f"# {line}".rstrip() for line in comment),
-        kernels="\n\n\n".join(kernels),
+        kernels="\n\n\n".join([*helpers, *kernels]),
         types=" ".join(f'"{POINTERS[o.dtype]}",' for o in operands),
         workspace=" ".join(spaces),
         variants="\n".join(v.text() for v in variants),
