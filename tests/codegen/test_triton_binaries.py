@@ -1,6 +1,6 @@
 """Triton modules compiled for GPUs that are not there: resources, no spills, 16-byte loads.
 
-The whole matrix of shapes, targets and dtypes is in tests/nightly/test_triton_binaries.py.
+The whole matrix of shapes, targets and dtypes is in tests/nightly/test_triton_matrix.py.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ COPIES = re.compile(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (
 
 @pytest.mark.parametrize(("layer", "target"), [("down", "cuda:90"), ("gate_up", "cuda:80")])
 def test_linear_kernels_use_what_is_pinned(layer: str, target: str, tmp_path: Path) -> None:
-    """(variant, most registers, bytes of shared memory) of triton 3.7; other ptxas may differ."""
+    """(most registers, KiB of shared memory) with triton 3.7; the nightly test pins each."""
     pinned = {
-        ("down", "cuda:90"): {"rows": (64, 8), "dot": (255, 200), "tile": (255, 200)},
-        ("gate_up", "cuda:80"): {"rows": (104, 4), "dot": (255, 150), "tile": (255, 150)},
+        ("down", "cuda:90"): {"rows": (60, 8), "dot": (109, 128), "tile": (190, 112)},
+        ("gate_up", "cuda:80"): {"rows": (56, 2), "dot": (255, 72), "tile": (168, 48)},
     }[layer, target]
     source = linear.emit(linear_spec("Qwen3-0.6B", layer), card_of(target))
     (binaries,) = compile_ahead([source], target, tmp_path)

@@ -168,6 +168,9 @@ def test_configurations_fit_the_card_and_order_by_cost() -> None:
             problem = configs.Problem(columns, depth, streams, 2, 4, 2)
             floor = columns * streams * depth * 2 / card.bytes_per_us
             for most, config in configs.choose(problem, card):
+                if columns > 7:  # enough to choose from: no makeshift
+                    assert config.kind == "rows" or config.block_t * config.block_n >= 16 * 16
+                    assert most or config.block_t * config.block_n >= 64 * 64
                 tokens = most or configs.PREFILL_TOKENS
                 cost = configs.cost_us(config, problem, tokens, card)
                 assert cost > floor, "faster than the memory"

@@ -66,8 +66,8 @@ def residual(x, w, r, form):
     return aten.add.Tensor(r, aios.quantized_linear.default(x, w, form))
 
 
-@functools.cache
-def made(function, name, rows, depth, extra=()):
+def quantized_spec(function, name, rows, depth, extra=()):
+    """Return the format, the body and the spec of a linear on planar rows."""
     form = QuantFormat.parse(name)
     inputs = {"x": (("T", depth), torch.float32), "w": ((rows, form.row_bytes(depth)), torch.uint8)}
     inputs |= {n: (shape, torch.float32) for n, shape in extra}
@@ -79,6 +79,12 @@ def made(function, name, rows, depth, extra=()):
     operands[1] = Operand(w.name, w.dtype, w.shape, w.strides, PREFIX + form.name)
     spec = quantized_linear.spec_of(body, operands)
     assert spec is not None
+    return form, body, spec
+
+
+@functools.cache
+def made(function, name, rows, depth, extra=()):
+    form, body, spec = quantized_spec(function, name, rows, depth, extra)
     source = quantized_linear.emit(spec)
     return form, body, source, load(source)
 

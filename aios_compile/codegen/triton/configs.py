@@ -102,7 +102,7 @@ def _tiles_fit(c: Config, p: Problem, card: Card) -> bool:
     """Return whether buffers, sums and the parts of x fit, so that nothing spills.
 
     The bounds on a thread's elements are what compiled without spills at the shapes of
-    tests/nightly/test_triton_binaries.py: float32 x is split into parts in registers.
+    tests/nightly/test_triton_matrix.py: float32 x is split into parts in registers.
     """
     threads = c.num_warps * card.warp
     weights = c.block_n * p.streams * c.block_k * p.weight_bytes
@@ -114,7 +114,8 @@ def _tiles_fit(c: Config, p: Problem, card: Card) -> bool:
     most_x = most_x // 2 // p.streams if in_registers else most_x
     depth = c.block_k * c.split <= max(64, p.depth)
     narrow = c.block_k < 256 or c.block_n == 16
-    fits = shared <= card.shared_bytes - 4096 and sums * p.parts <= card.sums
+    held = sums <= card.sums and sums * p.parts <= 128
+    fits = shared <= card.shared_bytes - 4096 and held
     return fits and x_elements <= most_x and depth and narrow
 
 

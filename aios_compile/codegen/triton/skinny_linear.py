@@ -5,7 +5,8 @@ of its places in a block of k; the block is summed once, at the end: no exchange
 and the depth is split over all threads of a program. dot: up to 32 tokens on the tensor cores,
 w[n, k] times x[k, t], so that a tile of 16 columns is enough. `split` programs may share the depth
 of a tile: each writes its sums to the workspace and a second launch adds them in ascending order.
-Weights are marked evict_first: nothing reads them again in this step.
+Weights are marked evict_first: nothing reads them again in this step (where the tensor cores take
+them through cp.async, Triton 3.7 drops the hint).
 """
 
 from __future__ import annotations

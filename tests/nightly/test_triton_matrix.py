@@ -18,11 +18,13 @@ pytest.importorskip("triton")
 
 import triton
 
-from aios_compile.codegen.triton import embedding, linear, matmul, sample
+from aios_compile.codegen.triton import embedding, linear, matmul, quantized_linear, sample
 from aios_compile.codegen.triton.cards import CARDS, card_of
 from aios_compile.codegen.triton.compile_ahead import Binary, compile_ahead
 from tests.codegen.kernels import operands_of, trace
 from tests.codegen.test_sample import body_of
+from tests.codegen.test_triton_binaries import WEIGHT_LOADS
+from tests.codegen.test_triton_quantized_linear import gated, plain, quantized_spec
 from tests.codegen.triton_shapes import LAYERS, MODELS, linear_spec
 
 PINNED = Path(__file__).parent / "triton_resources.txt"
@@ -65,6 +67,19 @@ def test_linear_layers(model: str, dtype: torch.dtype, target: str, tmp_path: Pa
     sources = [linear.emit(linear_spec(model, layer, dtype), card) for layer in LAYERS]
     for layer, binaries in zip(LAYERS, compile_ahead(sources, target, tmp_path)):
         hold(f"{target} {model} {layer} {str(dtype)[6:]}", binaries)
+
+
+@pytest.mark.parametrize("target", CARDS)
+@pytest.mark.parametrize("form", ["int4_g32_f16", "int8_g32_f16"])
+def test_quantized_linears(form: str, target: str, tmp_path: Path) -> None:
+    shapes = ((plain, 4096, 1024), (gated, 28672, 4096), (plain, 4096, 14336))
+    specs = [quantized_spec(f, form, rows, depth)[2] for f, rows, depth in shapes]
+    sources = [quantized_linear.emit(spec, card_of(target)) for spec in specs]
+    for binaries in compile_ahead(sources, target, tmp_path):
+        assert all(b.spill_bytes == 0 for b in binaries), binaries
+        (row,) = (b for b in binaries if "_rows_" in b.kernel)
+        loads = WEIGHT_LOADS.findall(row.assembly())
+        assert all(x.endswith("v4.b32") for x in loads) and bool(loads) == ("cuda" in target)
 
 
 @pytest.mark.parametrize("target", CARDS)
