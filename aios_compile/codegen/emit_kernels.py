@@ -81,16 +81,16 @@ def linear_weights(call: fx.Node, packs: bool = True) -> dict[int, str]:
     """
     body = body_of(call)
     holders = [p for p in placeholders(body.graph) if _is_tensor(p)]
-    found = {}
+    found, rows = {}, "quant16" if packs else "planar"
     for node in body.graph.nodes:
         if node.target in LINEARS and node.args[1] in holders:
             index = holders.index(node.args[1])
             if node.target is aios.quantized_linear.default:
-                found[index] = f"{'quant16' if packs else 'planar'}.{node.args[2]}"
+                found[index] = f"{rows}.{node.args[2]}"
             elif packs:
                 found[index] = ROWS16
         if node.target is aios.quantized_embedding.default and node.args[0] in holders:
-            found[holders.index(node.args[0])] = f"quant16.{node.args[2]}"
+            found[holders.index(node.args[0])] = f"{rows}.{node.args[2]}"
     return found
 
 

@@ -17,7 +17,7 @@ from tests.codegen.triton_modules import load, poisoned, run
 
 pytest.importorskip("triton")
 
-from aios_compile.codegen.triton import quantized_linear
+from aios_compile.codegen.triton import quantized_embedding, quantized_linear
 
 aios, aten = torch.ops.aios, torch.ops.aten
 FORMS = ("int8_g32_f16", "int4_g32_f16", "uint4_g128_f16_min_zero", "int4_g32_bf16")
@@ -139,3 +139,22 @@ def test_the_same_bits_again_and_other_layouts_are_refused() -> None:
     inputs = {"x": (("T", 256), torch.float32), "w": ((37, form.row_bytes(256)), torch.uint8)}
     _, operands = make_body(lambda x, w: plain(x, w, form.name), inputs)
     assert quantized_linear.spec_of(body, operands) is None
+
+
+@pytest.mark.parametrize("name", [*FORMS, *OTHERS])
+def test_rows_of_a_quantised_table_are_the_formats_own_bits(name: str) -> None:
+    form, rows, depth = QuantFormat.parse(name), 37, 1280
+    inputs = {"w": ((rows, form.row_bytes(depth)), torch.uint8), "ids": (("T",), torch.int64)}
+    body, operands = make_body(
+        lambda w, ids: aios.quantized_embedding.default(w, ids, form.name), inputs
+    )
+    assert quantized_embedding.spec_of(body, operands) is None  # packed as the CPU has it, or not
+    w = operands[0]
+    operands[0] = Operand(w.name, w.dtype, w.shape, w.strides, PREFIX + form.name)
+    spec = quantized_embedding.spec_of(body, operands)
+    assert spec is not None
+    source, packed = quantized_embedding.emit(spec), random_rows(form, rows, depth)
+    ids, out = torch.tensor([0, 36, 5, -3, 2**40]), poisoned((5, depth))
+    run(source, load(source), [pack_planar(packed, form), ids, out], T=5)
+    want = quantized_embedding.reference(spec, packed, ids.clamp(0, rows - 1))
+    assert torch.equal(out, want)

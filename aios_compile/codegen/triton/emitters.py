@@ -16,6 +16,7 @@ from aios_compile.codegen.triton import (
     paged_attention,
     pointwise,
     qk_norm_rope_kv_write,
+    quantized_embedding,
     quantized_linear,
     rope,
     row_reduction,
@@ -43,6 +44,7 @@ class ForCard:
 
 EMITTERS: tuple[ModuleType, ...] = (
     embedding,
+    quantized_embedding,
     linear,
     quantized_linear,
     paged_attention,
