@@ -23,6 +23,9 @@ def doctor(
     ] = "",
     pin: Annotated[str, typer.Option(help="write the counts for --expect to this file")] = "",
     context: Annotated[int, typer.Option(help="tokens in the cache", min=1)] = 256,
+    savings: Annotated[
+        bool, typer.Option("--savings", help="count also what each optional pass saves")
+    ] = False,
     bandwidth: Annotated[
         float, typer.Option(help="GB/s of memory; measured if not given", min=0, show_default=False)
     ] = 0.0,
@@ -38,10 +41,12 @@ def doctor(
     if pin:
         Path(pin).write_text(json.dumps(study.pinned(found), indent=1) + "\n", encoding="utf-8")
     wrong = study.differences(found, wanted)
+    saved = study.savings(model, parsed, context=context) if savings else None
     if as_json:
-        print_json({**plain(found), "differences": wrong})
+        print_json({**plain(found), "differences": wrong, "savings": plain(saved)})
     else:
         print(found)
+        print(f"\nwhat each pass saves\n{saved}" if saved else "", end="\n" if saved else "")
         for line in wrong:
             print(f"DIFFERS: {line}")
     if wrong or found.refused:

@@ -11,12 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from aios_compile.capture.capture import capture
 from aios_compile.codegen.artefact import TensorRecord
 from aios_compile.codegen.cpp.step import num_barriers
 from aios_compile.codegen.operand import BYTES
 from aios_compile.codegen.program import Program
+from aios_compile.compiler import pass_options
 from aios_compile.config import CompileOptions
 from aios_compile.errors import AiosError, ConfigError
+from aios_compile.passes.pipeline import STAGES
+from aios_compile.study.ablation import Ablation, ablate
 from aios_compile.study.kernel_table import KernelRow, kernel_rows
 from aios_compile.study.memory_picture import bytes_text
 from aios_compile.study.plan_model import Planned, open_without_weights, plan_model
@@ -119,6 +123,16 @@ def examine(
         bandwidth=bandwidth,
         notes=(*source.notes, *_lost(planned)),
     )
+
+
+def savings(model: str, options: CompileOptions, *, context: int = 256) -> Ablation:
+    """Count what each optional pass saves: launches and bytes of a decode step without it."""
+    source = open_without_weights(model, options)
+    sizes = options.resolve_sizes(source.max_model_len)
+    module = source.build()
+    captured = capture(module, flat=source.flat, max_tokens=sizes.max_num_batched_tokens)
+    passes = pass_options(options, source, sizes, module)
+    return ablate(captured, STAGES, passes, context=context)
 
 
 def _lost(planned: Planned) -> list[str]:

@@ -77,11 +77,13 @@ def test_what_is_refused_is_told_and_fails(tmp_path: Path) -> None:
 def test_the_command_pins_and_checks(tmp_path: Path) -> None:
     model, pins = str(write(tmp_path / "m")), tmp_path / "pins.json"
     common = ["doctor", model, "--bandwidth", "20"]
-    first = CliRunner().invoke(app, [*common, "--pin", str(pins), "--json"])
+    first = CliRunner().invoke(app, [*common, "--pin", str(pins), "--savings", "--json"])
     assert first.exit_code == 0, first.output
     shown = json.loads(first.stdout)
     assert shown["kernels"][0]["bytes_a_token"] >= shown["kernels"][1]["bytes_a_token"]
     assert shown["predicted_tokens_per_second"] > 0 and shown["differences"] == []
+    saved = shown["savings"]
+    assert saved["without"]["merge_qkv"]["launches"] > saved["everything"]["launches"]
     pins.write_text(json.dumps({"merge_qkv": 1, "raise_rope": 7}))
     second = CliRunner().invoke(app, [*common, "--expect", str(pins)])
     assert second.exit_code == 1 and "DIFFERS: raise_rope: 2, expected 7" in second.stdout
