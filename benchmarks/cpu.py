@@ -1,6 +1,8 @@
 """Decode, prefill and starts on this machine, side by side with transformers, one run.
 
-    python -m benchmarks.cpu --shape qwen3-0.6b [--rounds 9] [--json out.json]
+    python -m benchmarks.cpu --shape qwen3-0.6b [--rounds 9] [--quantization int8,int4]
+
+Quantised rows are held against the time that reading their own bytes takes.
 
 Correctness is checked before any time is printed. Bandwidth, ours and the peer take turns; median
 ratios and shares are reported with their spread. The bandwidth is the better of the readings just
@@ -40,7 +42,7 @@ def prompt_ids(vocab_size: int, count: int, seed: int = 0) -> list[int]:
 def weight_bytes(model: Any) -> int:
     """Return the bytes that one decode step must read: every packed weight once."""
     packed = [w for w in model.program.weights if w.packed or len(w.shape) == 1]
-    sizes = {"bfloat16": 2, "float16": 2, "float32": 4}
+    sizes = {"bfloat16": 2, "float16": 2, "float32": 4, "uint8": 1}
     return sum(int(np.prod(w.shape)) * sizes[w.dtype] for w in packed)
 
 
@@ -94,6 +96,51 @@ def rounds(
         "share_spread": [min(shares), max(shares)],
         "rounds": count,
     }
+
+
+def shares(ours: Callable[[], float], floor: Callable[[], float], count: int) -> dict[str, Any]:
+    """Return ours in milliseconds and the floor over ours, medians and spread of `count` rounds."""
+    times, found = [], []
+    for _ in range(count):
+        before = floor()
+        times.append(ours())
+        found.append(min(before, floor()) / times[-1])
+    return {
+        "ours_ms": 1e3 * statistics.median(times),
+        "share_of_bandwidth": statistics.median(found),
+        "share_spread": [min(found), max(found)],
+        "rounds": count,
+    }
+
+
+def quantized_rows(folder: Path, cache: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Return decode and prefill of each quantisation: logits near bf16's are checked first."""
+    result: dict[str, Any] = {}
+    given = {"cache_dir": cache, "num_threads": args.threads, "max_model_len": 2048}
+    plain = aios_compile.load_and_compile(folder, progress=False, **given)
+    ids = prompt_ids(plain.limits.vocab_size, PROMPT_TOKENS)
+    want = plain(torch.tensor(ids))
+    plain.close()
+    for name in args.quantization.split(","):
+        model = aios_compile.load_and_compile(folder, quantization=name, progress=False, **given)
+        error = float((model(torch.tensor(ids)) - want).norm() / want.norm())
+        assert error < (0.1 if "8" in name[:5] else 0.6), f"{name}: logits differ by {error:.2f}"
+        probe, moved = BandwidthProbe(args.threads), weight_bytes(model)
+        ours_decode(model, ids)
+        result[name] = {
+            "logit_error": error,
+            "bytes_a_token": moved,
+            "decode": shares(
+                lambda m=model: ours_decode(m, ids),  # type: ignore[misc]
+                lambda b=moved, p=probe: b / p.measure(),  # type: ignore[misc]
+                args.rounds,
+            ),
+            "prefill_256_tokens_s": statistics.median(
+                prefill_tokens_a_second(model, prompt_ids(1000, 256, seed)) for seed in range(5)
+            ),
+        }
+        model.close()
+    return result
 
 
 def start_seconds(folder: Path, cache: Path) -> dict[str, float]:
@@ -153,6 +200,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             prefill_tokens_a_second(model, prompt_ids(1000, 256, seed)) for seed in range(5)
         )
         model.close()
+        if args.quantization:
+            result["quantized"] = quantized_rows(folder, cache, args)
     return result
 
 
@@ -162,6 +211,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where the random checkpoint is kept")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--quantization", default="", help="also these, e.g. int8,int4")
     parser.add_argument("--starts", action="store_true", help="also measure whole-process starts")
     parser.add_argument("--json", help="write the result here")
     args = parser.parse_args()
