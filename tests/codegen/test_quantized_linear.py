@@ -159,3 +159,14 @@ def test_nan_in_one_token_stays_in_its_row():
     for target in RUNNABLE:
         Kernel(source, build.Target.named(target))({"T": 5}, x, packed(weights, name), out)
         assert out[2].isnan().all() and out[[0, 1, 3, 4]].isfinite().all()
+
+
+def test_what_this_machine_cannot_run_compiles(tmp_path):
+    """The AVX-VNNI path, on any x86: the text is compiled, nothing is run."""
+    if not build.cpu_features() & {"sse2"}:
+        pytest.skip("no x86 compiler")
+    target = build.Target.named("avxvnni")
+    for name in EVERYWHERE:
+        _, _, source = source_of(plain, ROWS, DEPTH, name, DEPTH + 3)
+        (path,) = build.build_objects([source], tmp_path, target)
+        assert path.stat().st_size > 1000
