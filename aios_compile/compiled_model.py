@@ -330,6 +330,11 @@ def make_scheduler_options(
     """
     page_bytes = max(1, sum(state_page_bytes(program)))
     host_bytes = options.swap_space_bytes
+    if host_bytes and not can_swap:
+        raise ConfigError(
+            f"swap_space_bytes={host_bytes}: only the C++ target swaps to host memory",
+            advice="leave it at None: preempted sequences are computed again",
+        )
     if host_bytes is None:
         host_bytes = limits.num_pages * page_bytes // 4
     chunk = options.chunked_prefill_size or max(1, limits.max_num_batched_tokens // 4)

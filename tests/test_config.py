@@ -62,6 +62,10 @@ def test_an_unknown_option_lists_the_known_ones() -> None:
         ("kv_cache_dtype", "int3", "bfloat16"),
         ("disable_passes", ("not a name",), "names of passes"),
         ("cache_dir", 3, "a path"),
+        ("scheduling_policy", "lifo", "fcfs, priority, fair_share, shortest_remaining"),
+        ("chunked_prefill_size", 0, "1 to"),
+        ("swap_space_bytes", -1, "0 to"),
+        ("decision_log", 3, "a path"),
     ],
 )
 def test_a_bad_value_names_field_value_and_range(name: str, value: object, expected: str) -> None:

@@ -334,6 +334,7 @@ class TextStream:
         """Abort the request if it still runs; idempotent."""
         if not self._ended and os.getpid() == self._engine._pid:
             self._ended = True
+            self._request.is_gone = True
             self._engine._core.abort([self._request])
 
     def __del__(self) -> None:

@@ -314,7 +314,7 @@ class EngineCore:
     def _abort(self, request: Request) -> None:
         if self.requests.get(request.request_id) is request:
             end_request(request, "abort")
-            self._advance(Abort(request.request_id))
+            self._advance(Abort(request.request_id, "disconnect" if request.is_gone else "abort"))
             self._finish(request, None)
 
     def _deliver(self, request: Request) -> None:

@@ -232,6 +232,7 @@ class Request:
             self.prompt_logprobs = [None]
         self.submitted_us = 0
         self.deadline_us: int | None = None
+        self.is_gone = False  # its reader has left: an abort is a disconnect
         self.started_us: int | None = None
         self.first_token_us: int | None = None
         self.last_token_us = 0

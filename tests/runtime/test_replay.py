@@ -13,6 +13,7 @@ from aios_compile.runtime.policies import RANKS
 from aios_compile.runtime.replay import replay_log
 from aios_compile.runtime.schedule_state import SchedulerOptions
 from tests.runtime.conftest import checked_engine
+from tests.runtime.fake_executor import FakeExecutor
 
 
 def write_log(path: Path, policy: str = "fcfs") -> None:
@@ -81,6 +82,22 @@ def test_a_changed_decision_is_found(tmp_path: Path) -> None:
     del lines[number]
     path.write_text("\n".join(lines))
     assert replay_log(path).difference is not None
+
+
+def test_a_reader_who_leaves_is_a_disconnect() -> None:
+    engine = checked_engine()
+    executor = engine._core.executor
+    assert isinstance(executor, FakeExecutor)
+    executor.step_seconds = 0.02
+    stream, other = (engine.stream([1, 2], max_tokens=60) for _ in range(2))
+    next(stream)
+    stream.close()
+    next(other)
+    engine.abort(other.request_id)
+    list(other)
+    reasons = [d.reason for d in engine.log.ring if d.kind == "abort"]
+    engine.close()
+    assert reasons == ["the caller is gone", "the caller asked for it"]
 
 
 @pytest.mark.parametrize(
