@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 FIELDS = (
     {"temperature": 0},
     {"temperature": 0.9, "top_p": 0.9, "seed": 3, "repetition_penalty": 1.2},
-    {"temperature": 1.0, "top_k": 9, "min_p": 0.02, "logit_bias": {4: 3.0}},
+    {"temperature": 1.0, "seed": 5, "top_k": 9, "min_p": 0.02, "logit_bias": {4: 3.0}},
 )
 
 
