@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -23,6 +25,8 @@ def compiled(tmp_path_factory):
     """Return a function that compiles a module (-O1: these tests are about meaning)."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("cache")
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the run's folder: its workers share their objects
+        folder = tmp_path_factory.getbasetemp().parent / "foreign-cache"
     real = build.build_objects
 
     def quick(*args, **keywords):

@@ -24,7 +24,10 @@ OTHERS = (  # FOREIGN_FAMILIES=all
     "mimo_v2_flash", "cohere2_moe", "falcon_alibi", "deepseek_v2", "mpt",
 )  # fmt: skip
 CHOSEN = (*TESTED, *OTHERS) if os.environ.get("FOREIGN_FAMILIES") == "all" else TESTED
-CALLED = {"phi3_long": "modeling_rope_utils.py:.*torch.max"}  # the whole sequence chooses factors
+CALLED = {
+    "phi3_long": "modeling_rope_utils.py:.*torch.max",  # the longest sequence chooses the factors
+    "gpt_neo": "modeling_gpt_neo.py:.*from layer to layer",  # windows in equal layers
+}
 REFUSED = {
     "dbrx": "modeling_dbrx.py:.*expert_hit",
     "mamba": "modeling_mamba.py:",

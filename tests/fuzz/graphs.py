@@ -67,6 +67,9 @@ MOVE: dict[str, Callable[[Tensor], Tensor]] = {
     "first_half": lambda x: x[..., : (x.shape[-1] + 1) // 2],
     "odd": lambda x: x[..., 1::2] if x.shape[-1] > 1 else x,
     "doubled": lambda x: torch.cat((x, x * 0.5), -1),
+    "top": lambda x: torch.topk(x, min(3, x.shape[-1])).values,
+    "lowest": lambda x: torch.topk(x, (x.shape[-1] + 1) // 2, largest=False).values,
+    "sorted": lambda x: torch.sort(x, -1).values,
     "heads_last": lambda x: (
         x.unflatten(-1, (2, x.shape[-1] // 2)).transpose(-1, -2).reshape(x.shape)
         if x.shape[-1] % 2 == 0
