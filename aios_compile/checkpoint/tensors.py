@@ -18,7 +18,7 @@ from aios_compile.errors import CheckpointError
 Array = NDArray[Any]
 # Older checkpoints carry the RoPE frequencies, which are computed from config.json.
 HARMLESS_EXTRA = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-PIECE_WEIGHTS = 1 << 22  # dequantised at a time: 16 MiB of float32
+PIECE_WEIGHTS = 1 << 19  # dequantised at a time: 2 MiB of float32
 
 
 @dataclass(frozen=True)
