@@ -103,7 +103,9 @@ def test_mixed_batches_give_the_answers_of_single_requests(load: Load, expected:
 def test_preemption_is_invisible(load: Load, expected: list[Any]) -> None:
     prompts, params = requests()
     wide = load(NAME, **WIDE)
-    model = load(NAME, **WIDE, kv_cache_memory_bytes=few_pages(wide, 7))
+    chunk = WIDE["max_num_batched_tokens"]  # prompts begin at once and meet in a full pool
+    few = few_pages(wide, 7)
+    model = load(NAME, **WIDE, kv_cache_memory_bytes=few, chunked_prefill_size=chunk)
     assert model.limits.num_pages == 8
     poison_free_pages(model)
     assert answers(model.generate(prompts, params)) == expected
