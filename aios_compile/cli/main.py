@@ -19,6 +19,7 @@ from aios_compile.cli import (
     doctor,
     generate,
     kernels,
+    ladder,
     simulate,
 )
 from aios_compile.cli.options import COMPILE, SAMPLING, command
@@ -77,6 +78,7 @@ command(app)(simulate.replay)
 command(app)(simulate.simulate)
 command(app, COMPILE)(kernels.kernels)
 command(app)(kernels.edit)
+command(app, COMPILE)(ladder.ladder)
 command(app, name="env")(artefacts.show_env)
 command(cache_app, name="ls")(artefacts.cache_ls)
 command(cache_app, name="rm")(artefacts.cache_rm)

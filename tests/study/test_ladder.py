@@ -1,0 +1,61 @@
+"""The ladder: every stage answers the same request; launches and bytes fall as passes are added."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from aios_compile.config import CompileOptions
+from aios_compile.errors import ConfigError
+from aios_compile.model_source import open_source
+from aios_compile.study.ladder import Request, Rung, climb, svg
+from tests import zoo
+
+
+class Loaded:
+    """A compiled model that answers with the logits of PyTorch, a token a millisecond."""
+
+    def __init__(self, path: Path, options: dict[str, Any]) -> None:
+        if options["quantization"]:
+            raise ConfigError("no kernel for these rows")
+        self.decoder = zoo.decoder(path)
+
+    def generate(self, prompts: list[Any], max_tokens: int, **unused: Any) -> list[Any]:
+        metrics = SimpleNamespace(ttft_us=5e3, total_us=5e3 + 1e3 * (max_tokens - 1))
+        return [SimpleNamespace(metrics=metrics) for _ in prompts]
+
+    def __call__(self, ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return self.decoder(torch.tensor(ids), torch.arange(len(ids)))
+
+    def __enter__(self) -> Loaded:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def test_every_stage_computes_the_same(tmp_path: Path) -> None:
+    path = zoo.make("qwen3_gqa", tmp_path)
+    source = open_source(path, CompileOptions())
+    request = Request(tuple(range(3, 12)), 4)
+    rungs = list(climb(source, CompileOptions(), lambda o: Loaded(path, o), request))
+    by_name = {r.name: r for r in rungs}
+    graphs = [by_name[n] for n in ("captured", "+ raise", "+ rewrite (paged)", "+ fuse")]
+    launches = [r.launches for r in graphs]
+    assert all(n is not None for n in launches)
+    assert launches == sorted(launches, reverse=True) and len(set(launches)) == 4  # type: ignore[type-var]
+    assert all(r.error is not None and r.error < 1e-5 for r in (rungs[0], *graphs))
+    assert round(by_name["C++ kernels"].tokens_per_second) == 1000
+    assert round(by_name["8 sequences in a batch"].tokens_per_second) == 8000
+    assert rungs[-1].name.startswith("int8 weights: no kernel") and not rungs[-1].tokens_per_second
+
+
+def test_the_plot_has_a_bar_for_each_rung() -> None:
+    rungs = [Rung("a < b", 2.0), Rung("c", 2000.0), Rung("not run", 0.0)]
+    bars = [e for e in ElementTree.fromstring(svg(rungs)) if e.tag.endswith("rect")]
+    assert len(bars) == 2 and float(bars[1].get("width", "0")) > float(bars[0].get("width", "0"))
