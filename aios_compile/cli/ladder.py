@@ -18,7 +18,7 @@ def ladder(
     options: dict[str, Any],
     as_json: JsonOption = False,
     prompt_tokens: Annotated[int, typer.Option(help="tokens of the prompt", min=1)] = 8,
-    tokens: Annotated[int, typer.Option(help="tokens after it", min=2)] = 24,
+    tokens: Annotated[int, typer.Option(help="tokens after it", min=2)] = 6,
     plot: Annotated[str, typer.Option(help="write a picture (SVG) to this file")] = "",
 ) -> None:
     """Run one request in eager, captured, pass by pass, compiled, batched and quantised."""
