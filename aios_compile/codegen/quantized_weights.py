@@ -45,11 +45,20 @@ def describe(name: str, packed: str, rows: Tensor, source: Tensor | None) -> Qua
     depth = form.depth(rows.shape[1])
     error = None
     if source is not None:
-        picked = torch.linspace(0, len(rows) - 1, min(len(rows), SAMPLED_ROWS)).long()
-        want = source[picked].float()
-        lost = (dequantize(rows[picked], form) - want).square().mean()
-        error = float((lost / want.square().mean().clamp_min(1e-30)).sqrt())
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # small tensors: on a busy machine barriers would take seconds
+        try:
+            error = _error(rows, source, form)
+        finally:
+            torch.set_num_threads(threads)
     return QuantizedWeight(name, form.name, len(rows), depth, 8 * rows.shape[1] / depth, error)
+
+
+def _error(rows: Tensor, source: Tensor, form: QuantFormat) -> float:
+    picked = torch.linspace(0, len(rows) - 1, min(len(rows), SAMPLED_ROWS)).long()
+    want = source[picked].float()
+    lost = (dequantize(rows[picked], form) - want).square().mean()
+    return float((lost / want.square().mean().clamp_min(1e-30)).sqrt())
 
 
 def source_of(recipe: Recipe) -> Recipe | None:
