@@ -1,6 +1,6 @@
 # make demo    install into .venv, compile the bundled model, print its passes, stream text
 # make test    install the test tools too, then ruff, mypy --strict and all CPU tests
-# make nightly random graphs by the thousand (an hour or more)
+# make nightly random graphs by the thousand, every family, the long proofs (hours)
 # make gpu     what needs a GPU: whole models in captured graphs against eager
 # make replay generated sources of the model zoo, this tree against the commit AGAINST
 # make docs    write docs/passes.md and docs/env.md anew
@@ -26,9 +26,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test lint
 	$(BIN)/python tests/run_groups.py --workers $(WORKERS)
 
-# The slower suites, by hand: random graphs by the thousand.
+# The slower suites, by hand.
 nightly: $(VENV)/.installed-test
-	FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest -q -n $(WORKERS) tests/fuzz tests/nightly
+	FUZZ_EXAMPLES=5000 FOREIGN_FAMILIES=all $(BIN)/python -m pytest -q -n $(WORKERS) \
+		tests/fuzz tests/foreign tests/nightly
 
 # From the checkout: machines with a GPU often allow no installing.
 gpu:
