@@ -257,7 +257,12 @@ except KeyboardInterrupt:
 def test_ctrl_c_aborts_the_callers_requests_and_goes_on(stream: bool) -> None:
     script = CTRL_C.format(root=str(ROOT), stream=stream)
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run in a shell's background ignores Ctrl-C, and its children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     for _ in range(4):
