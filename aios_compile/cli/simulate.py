@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from aios_compile.study.simulator import Simulation
 
 KINDS = ("poisson", "bursts", "trace")
-EXIT_DIFFERS = 1
 
 
 def replay(

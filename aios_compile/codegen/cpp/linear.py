@@ -20,23 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aios_compile.codegen.access import (
-    Access,
-    Coordinates,
-    NotExpressible,
-    Reader,
-    outputs,
-    shape_of,
-    store_address,
-)
+from aios_compile.codegen.access import Access, outputs
 from aios_compile.codegen.cpp.dialect import Cpp
 from aios_compile.codegen.cpp.frame import indent, pointer
 from aios_compile.codegen.cpp.head_rows import without_leading_ones
 from aios_compile.codegen.cpp.nest import Nest
 from aios_compile.codegen.cpp.template import C_TYPES, constants, kernel, number
 from aios_compile.codegen.cpp.template import pointer as address_function
-from aios_compile.codegen.expression import Const, Expr, Index, Printer, call, formula
+from aios_compile.codegen.expression import Const, Expr, Printer, formula
 from aios_compile.codegen.linear_index import Linear
+from aios_compile.codegen.linear_tail import inplace_pairs, read_tail
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import Strided, body_lines, resolve
@@ -103,57 +96,27 @@ def with_tail(
 
     None when the tail is not pointwise, or splits the product other than into two halves.
     """
-    rows, results = operands[weight].shape[0], outputs(body)
+    rows = operands[weight].shape[0]
     assert isinstance(rows, int)
-    widths = {shape_of(r)[-1] for r in results}
-    streams = 1 if widths == {rows} else 2
-    if streams == 2 and (widths != {rows // 2} or rows % (2 * BLOCK)):
+    tail = read_tail(body, operands, node, bias, x.operand.shape[0], rows)
+    if tail is None or (tail.streams == 2 and rows % (2 * BLOCK)):
         return None
-    columns = rows // streams
-    sums = [Operand(f"sum{s}", "f32", (1, columns), (0, 1)) for s in range(streams)]
-
-    def sum_of(reader: Reader, at: fx.Node, coordinates: Coordinates) -> Expr | None:
-        if at is not node:
-            return None
-        column = coordinates[-1]
-        start = column.constant
-        streams_of = {s * columns: s for s in range(streams)}
-        if column.without(1) != Linear((), start) or start not in streams_of:
-            raise NotExpressible(f"the tail reads column {column} of a linear")
-        if any(c not in (Linear(), Linear.of(Index(0))) for c in coordinates[:-1]):
-            raise NotExpressible("the tail mixes tokens of a linear")
-        place = Linear.of(Index(1))
-        value: Expr = reader.leaf(Access(len(operands) + streams_of[start], place), "f32")
-        return value if bias is None else call("add", (value, reader.at(bias, (column,))), "f32")
-
-    reader = Reader(body, operands, ((0, None), (0, columns)), sum_of)
-    values, stores = [], []
-    for result, out in zip(results, operands[len(operands) - len(results) :]):
-        shape = shape_of(result)
-        if len(shape) < 2 or any(s != 1 for s in shape[:-2]) or shape[-2] != x.operand.shape[0]:
-            return None
-        token = Linear() if shape[-2] == 1 else Linear.of(Index(0))
-        place = (*(Linear() for _ in shape[:-2]), token, Linear.of(Index(1)))
-        try:
-            values.append(reader.at(result, place))
-        except NotExpressible:
-            return None
-        stores.append(store_address(out, place))
-    leaves = tuple(leaf for leaf in reader.leaves if isinstance(leaf, Access))
+    columns = rows // tail.streams
+    sums = [Operand(f"sum{s}", "f32", (1, columns), (0, 1)) for s in range(tail.streams)]
     spec = LinearSpec(
         x,
         weight,
-        streams,
+        tail.streams,
         (*operands, *sums),
-        len(results),
-        leaves,
-        tuple(values),
-        tuple(stores),
+        len(tail.values),
+        tail.leaves,
+        tail.values,
+        tail.stores,
         body_lines(body),
     )
     nest = Nest(spec.operands, spec.leaves, 2)
     stored = list(zip(spec.outputs(), spec.stores))
-    return spec if not reader.cuts and nest.can_vectorize(spec.values, stored) else None
+    return spec if nest.can_vectorize(spec.values, stored) else None
 
 
 def reference(spec: LinearSpec, body: fx.GraphModule, *tensors: Tensor) -> Any:
@@ -163,15 +126,8 @@ def reference(spec: LinearSpec, body: fx.GraphModule, *tensors: Tensor) -> Any:
 
 def inplace(spec: LinearSpec) -> tuple[tuple[int, int], ...]:
     """Return (output, input) pairs that the tail touches at one address; never x or the weight."""
-    pairs = []
-    for number_, index in enumerate(spec.outputs()):
-        for operand in range(spec.outputs().start):
-            same = spec.operands[operand].dtype == spec.operands[index].dtype
-            reads = [leaf.address for leaf in spec.leaves if leaf.operand == operand]
-            fixed = operand in (spec.x.index, spec.weight)
-            if same and reads and not fixed and all(r == spec.stores[number_] for r in reads):
-                pairs.append((number_, operand))
-    return tuple(pairs)
+    fixed = (spec.x.index, spec.weight)
+    return inplace_pairs(spec.operands, spec.outputs().start, spec.leaves, spec.stores, fixed)
 
 
 def emit(spec: LinearSpec) -> KernelSource:

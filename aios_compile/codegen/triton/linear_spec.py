@@ -15,16 +15,12 @@ from torch import fx
 
 from aios_compile.codegen.access import (
     Access,
-    Coordinates,
-    NotExpressible,
-    Reader,
     outputs,
-    shape_of,
-    store_address,
 )
 from aios_compile.codegen.cpp.head_rows import without_leading_ones
-from aios_compile.codegen.expression import Expr, Index, call
+from aios_compile.codegen.expression import Expr
 from aios_compile.codegen.linear_index import Linear
+from aios_compile.codegen.linear_tail import inplace_pairs, read_tail
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.strided import Strided, body_lines, resolve
 
@@ -95,58 +91,19 @@ def with_tail(
     weight: Strided,
 ) -> LinearSpec | None:
     """Return the spec of a linear `node` with its bias and the tail that follows it, else None."""
-    rows, results = weight.operand.shape[0], outputs(body)
+    rows = weight.operand.shape[0]
     if not isinstance(rows, int):
         return None
-    widths = {shape_of(r)[-1] for r in results}
-    streams = 1 if widths == {rows} else 2
-    if streams == 2 and (widths != {rows // 2} or rows % 2):
-        return None
-    columns = rows // streams
-
-    def sum_of(reader: Reader, at: fx.Node, coordinates: Coordinates) -> Expr | None:
-        if at is not node:
-            return None
-        column = coordinates[-1]
-        stream_at = {s * columns: s for s in range(streams)}
-        if column.without(1) != Linear((), column.constant) or column.constant not in stream_at:
-            raise NotExpressible(f"the tail reads column {column} of a linear")
-        if any(c not in (Linear(), Linear.of(Index(0))) for c in coordinates[:-1]):
-            raise NotExpressible("the tail mixes tokens of a linear")
-        stream = len(operands) + stream_at[column.constant]
-        value: Expr = reader.leaf(Access(stream, Linear.of(Index(1))), "f32")
-        return value if bias is None else call("add", (value, reader.at(bias, (column,))), "f32")
-
-    reader = Reader(body, operands, ((0, None), (0, columns)), sum_of)
-    values, stores = [], []
-    for result, out in zip(results, operands[len(operands) - len(results) :]):
-        shape = shape_of(result)
-        if len(shape) < 2 or any(s != 1 for s in shape[:-2]) or shape[-2] != x.operand.shape[0]:
-            return None
-        token = Linear() if shape[-2] == 1 else Linear.of(Index(0))
-        place = (*(Linear() for _ in shape[:-2]), token, Linear.of(Index(1)))
-        try:
-            values.append(reader.at(result, place))
-        except NotExpressible:
-            return None
-        stores.append(store_address(out, place))
-    leaves = tuple(leaf for leaf in reader.leaves if isinstance(leaf, Access))
-    if reader.cuts or len(leaves) != len(reader.leaves):
+    tail = read_tail(body, operands, node, bias, x.operand.shape[0], rows)
+    if tail is None:
         return None
     return LinearSpec(
-        "linear", x, weight, streams, tuple(operands), leaves, tuple(values), tuple(stores),
+        "linear", x, weight, tail.streams, tuple(operands), tail.leaves, tail.values, tail.stores,
         body_lines(body),
     )  # fmt: skip
 
 
 def inplace(spec: LinearSpec) -> tuple[tuple[int, int], ...]:
     """Return (output, input) pairs that the tail touches at one address; never x or the weight."""
-    pairs = []
-    for number, index in enumerate(spec.outputs()):
-        for operand in range(spec.outputs().start):
-            same = spec.operands[operand].dtype == spec.operands[index].dtype
-            reads = [leaf.address for leaf in spec.leaves if leaf.operand == operand]
-            fixed = operand in (spec.x.index, spec.weight.index)
-            if same and reads and not fixed and all(r == spec.stores[number] for r in reads):
-                pairs.append((number, operand))
-    return tuple(pairs)
+    fixed = (spec.x.index, spec.weight.index)
+    return inplace_pairs(spec.operands, spec.outputs().start, spec.leaves, spec.stores, fixed)
