@@ -190,3 +190,16 @@ def test_kernels_are_clean_under_address_and_undefined_sanitizers(
     span, dtype = cases[1]["arrays"][0]
     cases[1]["arrays"][0] = (span - 1, dtype)  # the control: one element too few must be found
     assert "heap-buffer-overflow" in run_all().stderr
+
+
+def test_the_precompiled_prelude_changes_no_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = '#include "prelude.h"\nextern "C" float twice(float x) { return 2 * x; }\n'
+    (quick,) = build.build_objects([("twice", text)], tmp_path / "quick", build.Target.host())
+    made = list((tmp_path / "quick").glob("prelude-*/prelude.h.gch"))
+    assert len(made) == ("clang" not in build.find_compiler().version)
+    monkeypatch.setattr(build, "precompile", lambda *_: [])
+    (slow,) = build.build_objects([("twice", text)], tmp_path / "slow", build.Target.host())
+    assert not list((tmp_path / "slow").glob("prelude-*"))
+    assert quick.read_bytes() == slow.read_bytes()

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aios_compile import env
+from aios_compile.codegen.cpp.precompiled import PRELUDE, precompile
 from aios_compile.codegen.source import KernelSource
 from aios_compile.errors import BuildError
 
@@ -173,9 +174,10 @@ def build_objects(
     objects = [folder / f"{object_key(text, target, extra_flags)}.o" for _, text in pairs]
     missing = {path: pair for path, pair in zip(objects, pairs) if not path.exists()}
     done = len(pairs) - len(missing)
+    includes = _includes(folder, target, tuple(extra_flags)) if missing else []
     with ThreadPoolExecutor(max(1, jobs or os.cpu_count() or 1)) as pool:
         futures = {
-            pool.submit(_compile, name, text, path, target, tuple(extra_flags)): name
+            pool.submit(_compile, name, text, path, target, tuple(extra_flags), includes): name
             for path, (name, text) in missing.items()
         }
         try:
@@ -190,8 +192,21 @@ def build_objects(
     return objects
 
 
+def _includes(folder: Path, target: Target, extra_flags: tuple[str, ...]) -> list[str]:
+    """Return the include folders' arguments, that of the precompiled prelude first."""
+    compiler, flags = find_compiler(), compile_flags(target, extra_flags)
+    header, key = HEADER_FOLDER / PRELUDE, headers_text()
+    ready = precompile(folder, header, compiler.path, compiler.version, flags, key, _run)
+    return [*ready, "-I", str(HEADER_FOLDER)]
+
+
 def _compile(
-    name: str, text: str, path: Path, target: Target, extra_flags: tuple[str, ...]
+    name: str,
+    text: str,
+    path: Path,
+    target: Target,
+    extra_flags: tuple[str, ...],
+    includes: list[str],
 ) -> None:
     source = path.with_suffix(".cpp")
     with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as aside:
@@ -199,7 +214,7 @@ def _compile(
         kernel.write_text(text)
         built = kernel.with_suffix(".o")
         command = [find_compiler().path, *compile_flags(target, extra_flags)]
-        command += ["-I", str(HEADER_FOLDER), "-c", str(kernel), "-o", str(built)]
+        command += [*includes, "-c", str(kernel), "-o", str(built)]
         _run(command, f"kernel {name}", "a generated kernel must compile: please report it")
         os.replace(kernel, source)
         os.replace(built, path)

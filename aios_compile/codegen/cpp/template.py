@@ -110,9 +110,11 @@ def kernel(
     symbol, function = symbol_of(name, spec), template or name
     body = template_text(function)
     sources = "".join(f"//   {line}\n" for line in lines)
+    # the prelude first, by itself: that is where a precompiled one is looked for
+    includes = "".join(f'#include "{name}"\n' for name in dict.fromkeys(("prelude.h", header)))
     text = (
         f"// {symbol}\n{'// computes' + chr(10) + sources if lines else ''}"
-        f'#include "{header}"\n\nnamespace {{\n\n'
+        f"{includes}\nnamespace {{\n\n"
         + "\n".join(definitions)
         + f"\n\n{body}\n}}  // namespace\n\n"
         f'extern "C" int64_t {symbol}_items(const Sizes* n) {{ return {function}_items(n); }}\n'
