@@ -9,7 +9,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2
+WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
 MODEL ?= examples/shakespeare
 PROMPT ?= ROMEO:
 # Extra arguments of pip, e.g. where to find torch's CPU build (it saves gigabytes without a GPU).
