@@ -129,8 +129,11 @@ def _captured_errors() -> Iterator[None]:
 
 
 def _frame_in(error: Exception) -> str | None:
-    """Return the innermost line of user code that dynamo's message names."""
+    """Return the innermost line of user code that dynamo's message, or its error, names."""
     frames = _FRAME.findall(str(error))
+    if not frames:  # an operation that fails on fake tensors: the stack is beside the message
+        stack = getattr(error, "real_stack", None) or ()
+        frames = [(f.filename, str(f.lineno), f.name, f.line or "") for f in stack]
     frames = [f for f in frames if not f[0].startswith(_OWN)] or frames
     if not frames:
         return None

@@ -151,4 +151,4 @@ def _attention(
     out = torch.ops.aios.sdpa(
         query, key, value, attention_mask, causal, scaling, True, softcap, s_aux
     )
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None  # as transformers' own: some view it
