@@ -73,7 +73,7 @@ class Engine:
         # The thread holds the core, not this object: an engine nobody holds any more is closed.
         self._thread = threading.Thread(target=self._core.run, name="aios-engine", daemon=True)
         # It does not wait: the collector may run it in any thread, the engine's own included.
-        weakref.finalize(self, self._core.request_close).atexit = False
+        weakref.finalize(self, self._core.inbox.request_close).atexit = False
         self._atexit = _close_at_exit(self._core, self._thread, self._pid)
         self._thread.start()
 
@@ -135,7 +135,7 @@ class Engine:
         self._check_alive()
         try:
             if max_waiting is not None:
-                self._core.check_queue(1, max_waiting)
+                self._core.inbox.check_queue(1, max_waiting)
             ((prompt, given),) = self._pairs([prompt], params, fields)
             if given.n != 1:
                 raise RequestError(f"n={given.n} is out of range: a stream has one completion")
@@ -143,7 +143,7 @@ class Engine:
             request = Request(admitted, self.tokenizer, True, on_change)
             if progress is not None:
                 request.resume(progress)
-            self._core.submit([request], max_waiting)
+            self._core.inbox.submit([request], max_waiting)
         except AiosError as error:
             self._core.metrics.errors[error_code(error)] += 1
             raise
@@ -160,13 +160,13 @@ class Engine:
         if not generates:
             request.logits = np.empty((1, admit.limits.vocab_size), np.float32)
         request.is_probe = True
-        self._core.submit([request])
+        self._core.inbox.submit([request])
 
     def health(self, stall_s: float = 60.0, probe_s: float = 60.0) -> Health:
         """Return whether the engine lives and is ready; see runtime.health.judge."""
         return judge(
             self._core.pulse,
-            alive=self._thread.is_alive() and not self._core.is_closing,
+            alive=self._thread.is_alive() and not self._core.inbox.is_closing,
             at_us=now_us(),
             stall_us=int(stall_s * 1e6),
             probe_us=int(probe_s * 1e6),
@@ -177,7 +177,7 @@ class Engine:
 
         A thread that has ended shows as a step that began for ever ago.
         """
-        if not self._thread.is_alive() or self._core.is_closing:
+        if not self._thread.is_alive() or self._core.inbox.is_closing:
             return now_us(), None
         pulse, at_us = self._core.pulse, now_us()
         began, ended = pulse.started_us, pulse.finished_us
@@ -208,7 +208,7 @@ class Engine:
         self._check_alive()
         request = self._core.requests.get(request_id)
         if request is not None:
-            self._core.abort([request])
+            self._core.inbox.abort([request])
         return request is not None
 
     def hold_back(self, num_pages: int) -> None:
@@ -220,7 +220,7 @@ class Engine:
         self._check_alive()
         if num_pages < 0:
             raise ConfigError(f"num_pages={num_pages} is out of range, expected 0 or more")
-        self._core.hold_back(num_pages)
+        self._core.inbox.hold_back(num_pages)
 
     def close(self) -> None:
         """End all requests (callers get EngineClosedError) and free everything; idempotent."""
@@ -271,11 +271,11 @@ class Engine:
     def _run(self, requests: list[Request]) -> None:
         """Submit and wait for all; whatever interrupts the wait aborts them."""
         try:
-            self._core.submit(requests)
+            self._core.inbox.submit(requests)
             for request in requests:
                 request.delivery.wait()
         except BaseException:
-            self._core.abort(requests)
+            self._core.inbox.abort(requests)
             raise
 
 
@@ -335,7 +335,7 @@ class TextStream:
         if not self._ended and os.getpid() == self._engine._pid:
             self._ended = True
             self._request.is_gone = True
-            self._engine._core.abort([self._request])
+            self._engine._core.inbox.abort([self._request])
 
     def __del__(self) -> None:
         self.close()
@@ -345,7 +345,7 @@ def _close(core: EngineCore, thread: threading.Thread, pid: int) -> None:
     """Close and wait. A forked child has no thread to ask and nothing of its own to free."""
     if os.getpid() != pid:
         return
-    core.request_close()
+    core.inbox.request_close()
     if thread is not threading.current_thread():
         core.closed.wait()
 

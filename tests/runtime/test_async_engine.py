@@ -328,6 +328,6 @@ def test_a_thousand_disconnects_leave_nothing_behind(make_engine: MakeEngine) ->
             await asyncio.gather(*tasks, return_exceptions=True)
         await until(lambda: is_idle(engine))
         assert len(asyncio.all_tasks()) <= 3 and served.num_open == 0
-        assert engine._core.num_waiting == 0 and not engine._core.sequences
+        assert engine._core.inbox.num_waiting == 0 and not engine._core.sequences
 
     run(engine, work)

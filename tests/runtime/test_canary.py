@@ -113,13 +113,13 @@ def test_random_trace() -> None:
     while core.stats.num_steps < NUM_STEPS or alive:
         if rng.random() < 0.3 and core.stats.num_steps < NUM_STEPS and len(alive) < 12:
             alive.append(_request(rng, admission))
-            core.submit([alive[-1]])
+            core.inbox.submit([alive[-1]])
         if rng.random() < 0.03 and alive:
-            core.abort([rng.choice(alive)])
+            core.inbox.abort([rng.choice(alive)])
         if rng.random() < 0.05 and core.state.running:
             how = rng.choice(["swap", "recompute"])
             core._advance(Preempt(rng.choice(core.state.running).sequence_id, how))
-        if core._inbox or core._aborted or core.state.has_work:
+        if core.inbox.has_news or core.state.has_work:
             core._take_commands()
         if core.state.has_work:
             core.step()
@@ -130,7 +130,7 @@ def test_random_trace() -> None:
     assert num_done > NUM_STEPS // 15 and core.stats.num_preemptions > 100
     assert core.stats.num_cached_tokens > 1000 and executor.num_reads > 10 * NUM_STEPS
     assert core.state.pool.num_free == core.state.pool.num_pages - 1
-    core.request_close()
+    core.inbox.request_close()
     core.run()
     assert executor.num_closed == 1
 
