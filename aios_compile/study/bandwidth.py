@@ -43,13 +43,18 @@ class BandwidthProbe:
         self._data = np.arange(self._count * num_threads + 8, dtype=np.uint64)
         self._pool = ThreadPoolExecutor(num_threads)
 
-    def measure(self) -> float:
-        """Return bytes a second of one read of everything."""
+    def measure(self, repeats: int = 1) -> float:
+        """Return bytes a second of reading everything so many times."""
         begin = -(-self._data.ctypes.data // 64) * 64
         starts = [begin + i * self._count * 8 for i in range(self._threads)]
+
+        def read(address: int) -> None:
+            for _ in range(repeats):
+                self._library.read_all(address, self._count)
+
         start = time.perf_counter()
-        list(self._pool.map(lambda address: self._library.read_all(address, self._count), starts))
-        return self._count * self._threads * 8 / (time.perf_counter() - start)
+        list(self._pool.map(read, starts))
+        return repeats * self._count * self._threads * 8 / (time.perf_counter() - start)
 
 
 def read_bandwidth(num_threads: int, repeats: int = 7) -> float:
