@@ -123,7 +123,8 @@ class CompiledModel:
             pages = kv_pages(self.program, total, free, self.options.gpu_memory_utilization)
             most = limits.max_num_seqs * limits.max_pages_per_sequence + 1
             limits = replace(limits, num_pages=min(pages, most))
-        limits = replace(limits, token_buckets=token_buckets(limits.max_num_batched_tokens))
+        buckets = token_buckets(limits.max_num_batched_tokens)
+        limits = replace(limits, token_buckets=buckets, unfolds=True)
         self.limits = limits
         kernels = self.artefact_path / KERNELS
         executor = GpuExecutor(

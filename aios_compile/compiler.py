@@ -20,12 +20,11 @@ from aios_compile.codegen.artefact import ArtefactWriter
 from aios_compile.codegen.cpp import build
 from aios_compile.codegen.cpp.step import emit_step
 from aios_compile.codegen.emit_kernels import Emitted
-from aios_compile.codegen.lower import lower
 from aios_compile.codegen.pack_weights import pack_weights
 from aios_compile.codegen.program import Program
 from aios_compile.codegen.quantized_weights import QuantizedWeight, remarks
 from aios_compile.codegen.source import KernelSource
-from aios_compile.codegen.targets import SUFFIXES, emit, family
+from aios_compile.codegen.targets import SUFFIXES, emit, family, lower_for
 from aios_compile.config import CompileOptions, ResolvedSizes
 from aios_compile.ir.attention_window import window_tokens
 from aios_compile.ir.module import IRModule
@@ -99,7 +98,7 @@ def compile_model(
             sizes = replace(sizes, max_num_seqs=1)
         limits = limits_of(module, sizes)
         settings = settings_of(source, module, sizes, card)
-        program = lower(module, emitted, limits, settings, plan_memory)
+        program = lower_for(module, emitted, limits, settings, plan_memory)
         step = emit_step(program, tuple(emitted.sources)) if not card else launch_text(program)
     debug.show_kernels(emitted.sources, step)
     quantized: list[QuantizedWeight] = []

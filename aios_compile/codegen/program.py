@@ -14,7 +14,10 @@ from typing import Any, Literal
 
 from aios_compile.codegen.operand import Dim, SizeExpr, dim_text
 
-Space = Literal["arena", "argument", "weight", "state", "input", "counters"]
+# packet, results: what a step on a GPU is sent and gives back, see codegen/step_packet.py
+Space = Literal[
+    "arena", "argument", "weight", "state", "input", "counters", "packet", "results"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,7 @@ class Ref:
             "weight": f"r->weights[{self.index}]",
             "state": f"r->states[{self.index}]",
             "input": f"r->inputs[{self.index}]",
-            "counters": "nullptr",  # no C++ kernel has any
-        }[self.space]
+        }.get(self.space, "nullptr")  # no C++ kernel has counters, packet or results
         return base if self.shift == 0 else f"{base} + {dim_text(self.shift, 'r->n.')}"
 
 

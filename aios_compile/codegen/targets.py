@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 from aios_compile.codegen.emit_kernels import Emitted, emit_kernels
+from aios_compile.codegen.lower import Planner, lower
+from aios_compile.codegen.program import Program
 from aios_compile.ir.module import IRModule
 
 Family = Literal["cpp", "triton"]
@@ -36,3 +38,22 @@ def emit(
 
     chosen = emitters_for(card_of(card) if card else DEFAULT)
     return emit_kernels(module, chosen, on_progress, packs=False)
+
+
+def lower_for(
+    module: IRModule,
+    emitted: Emitted,
+    sizes: Mapping[str, int],
+    settings: Mapping[str, Any],
+    planner: Planner,
+) -> Program:
+    """Return the program for settings["family"]; a GPU's begins and ends with kernels of its own.
+
+    Raises CodegenError as codegen.lower does.
+    """
+    program = lower(module, emitted, sizes, settings, planner)
+    if settings["family"] == "cpp":
+        return program
+    from aios_compile.codegen.triton.frame_step import frame_step
+
+    return frame_step(program, emitted)

@@ -24,6 +24,9 @@ class Limits:
 
     num_pages counts the trash page. token_buckets, if any, are the only T that a step may have
     (ascending; the last one at least max_num_batched_tokens): batches are padded up to the next.
+    unfolds: the executor makes positions, slots and padding itself (on its device): a batch then
+    has no padding, positions and slots that mean nothing, and of each sequence's sequence_lengths
+    only the first.
     """
 
     max_num_batched_tokens: int
@@ -35,10 +38,13 @@ class Limits:
     max_model_len: int
     vocab_size: int
     token_buckets: tuple[int, ...] = ()
+    unfolds: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            assert name == "token_buckets" or value >= 1, f"{name}={value} must be at least 1"
+            assert name in ("token_buckets", "unfolds") or value >= 1, (
+                f"{name}={value} must be at least 1"
+            )
         assert self.num_pages >= 2, "page 0 is the trash page: a pool needs at least two pages"
         if self.token_buckets:
             assert list(self.token_buckets) == sorted(set(self.token_buckets))

@@ -79,7 +79,7 @@ class BatchBuilder:
                 sampled.append(SampledRow(row + count + 1 + i, sequence, ahead[: i + 1]))
             row += chunk.num_rows
         assert token == plan.num_tokens and row == plan.num_rows, "the plan's sums are wrong"
-        padded = self.limits.padded_tokens(token)
+        padded = token if self.limits.unfolds else self.limits.padded_tokens(token)
         if padded > token:
             self._pad(token, padded)
         self._rows.write(sampled, prompts)
@@ -100,10 +100,12 @@ class BatchBuilder:
     def _write_token(
         self, token: int, position: int, sequence: Sequence, state: SequenceState
     ) -> None:
-        page, offset = divmod(position, self.limits.page_size)
         self._token_ids[token] = sequence.tokens[position]
-        self._positions[token] = position
         self._lengths[token] = max(sequence.num_prompt_tokens, position + 1)
+        if self.limits.unfolds:
+            return
+        page, offset = divmod(position, self.limits.page_size)
+        self._positions[token] = position
         self._slots[token] = state.pages[page] * self.limits.page_size + offset
 
     def _write_chunk(self, token: int, s: int, chunk: Chunk, sequence: Sequence) -> None:
@@ -112,6 +114,9 @@ class BatchBuilder:
         positions = self._counting[chunk.start : end]
         known = end - chunk.num_drafts
         self._token_ids[token : token + known - chunk.start] = sequence.tokens[chunk.start : known]
+        self._lengths[token] = max(sequence.num_prompt_tokens, chunk.start + 1)
+        if self.limits.unfolds:
+            return
         self._positions[here] = positions
         np.maximum(positions + 1, sequence.num_prompt_tokens, out=self._lengths[here])
         size = self.limits.page_size

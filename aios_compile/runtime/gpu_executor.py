@@ -1,30 +1,31 @@
 """The Executor of the Triton target: one launch list, captured as a graph for each token bucket.
 
-A step copies its inputs to one block on the device, replays the bucket's graph, and copies the
-sampled rows back; that copy is the only wait. All that differs from step to step (lengths, pages,
-slots, sampling) is read from that block by the kernels; grids and scalars depend on the bucket
-alone. Weights, KV pages, arena and counters are allocated once; a step allocates nothing.
+A step is one copy of a packet to the device, one launch of the bucket's graph, and one copy of the
+sampled rows back; waiting for that copy is the only wait. All that differs from step to step
+(lengths, pages, slots, sampling) is made on the device from the packet, by the first kernel of the
+graph; grids and scalars depend on the bucket alone. Weights, KV pages, arena and counters are
+allocated once; a step allocates nothing.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from aios_compile.codegen.operand import BYTES, dim_value
-from aios_compile.codegen.program import Program, TensorEntry
+from aios_compile.codegen.program import Program
 from aios_compile.errors import EngineError
 from aios_compile.runtime.batch import Batch, Limits, StepResult
 from aios_compile.runtime.device import Bytes, Device, Graph
 from aios_compile.runtime.launch_list import Call, Place, launch_list
-from aios_compile.runtime.program_runner import NUMPY_DTYPES, state_page_bytes
+from aios_compile.runtime.program_runner import state_page_bytes
+from aios_compile.runtime.results import LAZY, Results
 from aios_compile.runtime.staging import ALIGNMENT, Staging
 
-LAZY = "logits"  # an output that is large and seldom read: copied when it is
+logger = logging.getLogger(__name__)
 
 
 def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
@@ -63,12 +64,13 @@ class GpuExecutor:
         self.captures = captures
         self.calls: list[Call] = launch_list(program)
         self.graphs: dict[int, Graph] = {}
+        self.num_late_captures = 0  # of buckets that a step had to capture while a request waited
         self._arena = device.allocate(program.plan.arena_bytes)
         self._counters = device.allocate(4 * program.counters)
         self._place_weights(weights)
         self._place_states()
         self.staging = Staging(program.inputs, limits, device)
-        self._outputs = {entry.name: self._host_output(entry) for entry in program.outputs}
+        self.results = Results(program, limits.max_num_logit_rows, device)
         self._closed = False
 
     def _place_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
@@ -85,10 +87,6 @@ class GpuExecutor:
         pools = [size * self.limits.num_pages for size in self._page_bytes]
         self._state_offsets = _offsets(pools)
         self._states = self.device.allocate(sum(map(_aligned, pools)))
-
-    def _host_output(self, entry: TensorEntry) -> Bytes:
-        shape = [dim_value(d, self.program.sizes) for d in entry.shape]
-        return self.device.host_bytes(int(np.prod(shape)) * BYTES[entry.dtype])
 
     def sizes_of(self, bucket: int) -> dict[str, int]:
         """Return the sizes of a bucket's step: what its graph is captured with."""
@@ -113,8 +111,12 @@ class GpuExecutor:
         if place.space == "state":
             begin = self._state_offsets[place.index]
             return self.device.typed(self._states, begin + shift, pointer)
-        slot = self.staging.slots[self.program.inputs[place.index].name]
-        return self.device.typed(self.staging.memory, slot.offset + shift, pointer)
+        if place.space == "packet":
+            return self.device.typed(self.staging.packet, shift, pointer)
+        if place.space == "results":
+            return self.device.typed(self.results.memory, shift, pointer)
+        begin = self.staging.offsets[self.program.inputs[place.index].name]
+        return self.device.typed(self.staging.memory, begin + shift, pointer)
 
     def launch_all(self, sizes: Mapping[str, int]) -> None:
         """Launch every kernel of a step, in order, on what the inputs' block holds."""
@@ -128,7 +130,7 @@ class GpuExecutor:
         """Run each bucket once on padding (that compiles) and capture it, the largest first."""
         for bucket in sorted(buckets or self.buckets, reverse=True):
             sizes = self.sizes_of(bucket)
-            self.staging.fill_empty(sizes)
+            self.staging.fill_empty()
             self.staging.upload()
             self.launch_all(sizes)
             self.device.synchronize()
@@ -142,19 +144,16 @@ class GpuExecutor:
         """
         bucket = self._bucket(batch)
         sizes = self.sizes_of(bucket)
-        self.staging.fill(batch, sizes)
+        self.staging.fill(batch)
         if self.staging.moved:  # the lists have grown: captured graphs read the old place
             self.graphs.clear()
             self.staging.moved = False
         self.staging.upload()
         self._run(bucket, sizes)
-        rows = batch.num_rows
-        entries = {e.name: e for e in self.program.outputs}
-        found = {n: self._read(e, rows) for n, e in entries.items() if n != LAZY}
-        self.device.synchronize()
-        if LAZY not in entries:
+        found = self.results.read(sizes["R"], batch.num_rows)
+        if not self.results.has_logits:
             return StepResult(**found)
-        return LazyResult(self, entries[LAZY], rows, found)
+        return LazyResult(self, batch.num_rows, found)
 
     def _bucket(self, batch: Batch) -> int:
         limits = self.limits
@@ -173,22 +172,14 @@ class GpuExecutor:
             self.launch_all(sizes)
             return
         if bucket not in self.graphs:
+            self.num_late_captures += 1
+            logger.warning("no graph of %d tokens was captured before: a step waits", bucket)
             self.graphs[bucket] = self.device.capture(partial(self.launch_all, sizes))
         self.graphs[bucket].replay()
 
-    def _read(self, entry: TensorEntry, rows: int) -> NDArray[Any]:
-        """Ask for the first rows of an output; they are there after synchronize."""
-        width = [dim_value(d, self.program.sizes) for d in entry.shape[1:]]
-        size = rows * int(np.prod(width)) * BYTES[entry.dtype]
-        into = self._outputs[entry.name][:size]
-        self.device.download(self._arena, entry.offset, into)
-        return into.view(NUMPY_DTYPES[entry.dtype]).reshape([rows, *width])
-
-    def read_now(self, entry: TensorEntry, rows: int) -> NDArray[Any]:
-        """Return the first rows of an output of the last step."""
-        found = self._read(entry, rows)
-        self.device.synchronize()
-        return found
+    def read_logits(self, rows: int) -> NDArray[Any]:
+        """Return the logits of the last step, float32 [rows, V]."""
+        return self.results.read_logits(self._arena, rows)
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages (source, target) in all layers, in the order given."""
@@ -220,17 +211,15 @@ class GpuExecutor:
 class LazyResult(StepResult):
     """A result whose logits are copied from the device when somebody looks at them."""
 
-    def __init__(
-        self, executor: GpuExecutor, entry: TensorEntry, rows: int, found: Mapping[str, Any]
-    ) -> None:
-        self._source = (executor, entry, rows)
+    def __init__(self, executor: GpuExecutor, rows: int, found: Mapping[str, Any]) -> None:
+        self._source = (executor, rows)
         vars(self).update(found)
 
     def __getattr__(self, name: str) -> Any:
         if name != LAZY:
             raise AttributeError(name)
-        executor, entry, rows = self._source
-        self.logits = executor.read_now(entry, rows)
+        executor, rows = self._source
+        self.logits = executor.read_logits(rows)
         return self.logits
 
 

@@ -13,7 +13,7 @@ from aios_compile.codegen.program import Program
 from aios_compile.errors import ConfigError
 from aios_compile.runtime.gpu_executor import token_buckets
 from aios_compile.runtime.program_runner import state_page_bytes
-from aios_compile.runtime.staging import FIRST_LIST, LISTS
+from aios_compile.runtime.staging import FIRST_LIST
 
 GRAPH_BYTES = 128 << 10  # allowed for a node of a captured graph; an estimate, not measured yet
 CONTEXT_BYTES = 512 << 20  # CUDA context, modules of kernels, torch's own
@@ -23,7 +23,7 @@ TORCH_BYTES = {"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "float16": 2, "bflo
 def needs(program: Program) -> dict[str, int]:
     """Return the bytes of everything but KV pages, by what needs them."""
     weights = sum(math.prod(w.shape) * TORCH_BYTES.get(w.dtype, 4) for w in program.weights)
-    sizes = {**program.sizes, **dict.fromkeys(LISTS, FIRST_LIST)}
+    sizes = {**program.sizes, **dict.fromkeys(("NP", "NB", "NA"), FIRST_LIST)}
     inputs = sum(
         math.prod(dim_value(d, sizes) for d in entry.shape) * BYTES[entry.dtype]
         for entry in program.inputs

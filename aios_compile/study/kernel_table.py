@@ -59,6 +59,7 @@ def kernel_rows(
     module: IRModule, emitted: Emitted, program: Program, context: int = CONTEXT_TOKENS
 ) -> list[KernelRow]:
     """Return a row for each kernel, the one that moves the most bytes first."""
+    from aios_compile.codegen.program import Launch
     from aios_compile.ir import snapshot
     from aios_compile.ir.module import body_of
     from aios_compile.study.traffic import Traffic, call_costs
@@ -72,6 +73,9 @@ def kernel_rows(
         launches[index] += cost.times
         ops = [snapshot.target_name(n) for n in body_of(cost.call).graph.nodes if _computes(n)]
         computes[index] = tuple(dict.fromkeys((*computes.get(index, ()), *ops)))
+    for item in program.function("step").items:  # the kernels around a step, which no call makes
+        if isinstance(item, Launch) and item.kernel not in emitted.by_call.values():
+            launches[item.kernel] += 1
     phases = _phases(program)
     rows = [
         KernelRow(

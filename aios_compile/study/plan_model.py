@@ -11,9 +11,8 @@ from torch import nn
 
 from aios_compile.capture.capture import capture
 from aios_compile.codegen.emit_kernels import Emitted
-from aios_compile.codegen.lower import lower
 from aios_compile.codegen.program import Program
-from aios_compile.codegen.targets import emit
+from aios_compile.codegen.targets import emit, lower_for
 from aios_compile.compiler import limits_of, pass_options, settings_of
 from aios_compile.config import CompileOptions
 from aios_compile.ir import snapshot
@@ -43,7 +42,7 @@ class Planned:
         sizes = {**self.program.sizes, "T": num_tokens}
         if self.module.not_generatable:
             sizes["R"] = num_tokens
-        return lower(self.module, self.emitted, sizes, self.program.settings, plan_memory)
+        return lower_for(self.module, self.emitted, sizes, self.program.settings, plan_memory)
 
 
 def plan_model(
@@ -76,7 +75,7 @@ def plan_model(
     if module.not_generatable:
         sizes = replace(sizes, max_num_seqs=1)
     settings = settings_of(source, module, sizes, card)
-    program = lower(module, emitted, limits_of(module, sizes), settings, plan_memory)
+    program = lower_for(module, emitted, limits_of(module, sizes), settings, plan_memory)
     return Planned(captured, module, tuple(results), emitted, program)
 
 

@@ -26,9 +26,9 @@ COPIES = re.compile(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (
 
 @pytest.mark.parametrize(("layer", "target"), [("down", "cuda:90"), ("gate_up", "cuda:80")])
 def test_linear_kernels_use_what_is_pinned(layer: str, target: str, tmp_path: Path) -> None:
-    """(most registers, KiB of shared memory) with triton 3.7; the nightly test pins each."""
+    """(most registers, KiB of shared memory) with triton 3.6 and 3.7; a nightly test pins each."""
     pinned = {
-        ("down", "cuda:90"): {"rows": (60, 8), "dot": (109, 128), "tile": (190, 112)},
+        ("down", "cuda:90"): {"rows": (62, 8), "dot": (109, 128), "tile": (190, 112)},
         ("gate_up", "cuda:80"): {"rows": (56, 2), "dot": (255, 72), "tile": (168, 48)},
     }[layer, target]
     source = linear.emit(linear_spec("Qwen3-0.6B", layer), card_of(target))

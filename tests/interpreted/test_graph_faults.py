@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,11 @@ from tests.interpreted.harness import PAGES, Model, assert_close, batch, model
 from tests.interpreted.strict_device import StrictDevice
 
 
-def check_replay(executor: GpuExecutor, built: Model) -> None:
-    """Capture with one batch, replay with others of the same bucket; compare results and pages."""
+def check_replay(executor: GpuExecutor, built: Model, poisons: bool = False) -> None:
+    """Capture with one batch, replay with others of the same bucket; compare results and pages.
+
+    poisons: fill what an earlier step left of the inputs with ones before each step.
+    """
     eager = built.eager()
     steps = (
         batch([(0, 4)]),  # one sequence of four tokens
@@ -26,6 +30,8 @@ def check_replay(executor: GpuExecutor, built: Model) -> None:
         batch([(0, 1)] * 3, first_page=13, seed=2),  # three, one on a page that was another's
     )
     for given in steps:
+        for memory in (executor.staging.memory, executor.staging.packet) if poisons else ():
+            memory.fill_(255)
         assert_close(executor.step(given), eager.step(given), 1e-5)
     assert set(executor.graphs) == {4}
     for name, ours in zip(built.module.states, pages(executor, built)):
@@ -45,7 +51,7 @@ def pages(executor: GpuExecutor, built: Model) -> list[Any]:
 
 def test_a_graph_replays_on_other_batches() -> None:
     built = model("qwen3_gqa")
-    check_replay(built.executor(StrictDevice()), built)
+    check_replay(built.executor(StrictDevice()), built, poisons=True)
 
 
 class ReadsBack:
@@ -79,12 +85,18 @@ class MovedBuffer(GpuExecutor):
 
 
 class StalePadding(GpuExecutor):
-    """Leaves the last batch's values behind the end of a shorter one."""
+    """Leaves the last batch's tokens behind the end of a shorter one."""
 
-    def step(self, batch: Batch) -> Any:
-        if self.graphs:
-            self.staging._pad = lambda *unused: None  # type: ignore[method-assign]
-        return super().step(batch)
+    def __init__(self, program: Any, modules: Any, *others: Any) -> None:
+        index = next(i for i, k in enumerate(program.kernels) if k.name == "prepare_step")
+        path = Path(modules[index].__file__)
+        text = path.read_text()
+        stale = path.with_name("stale.py")
+        stale.write_text(text.replace("mask=t < T", "mask=inside"))
+        assert text != stale.read_text()
+        super().__init__(program, modules, *others)
+        self.modules = [*modules]
+        self.modules[index] = self.device.load(stale)
 
 
 @pytest.mark.parametrize("faulty", [FrozenLength, MovedBuffer, StalePadding])
@@ -115,4 +127,5 @@ def test_lists_that_grow_move_the_inputs_and_drop_the_graphs() -> None:
     given.allowed_starts = np.array([0, 3000])
     executor.step(given)
     assert executor.graphs[1] is not before
-    assert executor.staging.lists == {"NP": 1024, "NB": 1024, "NA": 4096}
+    assert executor.staging.lists == {"penalty": 1024, "bias": 1024, "allowed": 4096}
+    assert executor.num_late_captures == 1
