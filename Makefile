@@ -1,6 +1,7 @@
 # make demo    install into .venv, compile the bundled model, print its passes, stream text
 # make test    install the test tools too, then ruff, mypy --strict and all CPU tests
 # make nightly random graphs by the thousand, every family, the long proofs (hours)
+# make mutants small mistakes in passes, emitters, scheduler, planner: do tests fail? (docs/mutation.md)
 # make gpu     what needs a GPU: whole models in captured graphs against eager
 # make replay generated sources of the model zoo, this tree against the commit AGAINST
 # make docs    write docs/passes.md and docs/env.md anew
@@ -17,7 +18,7 @@ PIP_FLAGS ?=
 
 AGAINST ?= HEAD
 
-.PHONY: demo test nightly gpu lint format docs clean replay
+.PHONY: demo test nightly mutants gpu lint format docs clean replay
 
 demo: $(VENV)/.installed
 	$(BIN)/aios report $(MODEL)
@@ -30,6 +31,12 @@ test: $(VENV)/.installed-test lint
 nightly: $(VENV)/.installed-test
 	FUZZ_EXAMPLES=5000 FOREIGN_FAMILIES=all $(BIN)/python -m pytest -q -n $(WORKERS) \
 		tests/fuzz tests/foreign tests/nightly
+
+# The map of the tests is made once (half an hour on one core); a mutant costs some seconds.
+MUTANTS ?= --limit 40 --seed 1
+mutants: $(VENV)/.installed-test
+	test -d out/mutation/map || $(BIN)/python -m tests.mutation map
+	$(BIN)/python -m tests.mutation run $(MUTANTS)
 
 # From the checkout: machines with a GPU often allow no installing.
 gpu:

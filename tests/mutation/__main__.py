@@ -1,0 +1,134 @@
+"""Mutation testing: small mistakes in passes, emitters, scheduler and planner must fail a test.
+
+    python -m tests.mutation map [TESTS...]     note once which test runs which statement
+    python -m tests.mutation run [--areas passes,cpp] [--limit 40] [--seed 1]
+    python -m tests.mutation report [--json]
+
+docs/mutation.md tells what is mutated and how. Results are kept in --folder; `run` goes on where it
+was stopped. Exit code 1: less than 85 % killed of the mutants that change anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.mutation import areas, coverage, report, selection, server
+from tests.mutation.operators import Mutant
+
+TESTED_BY = (
+    "capture",
+    "codegen",
+    "compiled",
+    "fuzz",
+    "interpreted",
+    "ir",
+    "museum",
+    "passes",
+    "planted",
+    "runtime",
+)
+
+
+def main() -> int:
+    """Run one command; return the exit status."""
+    parser = argparse.ArgumentParser(description="Mutation testing; see docs/mutation.md.")
+    parser.add_argument("command", choices=("map", "run", "report"))
+    parser.add_argument("tests", nargs="*", help="map: folders or files of tests")
+    parser.add_argument("--folder", type=Path, default=areas.ROOT / "out" / "mutation")
+    parser.add_argument(
+        "--areas", default=",".join(areas.AREAS), help="of " + ", ".join(areas.AREAS)
+    )
+    parser.add_argument("--paths", default="", help="only these files, or mutants by key")
+    parser.add_argument("--limit", type=int, default=40, help="mutants an area; 0: all")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th mutant, from the i-th")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
+    parser.add_argument("--again", action="store_true", help="try survivors again")
+    parser.add_argument("--json", action="store_true")
+    chosen = parser.parse_intermixed_args()
+    if chosen.command == "map":
+        return _map(chosen.tests, chosen.folder)
+    if chosen.command == "run":
+        _run(chosen)
+    found = report.load(chosen.folder)
+    why = report.reasons()
+    rows = report.rows(found, why)
+    if chosen.json:
+        print(json.dumps({"areas": [r._asdict() for r in rows], "mutants": list(found.values())}))
+    else:
+        print(report.table(found, why))
+    return 0 if rows and rows[-1].share >= report.GOAL else 1
+
+
+def _map(tests: list[str], folder: Path) -> int:
+    if tests:
+        return coverage.record(tests, folder / "map")
+    groups = [f"tests/{name}" for name in TESTED_BY if (areas.ROOT / "tests" / name).exists()]
+    command = [sys.executable, "-m", "tests.mutation", "map", "--folder", str(folder)]
+    return max(subprocess.run([*command, g], cwd=areas.ROOT).returncode for g in groups)
+
+
+def _run(chosen: argparse.Namespace) -> None:
+    """Try the mutants of the sample that have no verdict yet."""
+    begin = time.monotonic()
+    mapped = coverage.Map.load(chosen.folder / "map")
+    if not mapped.seconds:
+        sys.exit("no map of the tests: python -m tests.mutation map")
+    server.preload()
+    selector = selection.Selector(mapped, _collected(mapped))
+    done = report.load(chosen.folder)
+    for verdict in done.values():
+        if verdict["test"]:
+            selector.learn(verdict["mutant"]["file"], verdict["test"])
+    index, count = map(int, chosen.shard.split("/"))
+    only = [p for p in chosen.paths.split(",") if p]
+    todo: list[tuple[str, Mutant]] = []
+    for area in chosen.areas.split(","):
+        todo += [(area, m) for m in selection.sample(area, chosen.seed, chosen.limit, only)]
+    results = chosen.folder / f"results-{index}-of-{count}.jsonl"
+    for area, mutant in todo[index::count]:
+        known = done.get(mutant.key)
+        if known and not (chosen.again and known["outcome"] == "survived"):
+            continue
+        if time.monotonic() - begin > chosen.seconds:
+            break
+        verdict = _try(selector, mutant)
+        report.save(results, area, verdict)
+        print(f"{verdict.outcome:8} {verdict.seconds:6.1f} s {mutant.key} {mutant.file}:"
+              f"{mutant.line} {mutant.operator}: {mutant.after[:90]}", flush=True)  # fmt: skip
+
+
+def _try(selector: selection.Selector, mutant: Mutant) -> server.Verdict:
+    """Run the tests that are likely to notice a mutant; if none does, all that run it."""
+    verdict = None
+    for budget in (selection.FIRST, selection.WHOLE):
+        tests = selector.choose(mutant, budget)
+        if verdict and len(tests) == verdict.num_tests:
+            break
+        verdict = server.run(mutant, list(tests), tests)
+        if verdict.outcome != "survived":
+            if verdict.test:
+                selector.learn(mutant.file, verdict.test)
+            break
+    assert verdict is not None
+    return verdict
+
+
+def _collected(mapped: coverage.Map) -> set[str]:
+    """Return the tests of the map that exist now."""
+    files = sorted({t.split("::")[0] for t in mapped.seconds})
+    there = [f for f in files if (areas.ROOT / f).exists()]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider",
+               "-o", "addopts="]  # fmt: skip
+    listed = subprocess.run([*command, *there], cwd=areas.ROOT, capture_output=True, text=True)
+    assert listed.returncode == 0, listed.stdout[-2000:]
+    return set(listed.stdout.splitlines()) & set(mapped.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
