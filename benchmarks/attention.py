@@ -23,7 +23,8 @@ from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.ir import ops
 from aios_compile.ir.symbols import new_fake, new_fake_mode
-from benchmarks.kernels import BYTES, Sizes, calls, interleaved, library, probes
+from benchmarks.kernels import BYTES
+from benchmarks.probes import Sizes, calls, interleaved, library, probes
 
 HEADS, KV_HEADS, WIDTH, PAGE = 16, 8, 128, 16
 

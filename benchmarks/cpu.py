@@ -1,225 +1,301 @@
-"""Decode, prefill and starts on this machine, side by side with transformers, one run.
+"""Decode, batched decode, prefill, long context, starts and memory beside the field, in one run.
 
-    python -m benchmarks.cpu --shape qwen3-0.6b [--rounds 9] [--quantization int8,int4]
+    python -m benchmarks.cpu [--shape qwen3-0.6b] [--rows decode,...] [--weights bf16,int8,int4]
+                             [--threads 2] [--rounds 9] [--without torch.compile] [--json]
 
-Quantised rows are held against the time that reading their own bytes takes.
+Peers: llama.cpp (llama-cpp-python with BF16, Q8_0 and Q4_0 files of the same random checkpoint: the
+same bits a weight, output matrix included), transformers eager (the faster of float32 and bf16) and
+torch.compile. All take turns in every round; the machine's read bandwidth and peaks are measured
+around each of our turns. Logits are held against float32 on each engine's own weights before
+anything is timed. A row is void when llama.cpp reads less than 80 % of the share of the bandwidth
+that a healthy build reaches.
 
-Correctness is checked before any time is printed. Bandwidth, ours and the peer take turns; median
-ratios and shares are reported with their spread. The bandwidth is the better of the readings just
-before and just after, so that a share is never flattered by a machine that was busy at the probe.
+Results are kept in benchmarks/results as rows are done; a run that was cut off goes on where it
+stopped (--again measures anew). --prepare makes everything that takes long (checkpoint, GGUF files,
+artefacts, reference logits, Inductor's cache) and measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-import aios_compile
-from benchmarks.bandwidth import BandwidthProbe
-from benchmarks.shapes import make
+from benchmarks import processes, reference, report
+from benchmarks.floors import BITS, Work, decode_floor, prefill_floor
+from benchmarks.interleaved import compare
+from benchmarks.machine import describe
+from benchmarks.ours import POOL_TOKENS, Ours, config_of, max_positions, prompt_ids
+from benchmarks.probes import MachineProbe
+from benchmarks.shapes import SHAPES, make
 
-PROMPT_TOKENS, DECODE_TOKENS = 64, 16
-
-
-def prompt_ids(vocab_size: int, count: int, seed: int = 0) -> list[int]:
-    """Return random token ids below the tokenizer's vocabulary."""
-    rng = np.random.default_rng(seed)
-    return [int(i) for i in rng.integers(3, min(vocab_size, 1000), count)]
-
-
-def weight_bytes(model: Any) -> int:
-    """Return the bytes that one decode step must read: every packed weight once."""
-    packed = [w for w in model.program.weights if w.packed or len(w.shape) == 1]
-    sizes = {"bfloat16": 2, "float16": 2, "float32": 4, "uint8": 1}
-    return sum(int(np.prod(w.shape)) * sizes[w.dtype] for w in packed)
+PROMPT_TOKENS, STEPS = 64, 16
+LONG_CONTEXT = 8192
+COMPILED_POSITIONS = 1280  # of the cache that torch.compile's graphs are made for
+EXAMPLE = Path(__file__).parents[1] / "examples" / "shakespeare"
+TIMED = ("decode", "batch8", "prefill256", "prefill1024")
+ROWS = (*TIMED, "context8k", "starts", "memory")
+Keep = Callable[[str, dict[str, Any]], None]  # called with each row as it is done
+PEERS = ("llama.cpp", "transformers", "torch.compile")
 
 
-def ours_decode(model: Any, ids: list[int]) -> float:
-    """Return seconds a token of greedy decoding at batch 1, the runtime included."""
-    result = model.generate(ids, max_tokens=DECODE_TOKENS + 1, temperature=0, ignore_eos=True)
-    metrics = result.metrics
-    return float(metrics.total_us - metrics.ttft_us) / DECODE_TOKENS / 1e6
+class Bench:
+    """One shape on this machine: folders, options, and the file that results are kept in."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.threads: int = args.threads
+        self.kept = Path(args.folder or Path(tempfile.gettempdir()) / f"aios-bench-{args.shape}")
+        self.kept.mkdir(parents=True, exist_ok=True)
+        self.folder = EXAMPLE if args.shape == "example" else make(args.shape, self.kept)
+        self.work = Work.of(config_of(self.folder))
+        self.cache = self.kept / "artefacts"
+        self.vocab = min(int(config_of(self.folder)["vocab_size"]), 1000)
+        self.positions = max_positions(self.folder)
+        self._probe: MachineProbe | None = None
+
+    @property
+    def probe(self) -> MachineProbe:
+        if self._probe is None:
+            self._probe = MachineProbe(self.threads)
+        return self._probe
+
+    def has(self, peer: str) -> bool:
+        return peer not in self.args.without
+
+    def ids(self, count: int, seed: int = 0) -> list[int]:
+        return prompt_ids(self.vocab, count, seed)
+
+    def gguf(self, weights: str) -> Path:
+        """Return the file of a row's weights, written when it is not there."""
+        path = self.kept / f"{reference.KINDS[weights]}.gguf"
+        reference.write_gguf(self.folder, path, reference.KINDS[weights])
+        return path
+
+    def ours(self, weights: str, tokens: int = POOL_TOKENS, kv: str = "auto") -> Ours:
+        ours = Ours(self.folder, weights, self.threads, self.work, self.cache, tokens, kv)
+        rounding = reference.Rounding.of_program(weights, ours.model.program)
+        self._check("ours", ours.logits, rounding)
+        return ours
+
+    def llama(self, weights: str, kv: str = "auto") -> Any:
+        from benchmarks.peers.llama_cpp import LlamaCpp
+
+        peer = LlamaCpp(self.gguf(weights), self.threads)
+        logits = peer.context(4 * PROMPT_TOKENS, 1, kv).logits
+        self._check("llama.cpp", logits, reference.Rounding.of_llama(weights))
+        return peer
+
+    def _check(
+        self, name: str, logits: Callable[[list[int]], Any], rounding: reference.Rounding
+    ) -> None:
+        ids = self.ids(PROMPT_TOKENS)
+        want = reference.logits(self.folder, self.kept, ids, rounding)
+        found = reference.error(logits(ids), want)
+        print(f"  {name} {rounding.weights}: logits differ from float32 by {found:.2%}", flush=True)
+        limit = reference.LIMITS[rounding.weights]
+        assert found < limit, f"{name}, {rounding.weights}: {found:.3f}, expected below {limit}"
 
 
-def transformers_decode(peer: Any, ids: list[int]) -> float:
-    """Return seconds a token of greedy decoding at batch 1 with a dynamic cache."""
-    with torch.no_grad():
-        out = peer(input_ids=torch.tensor([ids]), use_cache=True)
-        cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        begin = time.perf_counter()
-        for _ in range(DECODE_TOKENS):
-            out = peer(input_ids=token, past_key_values=cache, use_cache=True)
-            token = out.logits[:, -1:].argmax(-1)
-        return (time.perf_counter() - begin) / DECODE_TOKENS
+def timed_rows(bench: Bench, weights: str, rows: list[str], keep: Keep) -> None:
+    """Measure decode, batch8 and prefill rows of one kind of weights; all engines are loaded."""
+    ours = bench.ours(weights)
+    llama = bench.llama(weights) if bench.has("llama.cpp") else None
+    eager = _eager_peers(bench) if weights == "bf16" else {}
+    for row in rows:
+        tokens = int(row.removeprefix("prefill")) if row.startswith("prefill") else 0
+        if tokens + STEPS > bench.positions:
+            continue
+        run = _prefill if tokens else _decode
+        keep(row, run(bench, weights, ours, llama, eager, tokens or (8 if row == "batch8" else 1)))
+    ours.close()
+    if llama is not None:
+        llama.close()
 
 
-def check_correct(model: Any, peer: Any, ids: list[int]) -> float:
-    """Return the largest logit difference to float32 transformers over the largest logit."""
-    with torch.no_grad():
-        want = peer(input_ids=torch.tensor([ids])).logits[0]
-    got = model(torch.tensor(ids))
-    return float((got - want).abs().max() / want.abs().max())
-
-
-def rounds(
-    ours: Callable[[], float],
-    peer: Callable[[], float],
-    floor_seconds: Callable[[], float],
-    count: int,
+def _decode(
+    bench: Bench, weights: str, ours: Ours, llama: Any, eager: dict[str, Any], batch: int
 ) -> dict[str, Any]:
-    """Run floor, ours and peer in turn; return medians, ratio (peer / ours) and share of floor."""
-    a, b, shares = [], [], []
-    for _ in range(count):
-        before = floor_seconds()
-        a.append(ours())
-        shares.append(min(before, floor_seconds()) / a[-1])
-        b.append(peer())
-    ratios = sorted(y / x for x, y in zip(a, b))
-    return {
-        "ours_ms": 1e3 * statistics.median(a),
-        "peer_ms": 1e3 * statistics.median(b),
-        "ratio": statistics.median(ratios),
-        "ratio_spread": [ratios[0], ratios[-1]],
-        "share_of_bandwidth": statistics.median(shares),
-        "share_spread": [min(shares), max(shares)],
-        "rounds": count,
-    }
+    prompts = [bench.ids(PROMPT_TOKENS, seed) for seed in range(batch)]
+    peers: dict[str, Callable[[], float]] = {}
+    if llama is not None:
+        context = llama.context(4 * PROMPT_TOKENS, batch)
+        peers["llama.cpp"] = lambda: context.decode(prompts, STEPS)
+    for name, peer in eager.items():
+        if name != "torch.compile" or batch == 1:
+            peers[name] = lambda p=peer: p.decode(prompts, STEPS)  # type: ignore[misc]
+    behind = PROMPT_TOKENS + STEPS // 2
+    found = measured(
+        bench, peers, lambda: ours.decode(prompts, STEPS),
+        lambda rates: decode_floor(
+            rates, bench.work, weights, ours.weight_bytes, batch, behind
+        ),
+        tokens=batch, bytes=ours.weight_bytes + batch * behind * bench.work.kv_bytes(),
+    )  # fmt: skip
+    if llama is not None and batch == 1:
+        from benchmarks.peers.llama_cpp import health
+
+        peer = found["peers"]["llama.cpp"]
+        rate = bench.work.weight_bytes(BITS[weights]) / peer["seconds"]["median"]
+        peer["health"] = health(reference.KINDS[weights], rate, found["rates"]["bandwidth"])
+    return found
 
 
-def shares(ours: Callable[[], float], floor: Callable[[], float], count: int) -> dict[str, Any]:
-    """Return ours in milliseconds and the floor over ours, medians and spread of `count` rounds."""
-    times, found = [], []
-    for _ in range(count):
-        before = floor()
-        times.append(ours())
-        found.append(min(before, floor()) / times[-1])
-    return {
-        "ours_ms": 1e3 * statistics.median(times),
-        "share_of_bandwidth": statistics.median(found),
-        "share_spread": [min(found), max(found)],
-        "rounds": count,
-    }
+def _prefill(
+    bench: Bench, weights: str, ours: Ours, llama: Any, eager: dict[str, Any], tokens: int
+) -> dict[str, Any]:
+    seeds = iter(range(1 << 20))
+    peers: dict[str, Callable[[], float]] = {}
+
+    def fresh() -> list[int]:  # ours would find a prompt again in its prefix cache
+        return bench.ids(tokens, tokens + next(seeds))
+
+    if llama is not None:
+        context = llama.context(tokens)
+        peers["llama.cpp"] = lambda: context.prefill(fresh())
+    for name, peer in eager.items():
+        peers[name] = lambda p=peer: p.prefill(fresh())  # type: ignore[misc]
+    return measured(
+        bench, peers, lambda: ours.prefill(fresh()),
+        lambda rates: prefill_floor(rates, bench.work, weights, ours.weight_bytes, tokens),
+        tokens=tokens,
+    )  # fmt: skip
 
 
-def quantized_rows(folder: Path, cache: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Return decode and prefill of each quantisation: logits near bf16's are checked first."""
-    result: dict[str, Any] = {}
-    given = {"cache_dir": cache, "num_threads": args.threads, "max_model_len": 2048}
-    plain = aios_compile.load_and_compile(folder, progress=False, **given)
-    ids = prompt_ids(plain.limits.vocab_size, PROMPT_TOKENS)
-    want = plain(torch.tensor(ids))
-    plain.close()
-    for name in args.quantization.split(","):
-        model = aios_compile.load_and_compile(folder, quantization=name, progress=False, **given)
-        error = float((model(torch.tensor(ids)) - want).norm() / want.norm())
-        assert error < (0.1 if "8" in name[:5] else 0.6), f"{name}: logits differ by {error:.2f}"
-        probe, moved = BandwidthProbe(args.threads), weight_bytes(model)
-        ours_decode(model, ids)
-        result[name] = {
-            "logit_error": error,
-            "bytes_a_token": moved,
-            "decode": shares(
-                lambda m=model: ours_decode(m, ids),  # type: ignore[misc]
-                lambda b=moved, p=probe: b / p.measure(),  # type: ignore[misc]
-                args.rounds,
-            ),
-            "prefill_256_tokens_s": statistics.median(
-                prefill_tokens_a_second(model, prompt_ids(1000, 256, seed)) for seed in range(5)
-            ),
-        }
-        model.close()
-    return result
+def measured(
+    bench: Bench,
+    peers: dict[str, Callable[[], float]],
+    ours: Callable[[], float],
+    floor: Callable[[Any], float],
+    **known: Any,
+) -> dict[str, Any]:
+    """Warm every engine up, leave the slower dtype of transformers out, and compare."""
+    ours()
+    warm = {name: min(peer(), peer()) for name, peer in peers.items()}
+    dtypes = sorted((n for n in peers if n.startswith("transformers")), key=lambda n: warm[n])
+    kept = {name: peer for name, peer in peers.items() if name not in dtypes[1:]}
+    slower = {name: warm[name] for name in dtypes[1:]}
+    found = compare(ours, kept, bench.probe.rates, floor, bench.args.rounds)
+    return {**known, **found, "slower_seconds": slower}
 
 
-def start_seconds(folder: Path, cache: Path) -> dict[str, float]:
-    """Return the seconds of a whole process to its first token: nothing cached, then cached."""
-    command = [sys.executable, "-m", "aios_compile.cli.main", "generate", str(folder), "ROMEO:"]
-    command += ["--max-tokens", "1", "--temperature", "0"]
-    env = {**os.environ, "AIOS_CACHE_DIR": str(cache)}
-    result = {}
-    for name, repeats in (("nothing_cached", 1), ("cached", 5)):
-        times = []
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            subprocess.run(command, env=env, check=True, capture_output=True)
-            times.append(time.perf_counter() - begin)
-        result[name] = statistics.median(times)
-    return result
+def _eager_peers(bench: Bench) -> dict[str, Any]:
+    if not (bench.has("transformers") or bench.has("torch.compile")):
+        return {}
+    from benchmarks.peers import eager
+
+    found: dict[str, Any] = {}
+    narrow = eager.load(bench.folder, "bfloat16")
+    if bench.has("transformers"):
+        found["transformers bfloat16"] = eager.Eager(narrow)
+        found["transformers float32"] = eager.Eager(eager.load(bench.folder, "float32"))
+    if bench.has("torch.compile"):
+        found["torch.compile"] = eager.Compiled(narrow, COMPILED_POSITIONS)
+    return found
 
 
-def prefill_tokens_a_second(model: Any, ids: list[int]) -> float:
-    """Return tokens a second of a prompt, to its first token."""
-    begin = time.perf_counter()
-    model.generate(ids, max_tokens=1, temperature=0, ignore_eos=True)
-    return len(ids) / (time.perf_counter() - begin)
-
-
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(args.threads)
-    folder = make(args.shape, Path(args.folder or Path(tempfile.gettempdir()) / args.shape))
-    result: dict[str, Any] = {"shape": args.shape, "threads": args.threads}
-    with tempfile.TemporaryDirectory() as cache:
-        if args.starts:
-            result["start_seconds"] = start_seconds(folder, Path(cache))
-        model = aios_compile.load_and_compile(
-            folder, cache_dir=cache, num_threads=args.threads, max_model_len=2048, progress=False
+def context_row(bench: Bench, weights: str, kv: str) -> dict[str, Any] | None:
+    """What a token of context costs: decode behind 8,192 tokens less decode behind 64."""
+    length = LONG_CONTEXT
+    if length + STEPS > bench.positions:
+        return None
+    short, long = bench.ids(PROMPT_TOKENS), bench.ids(length, 1)
+    ours = bench.ours(weights, length + 2 * PROMPT_TOKENS + STEPS, kv)
+    ours.decode([long], 1)
+    between = length - PROMPT_TOKENS
+    peers: dict[str, Callable[[], float]] = {}
+    if bench.has("llama.cpp"):
+        peer = bench.llama(weights, kv)
+        far, near = (peer.context(n + 4 * PROMPT_TOKENS, 1, kv) for n in (length, PROMPT_TOKENS))
+        far.prefill(long)
+        near.prefill(short)
+        peers["llama.cpp"] = lambda: (
+            (far.decode_on([length], STEPS) - near.decode_on([PROMPT_TOKENS], STEPS)) / between
         )
-        ids = prompt_ids(model.limits.vocab_size, PROMPT_TOKENS)
-        probe, moved = BandwidthProbe(args.threads), weight_bytes(model)
-        result["read_gb_s"] = max(probe.measure() for _ in range(7)) / 1e9
-        result["bytes_a_token"] = moved
-        result["decode"] = {}
-        for name in ("float32", "bfloat16"):
-            peer = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, name)).eval()
-            if name == "float32":
-                result["relative_logit_error"] = check_correct(model, peer, ids)
-                assert result["relative_logit_error"] < 0.02, result
-            transformers_decode(peer, ids)
-            result["decode"][name] = rounds(
-                lambda: ours_decode(model, ids),
-                lambda p=peer: transformers_decode(p, ids),  # type: ignore[misc]
-                lambda: moved / probe.measure(),
-                args.rounds,
-            )
-            del peer
-        result["prefill_256_tokens_s"] = statistics.median(
-            prefill_tokens_a_second(model, prompt_ids(1000, 256, seed)) for seed in range(5)
-        )
-        model.close()
-        if args.quantization:
-            result["quantized"] = quantized_rows(folder, cache, args)
-    return result
+    bits = 8.5 if kv == "int8" else 16.0
+    found = measured(
+        bench, peers,
+        lambda: (ours.decode([long], STEPS) - ours.decode([short], STEPS)) / between,
+        lambda rates: bench.work.kv_bytes(bits) / rates.bandwidth,
+        tokens=1, bytes=bench.work.kv_bytes(bits),
+    )  # fmt: skip
+    ours.close()
+    if peers:
+        peer.close()
+    return found
+
+
+def run_rows(bench: Bench, weights: str, rows: list[str], keep: Keep) -> None:
+    """Measure the rows of one kind of weights."""
+    timed = [row for row in rows if row in TIMED]
+    if timed:
+        timed_rows(bench, weights, timed, keep)
+    if "context8k" in rows and (row := context_row(bench, weights, "auto")):
+        keep("context8k", row)
+    if "starts" in rows:
+        keep("starts", processes.starts(bench, weights))
+    if "memory" in rows:
+        keep("memory", processes.memory(bench, weights))
+
+
+def prepare(bench: Bench, weights: str, rows: list[str]) -> None:
+    """Make what takes long: files, artefacts, reference logits, Inductor's cache."""
+    bench.ours(weights).close()
+    if "context8k" in rows and bench.positions > LONG_CONTEXT:
+        bench.ours(weights, LONG_CONTEXT + 2 * PROMPT_TOKENS + STEPS).close()
+    if bench.has("llama.cpp"):
+        bench.llama(weights).close()
+    if weights == "bf16" and bench.has("torch.compile"):
+        peer = _eager_peers(bench)["torch.compile"]
+        peer.decode([bench.ids(PROMPT_TOKENS)], 1)
+        for row in rows:
+            if row.startswith("prefill"):
+                peer.prefill(bench.ids(int(row.removeprefix("prefill"))))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="qwen3-0.6b")
-    parser.add_argument("--folder", help="where the random checkpoint is kept")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", default="qwen3-0.6b", choices=[*SHAPES, "example"])
+    parser.add_argument("--folder", help="where checkpoint, files and artefacts are kept")
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--weights", default=",".join(BITS))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--quantization", default="", help="also these, e.g. int8,int4")
-    parser.add_argument("--starts", action="store_true", help="also measure whole-process starts")
-    parser.add_argument("--json", help="write the result here")
+    parser.add_argument("--without", default="", help=f"peers to leave out: {', '.join(PEERS)}")
+    parser.add_argument("--results", type=Path, help="file of results; default in benchmarks/")
+    parser.add_argument("--again", action="store_true", help="measure again what is there")
+    parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
     args = parser.parse_args()
-    result = measure(args)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.json:
-        Path(args.json).write_text(text + "\n")
+    args.without = [name for name in args.without.split(",") if name]
+    rows = args.rows.split(",")
+    for name, known in ((args.without, PEERS), (rows, ROWS), (args.weights.split(","), BITS)):
+        if unknown := set(name) - set(known):
+            parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    torch.set_num_threads(args.threads)
+    bench = Bench(args)
+    results = report.Results(args.results, args.shape, args.threads)
+    for weights in args.weights.split(","):
+        if args.prepare:
+            prepare(bench, weights, rows)
+            continue
+        left = [row for row in rows if args.again or not results.has(weights, row)]
+
+        def keep(row: str, found: dict[str, Any], weights: str = weights) -> None:
+            report.show(row, weights, found)
+            results.add(weights, row, {**found, "without": args.without}, describe())
+
+        run_rows(bench, weights, left, keep)
+        gc.collect()
+    if not args.prepare:
+        print(json.dumps(results.data, indent=1) if args.json else report.table(results.data))
 
 
 if __name__ == "__main__":

@@ -34,18 +34,12 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import statistics
-import tempfile
-import threading
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from aios_compile.codegen.cpp import build, linear, quantized_linear
+from aios_compile.codegen.cpp import linear, quantized_linear
 from aios_compile.codegen.operand import Operand, SizeExpr
 from aios_compile.codegen.packing import pack_quant16, pack_rows16
 from aios_compile.codegen.source import KernelSource
@@ -53,111 +47,11 @@ from aios_compile.ir import ops, quantized
 from aios_compile.ir.quant_format import SHORT_NAMES, QuantFormat
 from aios_compile.ir.quantize_rows import quantize_rows
 from aios_compile.ir.symbols import new_fake, new_fake_mode
+from benchmarks.probes import Sizes, calls, interleaved, library, probes
 
 SHAPES = {"qkv": (1024, 4096), "o": (2048, 1024), "gate_up": (1024, 6144), "down": (3072, 1024)}
 SHAPES["head"] = (1024, 151936)
 BYTES = 512 << 20
-KEPT: list[np.ndarray] = []  # memory that probes write
-PROBE = """
-#include "quantized.h"
-extern "C" int64_t probe_items(const Sizes* n) { return n->T; }
-extern "C" void probe_read(const Sizes* n, void* const* p, int64_t begin, int64_t end) {
-  const vi* data = (const vi*)p[0];  // item: 4 KiB
-  constexpr int64_t STEP = 4096 / sizeof(vi);
-  vi a = {}, b = {}, c = {}, d = {};
-  for (int64_t i = begin * STEP; i < end * STEP; i += 4)
-    a ^= data[i], b ^= data[i + 1], c ^= data[i + 2], d ^= data[i + 3];
-  a ^= b ^ c ^ d;
-  if (begin < end) ((volatile int32_t*)p[1])[begin] = a[0];
-}
-extern "C" void probe_fma(const Sizes* n, void* const* p, int64_t begin, int64_t end) {
-  vf a[10], b = splat(1.0f - 1e-6f), c = splat(1e-6f);  // item: 10 FMAs
-  for (int i = 0; i < 10; ++i) a[i] = splat((float)i);
-  for (int64_t i = begin; i < end; ++i)
-#pragma GCC unroll 10
-    for (int j = 0; j < 10; ++j) a[j] = fma(a[j], b, c);
-  for (int i = 1; i < 10; ++i) a[0] += a[i];
-  if (begin < end) store((float*)p[0] + (begin ? VL : 0), a[0]);
-}
-extern "C" void probe_dot(const Sizes* n, void* const* p, int64_t begin, int64_t end) {
-  vi a[10] = {};
-  vq u[2] = {(vq)lanes(), (vq)(lanes() + 5)};  // item: 10 dot products
-  const int32_t x = ((const int32_t*)p[0])[1] | 0x01020304;
-  for (int64_t i = begin; i < end; ++i)
-#if AIOS_DOT
-#pragma GCC unroll 10
-    for (int j = 0; j < 10; ++j) a[j] = dot4(a[j], u[j % 2], x + j);
-#else
-#pragma GCC unroll 10
-    for (int j = 0; j < 10; ++j) a[j] += sum_pairs(pairs(u[j % 2] ^ (vq)a[j], x + j));
-#endif
-  for (int i = 1; i < 10; ++i) a[0] += a[i];
-  if (begin < end) store((int32_t*)p[0] + (begin ? VL : 0), a[0]);
-}
-"""
-
-
-class Sizes(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in "TSRP"]
-
-
-def library(sources: list[KernelSource]) -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp(prefix="aios-bench-"))
-    target = build.Target.host()
-    objects = build.build_objects([*sources, ("probe", PROBE)], folder, target)
-    return build.load(build.link(objects, folder / "kernels.so", target))
-
-
-def cpu_seconds(threads: int, work: Callable[[int], None]) -> float:
-    """Run work(0) .. work(threads - 1) side by side; return the processor time of the slowest."""
-    spent = [0.0] * threads
-
-    def timed(i: int) -> None:
-        start = time.thread_time()
-        work(i)
-        spent[i] = time.thread_time() - start
-
-    workers = [threading.Thread(target=timed, args=(i,)) for i in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return max(spent)
-
-
-def interleaved(threads: int, *works: Callable[[int], None]) -> list[float]:
-    """Return the median seconds of each work over rounds in which all take turns."""
-    rounds = [[cpu_seconds(threads, work) for work in works] for _ in range(7)]
-    return [statistics.median(times) for times in zip(*rounds)]
-
-
-def calls(
-    function: Callable[..., None], items: int, threads: int, operands: list[list[int]], tokens: int
-) -> Callable[[int], None]:
-    """Return what one thread does: its share of the items, for each list of addresses."""
-    n = Sizes(tokens, 1, 1, 1)
-    tables = [(ctypes.c_void_p * len(p))(*p) for p in operands]
-
-    def work(i: int) -> None:
-        begin, end = items * i // threads, items * (i + 1) // threads
-        for p in tables:
-            function(ctypes.byref(n), p, ctypes.c_int64(begin), ctypes.c_int64(end))
-
-    return work
-
-
-def probes(
-    lib: ctypes.CDLL, data: np.ndarray, threads: int, quantized: bool
-) -> tuple[Callable[[int], None], Callable[[int], None], float]:
-    """Return (reading all of `data`, FMAs or dot products in registers, their operations)."""
-    out = np.zeros(1 << 20, np.float32)
-    pages = data.nbytes // 4096
-    read = calls(lib.probe_read, pages, threads, [[data.ctypes.data, out.ctypes.data]], 0)
-    rounds, lanes = 2_000_000, build.Target.host().vector_bytes // 4
-    function = lib.probe_dot if quantized else lib.probe_fma
-    compute = calls(function, rounds, threads, [[out.ctypes.data]], 0)
-    KEPT.append(out)
-    return read, compute, rounds * 10 * lanes * 2 * (4 if quantized else 1)
 
 
 def linear_source(depth: int, columns: int, form: str) -> KernelSource:
