@@ -29,7 +29,8 @@ from typing import Any
 import torch
 
 from benchmarks import processes, reference, report
-from benchmarks.floors import BITS, Work, decode_floor, prefill_floor
+from benchmarks.floors import BITS, Rates, Work, decode_floor, prefill_floor
+from benchmarks.gguf_file import KINDS, write_gguf
 from benchmarks.interleaved import compare
 from benchmarks.machine import describe
 from benchmarks.ours import POOL_TOKENS, Ours, config_of, max_positions, prompt_ids
@@ -38,6 +39,7 @@ from benchmarks.shapes import SHAPES, make
 
 PROMPT_TOKENS, STEPS = 64, 16
 LONG_CONTEXT = 8192
+CACHE_BYTES = 256 << 20  # what is larger is in no cache
 COMPILED_POSITIONS = 1280  # of the cache that torch.compile's graphs are made for
 EXAMPLE = Path(__file__).parents[1] / "examples" / "shakespeare"
 TIMED = ("decode", "batch8", "prefill256", "prefill1024")
@@ -59,13 +61,14 @@ class Bench:
         self.cache = self.kept / "artefacts"
         self.vocab = min(int(config_of(self.folder)["vocab_size"]), 1000)
         self.positions = max_positions(self.folder)
-        self._probe: MachineProbe | None = None
+        self._probes: dict[int, MachineProbe] = {}
 
-    @property
-    def probe(self) -> MachineProbe:
-        if self._probe is None:
-            self._probe = MachineProbe(self.threads)
-        return self._probe
+    def rates(self, weight_bytes: int) -> Callable[[], Rates]:
+        """Return what measures the machine; weights that fit a cache are read from one."""
+        size = weight_bytes if weight_bytes < CACHE_BYTES else 1 << 30
+        if size not in self._probes:
+            self._probes[size] = MachineProbe(self.threads, size)
+        return self._probes[size].rates
 
     def has(self, peer: str) -> bool:
         return peer not in self.args.without
@@ -75,8 +78,8 @@ class Bench:
 
     def gguf(self, weights: str) -> Path:
         """Return the file of a row's weights, written when it is not there."""
-        path = self.kept / f"{reference.KINDS[weights]}.gguf"
-        reference.write_gguf(self.folder, path, reference.KINDS[weights])
+        path = self.kept / f"{KINDS[weights]}.gguf"
+        write_gguf(self.folder, path, KINDS[weights])
         return path
 
     def ours(self, weights: str, tokens: int = POOL_TOKENS, kv: str = "auto") -> Ours:
@@ -133,7 +136,7 @@ def _decode(
             peers[name] = lambda p=peer: p.decode(prompts, STEPS)  # type: ignore[misc]
     behind = PROMPT_TOKENS + STEPS // 2
     found = measured(
-        bench, peers, lambda: ours.decode(prompts, STEPS),
+        bench, peers, ours.weight_bytes, lambda: ours.decode(prompts, STEPS),
         lambda rates: decode_floor(
             rates, bench.work, weights, ours.weight_bytes, batch, behind
         ),
@@ -144,7 +147,7 @@ def _decode(
 
         peer = found["peers"]["llama.cpp"]
         rate = bench.work.weight_bytes(BITS[weights]) / peer["seconds"]["median"]
-        peer["health"] = health(reference.KINDS[weights], rate, found["rates"]["bandwidth"])
+        peer["health"] = health(KINDS[weights], rate, found["rates"]["bandwidth"])
     return found
 
 
@@ -163,7 +166,7 @@ def _prefill(
     for name, peer in eager.items():
         peers[name] = lambda p=peer: p.prefill(fresh())  # type: ignore[misc]
     return measured(
-        bench, peers, lambda: ours.prefill(fresh()),
+        bench, peers, ours.weight_bytes, lambda: ours.prefill(fresh()),
         lambda rates: prefill_floor(rates, bench.work, weights, ours.weight_bytes, tokens),
         tokens=tokens,
     )  # fmt: skip
@@ -172,8 +175,9 @@ def _prefill(
 def measured(
     bench: Bench,
     peers: dict[str, Callable[[], float]],
+    weight_bytes: int,
     ours: Callable[[], float],
-    floor: Callable[[Any], float],
+    floor: Callable[[Rates], float],
     **known: Any,
 ) -> dict[str, Any]:
     """Warm every engine up, leave the slower dtype of transformers out, and compare."""
@@ -182,7 +186,7 @@ def measured(
     dtypes = sorted((n for n in peers if n.startswith("transformers")), key=lambda n: warm[n])
     kept = {name: peer for name, peer in peers.items() if name not in dtypes[1:]}
     slower = {name: warm[name] for name in dtypes[1:]}
-    found = compare(ours, kept, bench.probe.rates, floor, bench.args.rounds)
+    found = compare(ours, kept, bench.rates(weight_bytes), floor, bench.args.rounds)
     return {**known, **found, "slower_seconds": slower}
 
 
@@ -221,7 +225,7 @@ def context_row(bench: Bench, weights: str, kv: str) -> dict[str, Any] | None:
         )
     bits = 8.5 if kv == "int8" else 16.0
     found = measured(
-        bench, peers,
+        bench, peers, ours.weight_bytes,
         lambda: (ours.decode([long], STEPS) - ours.decode([short], STEPS)) / between,
         lambda rates: bench.work.kv_bytes(bits) / rates.bandwidth,
         tokens=1, bytes=bench.work.kv_bytes(bits),

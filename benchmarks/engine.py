@@ -28,7 +28,7 @@ import aios_compile
 from benchmarks.engine_floor import Floor
 from benchmarks.engine_peers import ContinuousBatches, LlamaCpp, StaticBatches, has_llama_cpp
 from benchmarks.engine_workload import CONCURRENT, Outcome, Workload, make_workload, ours, summary
-from benchmarks.llama_cpp import ROWS, write_gguf
+from benchmarks.gguf_file import KINDS, write_gguf
 from benchmarks.shapes import SHAPES, make
 from benchmarks.speculation import STANZA
 from tests.runtime.test_scheduler_time import step_us
@@ -84,9 +84,9 @@ def peers(folder: Path, row: str, args: argparse.Namespace, notes: list[str]) ->
         if missing:
             notes.append(f"llama.cpp left out: {missing}")
         else:
-            path = Path(args.gguf_folder or folder) / f"{ROWS[row][0]}.gguf"
+            path = Path(args.gguf_folder or folder) / f"{KINDS[row]}.gguf"
             if not path.exists():
-                write_gguf(folder, path, ROWS[row][0])
+                write_gguf(folder, path, KINDS[row])
             found.append(LlamaCpp(path, args.threads, (CONCURRENT + 4) * 512))
     return found
 

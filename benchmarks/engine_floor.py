@@ -11,9 +11,9 @@ import numpy as np
 
 from aios_compile.ir.quant_format import QuantFormat
 from aios_compile.runtime.program_runner import state_page_bytes
-from benchmarks.bandwidth import BandwidthProbe
-from benchmarks.cpu import weight_bytes
-from benchmarks.kernels import library, probes
+from aios_compile.study.bandwidth import BandwidthProbe
+from benchmarks.ours import weight_bytes
+from benchmarks.probes import library, probes
 
 PROBE_SECONDS = 0.02  # of reading: a cache that holds the weights is read several times
 MOST_PROBE_BYTES = 1 << 30
@@ -41,7 +41,7 @@ class Floor:
 
     def __init__(self, model: Any, threads: int) -> None:
         self._threads = threads
-        self.weight_bytes = weight_bytes(model)
+        self.weight_bytes = weight_bytes(model.program)
         self.kv_bytes_a_token = sum(state_page_bytes(model.program)) / model.limits.page_size
         self.operations_a_token = 2 * multiplications_a_token(model)
         self._probe = BandwidthProbe(threads, min(self.weight_bytes, MOST_PROBE_BYTES))

@@ -8,7 +8,6 @@ float32 on its own dequantised weights: what is left is what its arithmetic roun
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,31 +20,12 @@ from torch import Tensor, nn
 from aios_compile.ir.quant_format import SHORT_NAMES, QuantFormat
 from aios_compile.ir.quantize_rows import quantize_rows
 from aios_compile.ir.quantized import dequantize
+from benchmarks.gguf_file import KINDS
 from benchmarks.peers import eager
 
-KINDS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 # Relative error of the logits (2-norm over all of them). Activations of 8 bits give 0.4-0.7 % a
 # linear of the row's norm; 28 layers of random weights add up to several per cent.
 LIMITS = {"bf16": 0.02, "int8": 0.08, "int4": 0.08}
-
-
-def write_gguf(folder: Path, path: Path, kind: str) -> None:
-    """Write the checkpoint's tensors as a GGUF file without a tokenizer, once."""
-    if path.exists():
-        return
-    from gguf import GGMLQuantizationType, GGUFWriter
-
-    from tests.formats.gguf_files import convert
-
-    vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
-
-    def finish(writer: GGUFWriter) -> None:
-        writer.add_vocab_size(vocab)
-        writer.add_tokenizer_model("no_vocab")
-
-    partial = path.with_suffix(".partial")
-    convert(folder, partial, lambda _: GGMLQuantizationType[kind], finish)
-    partial.rename(path)
 
 
 @dataclass(frozen=True)
