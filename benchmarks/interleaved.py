@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from benchmarks.floors import Rates
 
 REST_SECONDS = 0.01  # between turns: worker threads that still spin have gone to sleep
+
+
+class OtherWork:
+    """How many cores other programs keep busy, between two calls of `cores`."""
+
+    def __init__(self) -> None:
+        self._last = self._now()
+
+    def cores(self) -> float:
+        """Return the mean number of cores that others used since the last call (Linux; else 0)."""
+        last, self._last = self._last, self._now()
+        clock, busy, own = (b - a for a, b in zip(last, self._last))
+        return max(0.0, busy - own) / max(clock, 1e-9)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        own = time.process_time()
+        try:
+            fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
+        except OSError:
+            return time.perf_counter(), own, own
+        user, nice, system, _, _, irq, soft, steal = map(int, fields)
+        busy = user + nice + system + irq + soft + steal
+        return time.perf_counter(), busy / os.sysconf("SC_CLK_TCK"), own
 
 
 def median_and_spread(values: list[float]) -> dict[str, float]:
@@ -45,6 +71,7 @@ def compare(
         floors.append(best)
         shares.append(best / seconds)
 
+    others, disturbed = OtherWork(), []
     for i in range(rounds):
         if i % 2 == 0:
             ours_turn()
@@ -52,7 +79,9 @@ def compare(
             theirs[name].append(_rested(peer))
         if i % 2:
             ours_turn()
+        disturbed.append(others.cores())
     return {
+        "cores_busy_with_other_work": median_and_spread(disturbed),
         "rounds": rounds,
         "seconds": median_and_spread(times),
         "rates": {

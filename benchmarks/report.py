@@ -98,4 +98,7 @@ def _peers(found: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
 
 def show(row: str, weights: str, found: dict[str, Any]) -> None:
     """Print a row as it is done."""
-    print(f"{weights} {row}: " + "; ".join(c for c in cells(row, found) if c), flush=True)
+    text = "; ".join(c for c in cells(row, found) if c)
+    if "cores_busy_with_other_work" in found:
+        text += f"; other work on {found['cores_busy_with_other_work']['median']:.1f} cores"
+    print(f"{weights} {row}: {text}", flush=True)
