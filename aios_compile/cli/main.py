@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from aios_compile import __version__
 from aios_compile.cli import (
     artefacts,
+    bench,
     bisect,
     compile_target,
     doctor,
@@ -74,6 +75,7 @@ command(app, COMPILE)(artefacts.report)
 command(app, COMPILE)(artefacts.dump)
 command(app, COMPILE)(doctor.doctor)
 command(app, COMPILE)(bisect.bisect)
+command(app, COMPILE)(bench.bench)
 command(app)(simulate.replay)
 command(app)(simulate.simulate)
 command(app, COMPILE)(kernels.kernels)

@@ -119,9 +119,4 @@ def _show(result: Simulation, really: Simulation | None, model: Any, as_json: bo
         row = [name, f"{value:.4g}"]
         rows.append(row if measured is None else [*row, f"{measured[name]:.4g}"])
     print_table(columns, rows)
-    costs = ", ".join(
-        f"{name} {getattr(model, name):.3g}"
-        for name in ("step_us", "token_us", "row_us", "context_us", "page_us")
-    )
-    error = f"{100 * model.median_error:.0f} %"
-    print(f"a step: {costs} (fitted to {model.num_steps} steps, median error {error})")
+    print(model)

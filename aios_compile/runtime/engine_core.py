@@ -213,6 +213,7 @@ class EngineCore:
                 priority=admitted.params.priority,
                 max_tokens=admitted.max_tokens,
                 deadline_us=request.deadline_us,
+                submitted_us=request.submitted_us,
             )
         )
         self.stats.num_prompt_tokens += len(admitted.prompt_token_ids)

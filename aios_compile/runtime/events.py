@@ -15,7 +15,8 @@ class Arrive:
     request neither hits the prefix cache nor feeds it. tenant: who shares cached pages and a fair
     share. priority: smaller is more urgent (vLLM's order). max_tokens: most output tokens, 0 when
     nobody knows. deadline_us: when an Expire event ends it. num_output_tokens: tokens that an
-    engine that is gone has sampled; they follow the prompt's.
+    engine that is gone has sampled; they follow the prompt's. submitted_us: when the caller handed
+    it over, at most a step before the event: the scheduler does not look at it, simulations do.
     """
 
     request_id: int
@@ -30,6 +31,7 @@ class Arrive:
     priority: int = 0
     max_tokens: int = 0
     deadline_us: int | None = None
+    submitted_us: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,56 +1,108 @@
-"""How long a step takes, as a small linear model fitted to the steps of a decision log.
+"""How long a step takes, as a small additive model fitted to the steps of a decision log.
 
-step_us = step + token * T + row * R + context * C + page * P
+step_us = tokens(T) + row * R + context * C + page * P + arrival * A + prompt * Q
 
-T tokens computed, R logit rows, C pairs of a query and a key that it sees (what attention does),
-P pages copied or swapped. The log has the time of every event, so nothing else is measured: a step
-lasts from its Schedule to the next one, or to its Commit when nothing was left to do.
+T tokens computed, R logit rows, C pairs of a query and a key that it sees (what attention does), P
+pages copied or swapped, A requests with Q prompt tokens that arrived while it ran. tokens(T) rises
+from knot to knot in straight lines: kernels work in tiles of 4 and 16 tokens, a few tokens are
+bound by bytes and many by arithmetic, so one slope for all lengths is off by a third somewhere.
+
+The log has the time of every event, so nothing else is measured: a step lasts from its Schedule to
+the next one, or to its Commit when nothing was left to do. How far single steps are off is kept as
+quantiles, from which a simulation draws; steps far off (another process had the core) are stalls,
+which come at random as often as they came: percentiles of a machine with neighbours need both.
 """
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aios_compile.errors import LogError
-from aios_compile.runtime.events import Commit, Schedule
+from aios_compile.runtime.events import Arrive, Commit, Schedule
 from aios_compile.runtime.replay import read_records
 from aios_compile.runtime.schedule_state import Plan, SchedulerState
 from aios_compile.runtime.scheduler import advance
 
-VERSION = 1
+VERSION = 2
 LEAST_STEPS = 20
 NUM_TRIMS = 3  # rounds in which steps far off (another process had the core) are left out
 TRIM_AT = 4.0  # times the median deviation
-
-
-COSTS = ("step_us", "token_us", "row_us", "context_us", "page_us")
+KNOTS = (1, 2, 4, 5, 8, 9, 16, 17, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+KNOT_RISES = np.diff((0, *KNOTS)).astype(np.float64)  # times how far each is climbed: the tokens
+LAST_TILE = KNOTS.index(17)  # past it a slope without steps is the one before
+PRIOR = 8.0  # how many steps that counts as
+QUANTILES = 41
+LISTS = ("tokens_us", "noise", "stalls_us")
+SLOPES = ("row_us", "context_us", "page_us", "arrival_us", "prompt_us")
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Microseconds. Written as JSON: {"version": 1, "step_us": ..., ...}."""
+    """Microseconds. Written as JSON: {"version": 2, "step_us": ..., ...}.
 
-    step_us: float
-    token_us: float
-    row_us: float
-    context_us: float
-    page_us: float
+    tokens_us: what a step of KNOTS[i] tokens takes more than one of KNOTS[i - 1], without its rows
+    and attention. commit_share: of a step's time, when its tokens are there. wake_us: from a
+    request's submission to the step of an engine that slept. noise: quantiles of the time of a step
+    over its expectation, with mean 1. stalls_a_second: how many steps were far off, and stalls_us:
+    quantiles of how far.
+    """
+
+    tokens_us: tuple[float, ...]
+    row_us: float = 0.0
+    context_us: float = 0.0
+    page_us: float = 0.0
+    arrival_us: float = 0.0
+    prompt_us: float = 0.0
+    commit_share: float = 1.0
+    wake_us: float = 0.0
+    noise: tuple[float, ...] = (1.0,)
+    stalls_us: tuple[float, ...] = (0.0,)
+    stalls_a_second: float = 0.0
     num_steps: int = 0  # that it was fitted to
     median_error: float = 0.0  # of one step, as a share of its time
 
+    def __post_init__(self) -> None:
+        assert len(self.tokens_us) == len(KNOTS), f"{len(KNOTS)} knots"
+
     def __call__(self, plan: Plan) -> float:
-        """Return the microseconds that a plan's step takes."""
+        """Return the microseconds that a plan's step takes, without arrivals."""
         return float(np.dot(features(plan), self.coefficients))
+
+    def drawn(self, plan: Plan, rng: random.Random) -> float:
+        """Return the same with noise, and a stall now and then."""
+        micros = self(plan) * rng.choice(self.noise)
+        if rng.random() * 1e6 < self.stalls_a_second * micros:
+            micros += rng.choice(self.stalls_us)
+        return micros
+
+    def arrival(self, num_prompt_tokens: int) -> float:
+        """Return what taking in a request costs the engine's thread."""
+        return self.arrival_us + num_prompt_tokens * self.prompt_us
 
     @property
     def coefficients(self) -> NDArray[np.float64]:
-        return np.array([getattr(self, name) for name in COSTS], np.float64)
+        return np.array([*self.tokens_us, *(getattr(self, n) for n in SLOPES)], np.float64)
+
+    def step_us(self, num_tokens: int) -> float:
+        """Return tokens(T)."""
+        return float(np.dot(_rises(num_tokens), self.tokens_us))
+
+    def __str__(self) -> str:
+        steps = ", ".join(f"{count}: {self.step_us(count):.3g}" for count in (1, 4, 16, 64, 256))
+        slopes = ", ".join(f"{name} {getattr(self, name):.3g}" for name in SLOPES)
+        return (
+            f"a step of tokens: {steps} us; {slopes}; {self.stalls_a_second:.2g} stalls a second; "
+            f"fitted to {self.num_steps} steps, median error {self.median_error:.0%}"
+        )
 
     def save(self, path: Path) -> None:
         """Write the model to a file."""
@@ -64,61 +116,161 @@ class CostModel:
             version = values.pop("version")
             if version != VERSION:
                 raise LogError(f"{path}: version {version!r}, expected {VERSION}")
-            costs = {name: float(values[name]) for name in (*COSTS, "median_error")}
-            return cls(num_steps=int(values["num_steps"]), **costs)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            lists: dict[str, Any] = {name: tuple(map(float, values.pop(name))) for name in LISTS}
+            num_steps = int(values.pop("num_steps"))
+            numbers: dict[str, Any] = {name: float(value) for name, value in values.items()}
+            return cls(num_steps=num_steps, **lists, **numbers)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
             raise LogError(f"{path}: not a cost model: {error!r}") from error
 
 
-def features(plan: Plan) -> tuple[float, ...]:
-    """Return 1, T, R, C, P of a plan."""
+def features(plan: Plan, num_arrived: int = 0, num_prompt_tokens: int = 0) -> tuple[float, ...]:
+    """Return how far each rise between knots is climbed, then R, C, P, A, Q."""
     pairs = sum(c.num_tokens * (c.start + (c.num_tokens + 1) / 2) for c in plan.chunks)
     pages = len(plan.copies) + len(plan.swap_outs) + len(plan.swap_ins)
-    return (1.0, plan.num_tokens, plan.num_rows, pairs, pages)
+    return (*_rises(plan.num_tokens), plan.num_rows, pairs, pages, num_arrived, num_prompt_tokens)
+
+
+def _rises(num_tokens: int) -> tuple[float, ...]:
+    """Return for each knot how much of the way from the one before is done, 0 to 1."""
+    found = [1.0]
+    for before, knot in pairwise(KNOTS):
+        found.append(min(1.0, max(0.0, (num_tokens - before) / (knot - before))))
+    found[-1] = max(0.0, (num_tokens - KNOTS[-2]) / (KNOTS[-1] - KNOTS[-2]))  # goes on for ever
+    return tuple(found)
+
+
+@dataclass
+class _Steps:
+    """What a log says of its steps: features and times; how long arrivals woke the engine."""
+
+    rows: list[tuple[float, ...]] = field(default_factory=list)
+    times_us: list[float] = field(default_factory=list)
+    commit_shares: list[float] = field(default_factory=list)
+    wakes_us: list[float] = field(default_factory=list)
+
+
+def _read_steps(path: Path) -> _Steps:
+    limits, options, events = read_records(path)
+    state, found = SchedulerState.empty(limits, options, b"fit"), _Steps()
+    step: tuple[Plan, int] | None = None  # that has not ended
+    committed_us, arrived = 0, [0, 0]
+    submitted_us: int | None = None  # by the request that woke the engine
+
+    def end(now_us: int) -> None:
+        assert step is not None
+        plan, start_us = step
+        found.rows.append(features(plan, *arrived))
+        found.times_us.append(now_us - start_us)
+        found.commit_shares.append((committed_us - start_us) / max(1, now_us - start_us))
+
+    for logged in events:
+        event, now_us = logged.event, logged.now_us
+        if isinstance(event, Schedule):
+            if step is not None:
+                end(now_us)
+            elif submitted_us is not None:
+                found.wakes_us.append(now_us - submitted_us)
+            submitted_us, arrived = None, [0, 0]
+        elif isinstance(event, Arrive):
+            if step is not None:
+                arrived = [arrived[0] + 1, arrived[1] + event.num_prompt_tokens]
+            elif submitted_us is None:
+                submitted_us = event.submitted_us
+        plan = advance(state, event, now_us)
+        if isinstance(event, Schedule):
+            step = plan, now_us
+        elif isinstance(event, Commit):
+            committed_us = now_us
+            if not state.has_work and step is not None:
+                end(now_us)
+                step = None
+    return found
 
 
 def fit_log(path: Path) -> CostModel:
     """Fit the model to a decision log; raise LogError for a damaged or a short one."""
-    limits, options, events = read_records(path)
-    state = SchedulerState.empty(limits, options, b"fit")
-    rows: list[tuple[float, ...]] = []
-    times: list[float] = []
-    start_us: int | None = None
-    for logged in events:
-        if isinstance(logged.event, Schedule) and start_us is not None:
-            times.append(logged.now_us - start_us)
-            start_us = None
-        plan = advance(state, logged.event, logged.now_us)
-        if isinstance(logged.event, Schedule):
-            rows.append(features(plan))
-            start_us = logged.now_us
-        elif isinstance(logged.event, Commit) and not state.has_work and start_us is not None:
-            times.append(logged.now_us - start_us)
-            start_us = None
+    return fit_logs([path])
+
+
+def fit_logs(paths: Sequence[Path]) -> CostModel:
+    """Do the same with several logs of one engine."""
+    steps = [_read_steps(path) for path in paths]
+    times = [time for each in steps for time in each.times_us]
     if len(times) < LEAST_STEPS:
-        raise LogError(f"{path}: {len(times)} steps, expected at least {LEAST_STEPS} to fit")
-    return fit(rows[: len(times)], times)
+        where = ", ".join(map(str, paths))
+        raise LogError(f"{where}: {len(times)} steps, expected at least {LEAST_STEPS} to fit")
+    shares = [share for each in steps for share in each.commit_shares]
+    wakes = [wake for each in steps for wake in each.wakes_us]
+    return fit(
+        [row for each in steps for row in each.rows],
+        times,
+        commit_share=float(np.median(shares)),
+        wake_us=float(np.median(wakes)) if wakes else 0.0,
+    )
 
 
-def fit(rows: Sequence[Sequence[float]], times: Sequence[float]) -> CostModel:
+def fit(
+    rows: Sequence[Sequence[float]],
+    times: Sequence[float],
+    commit_share: float = 1.0,
+    wake_us: float = 0.0,
+) -> CostModel:
     """Least squares of the relative error, without negative costs and without far-off steps."""
     x, y = np.array(rows, np.float64), np.maximum(np.array(times, np.float64), 1.0)
     kept = np.ones(len(y), bool)
-    for _ in range(NUM_TRIMS):
-        found = _non_negative(x[kept] / y[kept, None], np.ones(int(kept.sum())))
+    prior = _prior(x.shape[1], float(np.median(y / np.maximum(x[:, : len(KNOTS)] @ KNOT_RISES, 1))))
+    for left in range(NUM_TRIMS, -1, -1):
+        wanted = np.concatenate([np.ones(int(kept.sum())), np.zeros(len(prior))])
+        found = _non_negative(np.concatenate([x[kept] / y[kept, None], prior]), wanted)
         errors = np.abs(x @ found / y - 1)
-        kept = errors <= TRIM_AT * max(float(np.median(errors)), 1e-3)
-    found = _non_negative(x[kept] / y[kept, None], np.ones(int(kept.sum())))
-    error = float(np.median(np.abs(x @ found / y - 1)))
-    # What was left out took its time all the same: all steps together last as long as measured.
-    found *= float(y.sum()) / max(float((x @ found).sum()), 1e-9)
-    step, token, row, context, page = (float(value) for value in found)
-    return CostModel(step, token, row, context, page, num_steps=len(y), median_error=error)
+        if left:
+            kept = errors <= TRIM_AT * max(float(np.median(errors)), 1e-3)
+    expected = x @ found
+    error = float(np.median(np.abs(expected / y - 1)))
+    scale = float(y[kept].sum()) / max(float(expected[kept].sum()), 1e-9)
+    found, expected = found * scale, expected * scale
+    noise = _quantiles(y[kept] / np.maximum(expected[kept], 1e-9))
+    late = y[~kept] - expected[~kept]
+    late = late[late > 0]
+    return CostModel(
+        tokens_us=tuple(found[: len(KNOTS)].tolist()),
+        **dict(zip(SLOPES, found[len(KNOTS) :].tolist())),
+        commit_share=commit_share,
+        wake_us=wake_us,
+        noise=tuple((noise / noise.mean()).tolist()),
+        stalls_us=tuple(_quantiles(late).tolist()) if len(late) else (0.0,),
+        stalls_a_second=1e6 * len(late) / float(y.sum()),
+        num_steps=len(y),
+        median_error=error,
+    )
+
+
+def _prior(width: int, token_us: float) -> NDArray[np.float64]:
+    """Return rows that are zero when each slope past the tiles is the slope before it.
+
+    Each counts as relative error of a step of that many tokens, at token_us a token.
+    """
+    rows = np.zeros((len(KNOTS) - LAST_TILE - 1, width))
+    for row, place in zip(rows, range(LAST_TILE + 1, len(KNOTS))):
+        begin = 0 if place == LAST_TILE + 1 else place - 2
+        run = KNOTS[place] - KNOTS[place - 1]
+        row[place] = 1.0
+        row[begin + 1 : place] = -run / (KNOTS[place - 1] - KNOTS[begin])
+        row *= PRIOR / (token_us * KNOTS[place])
+    return rows
+
+
+def _quantiles(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return values of equal weight that stand for all; with few values, those."""
+    if len(values) <= QUANTILES:
+        return np.sort(values)
+    return np.asarray(np.quantile(values, (np.arange(QUANTILES) + 0.5) / QUANTILES))
 
 
 def _non_negative(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
     """Least squares; a column whose coefficient would be negative is left out, worst first."""
-    columns = list(range(x.shape[1]))
+    columns = [i for i in range(x.shape[1]) if x[:, i].any()]
     found = np.zeros(x.shape[1])
     scale = np.maximum(np.abs(x).max(axis=0), 1e-30)
     while columns:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from aios_compile.errors import LogError
 from aios_compile.runtime.batch import Limits
 from aios_compile.runtime.events import Arrive, Commit, Schedule
 from aios_compile.runtime.replay import read_records
@@ -80,7 +81,7 @@ def simulate(
         if run.state.has_work:
             run.step()
         else:
-            run.now_us = arrivals[run.next_arrival].at_us
+            run.now_us = arrivals[run.next_arrival].at_us + cost.wake_us
     run.result.duration_us = run.now_us - (arrivals[0].at_us if arrivals else 0.0)
     return run.result
 
@@ -91,6 +92,8 @@ class _Run:
         self.result = Simulation()
         self.now_us = arrivals[0].at_us if arrivals else 0.0
         self.next_arrival = 0
+        self.is_busy = False  # a step ended just now: what arrived meanwhile delays the next one
+        self.random = random.Random(0)
         self.num_given: dict[int, int] = {}
         self.last_us: dict[int, float] = {}
 
@@ -109,12 +112,15 @@ class _Run:
                 max_tokens=len(arrival.output),
             )
             advance(self.state, event, int(self.now_us))
+            self.now_us += self.cost.arrival(len(arrival.prompt)) if self.is_busy else 0.0
             self.num_given[number] = 0
             self.next_arrival += 1
 
     def step(self) -> None:
         plan = advance(self.state, Schedule(), int(self.now_us))
-        self.now_us += self.cost(plan)
+        taken_us = self.cost.drawn(plan, self.random)
+        given_us = self.now_us + taken_us * self.cost.commit_share
+        self.now_us += taken_us
         sampled: list[tuple[int, ...]] = []
         finished: list[tuple[int, str]] = []
         for chunk in plan.chunks:
@@ -124,23 +130,24 @@ class _Run:
                 continue
             output = self.arrivals[number].output
             sampled.append(output[self.num_given[number] : self.num_given[number] + 1])
-            self._token(number)
+            self._token(number, given_us)
             if self.num_given[number] == len(output):
                 finished.append((number, "length"))
         advance(self.state, Commit(tuple(finished), tuple(sampled)), int(self.now_us))
+        self.is_busy = self.state.has_work
         self._count(plan)
 
-    def _token(self, number: int) -> None:
+    def _token(self, number: int, at_us: float) -> None:
         result, arrived_us = self.result, self.arrivals[number].at_us
         if self.num_given[number]:
-            result.inter_token_us.append(self.now_us - self.last_us[number])
+            result.inter_token_us.append(at_us - self.last_us[number])
         else:
-            result.ttft_us.append(self.now_us - arrived_us)
+            result.ttft_us.append(at_us - arrived_us)
         self.num_given[number] += 1
-        self.last_us[number] = self.now_us
+        self.last_us[number] = at_us
         result.num_output_tokens += 1
         if self.num_given[number] == len(self.arrivals[number].output):
-            result.latency_us.append(self.now_us - arrived_us)
+            result.latency_us.append(at_us - arrived_us)
 
     def _count(self, plan: Plan) -> None:
         result, state = self.result, self.state
@@ -163,15 +170,17 @@ def synthetic(
     shared_tokens: int,
     most_tokens: int,
     num_tenants: int = 1,
+    num_ids: int = 1 << 40,
     seed: int = 0,
 ) -> list[Arrival]:
     """Return `count` arrivals: "poisson" at `rate` a second, or "bursts" of 8 at the same rate.
 
     Lengths are geometric-like around their means (exponential, rounded up); every prompt begins
     with the tenant's shared tokens. most_tokens: prompt and output together are cut to fit.
+    num_ids: token ids are below it (a real engine can be given the same prompts).
     """
     rng = random.Random(seed)
-    prefixes = [[rng.getrandbits(40) for _ in range(shared_tokens)] for _ in range(num_tenants)]
+    prefixes = [_ids(rng, shared_tokens, num_ids) for _ in range(num_tenants)]
     arrivals, at_us = [], 0.0
     for i in range(count):
         if kind == "poisson":
@@ -180,18 +189,26 @@ def synthetic(
             at_us += rng.expovariate(rate / BURST) * 1e6
         tenant = rng.randrange(num_tenants)
         own = 1 + int(rng.expovariate(1 / max(1, prompt_tokens)))
-        prompt = [*prefixes[tenant], *(rng.getrandbits(40) for _ in range(own))][: most_tokens - 1]
+        prompt = [*prefixes[tenant], *(rng.randrange(num_ids) for _ in range(own))][
+            : most_tokens - 1
+        ]
         wanted = 1 + int(rng.expovariate(1 / max(1, output_tokens)))
-        output = tuple(rng.getrandbits(40) for _ in range(min(wanted, most_tokens - len(prompt))))
+        output = tuple(
+            rng.randrange(num_ids) for _ in range(min(wanted, most_tokens - len(prompt)))
+        )
         arrivals.append(Arrival(at_us, tuple(prompt), output, f"tenant {tenant}"))
     return arrivals
+
+
+def _ids(rng: random.Random, count: int, num_ids: int) -> list[int]:
+    return [rng.randrange(num_ids) for _ in range(count)]
 
 
 def recorded(path: Path) -> tuple[Limits, SchedulerOptions, list[Arrival], Simulation]:
     """Return a log's arrivals with what they were given, and what really happened.
 
     Requests that sampled nothing (logits, aborted ones before their first token) are left out, and
-    n completions of one prompt come as n requests.
+    n completions of one prompt come as n requests. Raises LogError for a log with speculation.
     """
     limits, options, events = read_records(path)
     state = SchedulerState.empty(limits, options, b"read")
@@ -201,9 +218,15 @@ def recorded(path: Path) -> tuple[Limits, SchedulerOptions, list[Arrival], Simul
     result, end_us = Simulation(), 0.0
     for logged in events:
         event, plan = logged.event, state.in_flight
+        if isinstance(event, Schedule) and event.drafts:
+            raise LogError(
+                f"{path}:{logged.line}: the log has drafts, and speculation is not simulated",
+                advice="record it without speculative_config",
+            )
         if isinstance(event, Arrive):
+            came_us = logged.now_us if event.submitted_us is None else event.submitted_us
             for i in range(event.num_sequences):
-                arrived[event.sequence_id + i] = (logged.now_us, event)
+                arrived[event.sequence_id + i] = (came_us, event)
         if isinstance(event, Commit) and plan is not None:
             for chunk, tokens in zip(plan.chunks, event.sampled):
                 outputs.setdefault(chunk.sequence_id, []).extend(tokens)
