@@ -41,7 +41,8 @@ class Match(NamedTuple):
     kind: str
 
 
-def _match(root: fx.Node) -> Match | Refusal | None:
+def epilogue_of(root: fx.Node) -> Match | Refusal | None:
+    """Return the linear and the tail that alone uses it, None where nothing pointwise follows."""
     line = provenance.source_line(root)
     halves = _halves(root)
     columns = shape_of(halves[0])[-1] if halves else 0
@@ -112,7 +113,7 @@ def fuse_linear_epilogue(graph: fx.Graph, context: PassContext) -> int:
     """
     hits = 0
     for root in [n for n in graph.nodes if n.op == "call_function" and n.target in KINDS]:
-        match = _match(root)
+        match = epilogue_of(root)
         if isinstance(match, Refusal):
             context.refuse(match)
         elif match is not None:

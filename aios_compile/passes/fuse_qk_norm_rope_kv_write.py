@@ -34,12 +34,16 @@ class Chain(NamedTuple):
 
 
 class Match(NamedTuple):
+    """`nodes`: what is done to the heads of q and k; none where they are read as they are."""
+
     nodes: list[fx.Node]
     q: fx.Node
     write: fx.Node
+    attention: fx.Node
 
 
-def _match(write: fx.Node) -> Match | Refusal | None:
+def match_write(write: fx.Node) -> Match | Refusal:
+    """Match a kv_write, the attention that alone reads what it writes, and norms and ropes."""
     line = provenance.source_line(write)
     readers = {u for item in getitems(write) for u in item.users}
     attentions = [u for u in readers if is_call(u, aios.paged_attention.default)]
@@ -53,14 +57,12 @@ def _match(write: fx.Node) -> Match | Refusal | None:
             return chain
     ropes = [c.rope for c in chains if isinstance(c, Chain) and c.rope is not None]
     nodes = [n for c in chains if isinstance(c, Chain) for n in c.nodes]
-    if not nodes:
-        return None
     if len(ropes) == 2 and ropes[0].args[1:] != ropes[1].args[1:]:
         return Refusal("queries and keys are rotated by different tables", line)
     group = [*nodes, write, *getitems(write)]
     if not is_convex(group):
         return Refusal("the queries depend on the written cache", line)
-    return Match(group, q, write)
+    return Match(nodes, q, write, attentions[0])
 
 
 def _chain(end: fx.Node) -> Chain | Refusal:
@@ -127,10 +129,10 @@ def fuse_qk_norm_rope_kv_write(graph: fx.Graph, context: PassContext) -> int:
     hits = 0
     for write in graph.find_nodes(op="call_function", target=aios.kv_write.default):
         sink_views(graph, write, context)
-        match = _match(write)
+        match = match_write(write)
         if isinstance(match, Refusal):
             context.refuse(match)
-        elif match is not None:
+        elif match.nodes:
             _rewrite(graph, match)
             hits += 1
     return hits
@@ -141,12 +143,13 @@ def _rewrite(graph: fx.Graph, match: Match) -> None:
     order = {n: i for i, n in enumerate(graph.nodes)}
     items = sorted(getitems(match.write), key=lambda n: int(n.args[1]))  # type: ignore[arg-type]
     anchor = match.write
-    if match.q in match.nodes and order[match.q] > order[anchor]:
+    nodes = [*match.nodes, match.write, *items]
+    if match.q in nodes and order[match.q] > order[anchor]:
         match.q.append(match.write)
     for item in items:
         anchor.append(item)
         anchor = item
-    parts = [n for n in match.nodes if is_call(n, aios.rms_norm.default)]
-    turned = [n for n in match.nodes if is_call(n, aios.rope.default)]
+    parts = [n for n in nodes if is_call(n, aios.rms_norm.default)]
+    turned = [n for n in nodes if is_call(n, aios.rope.default)]
     name = ["qk_norm"] * bool(parts) + (["rope"] if parts else ["qk_rope"]) * bool(turned)
-    fuse_nodes(graph, match.nodes, "_".join([*name, "kv_write"]), "qk_norm_rope_kv_write")
+    fuse_nodes(graph, nodes, "_".join([*name, "kv_write"]), "qk_norm_rope_kv_write")

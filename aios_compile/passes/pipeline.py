@@ -9,7 +9,9 @@ from aios_compile.passes.eliminate_views import eliminate_views
 from aios_compile.passes.fold_constants import fold_constants
 from aios_compile.passes.form_kernels import form_kernels
 from aios_compile.passes.fuse_add_rms_norm import fuse_add_rms_norm
+from aios_compile.passes.fuse_kv_write_into_attention import fuse_kv_write_into_attention
 from aios_compile.passes.fuse_linear_epilogue import fuse_linear_epilogue
+from aios_compile.passes.fuse_norm_into_linear import fuse_norm_into_linear
 from aios_compile.passes.fuse_pointwise import fuse_pointwise
 from aios_compile.passes.fuse_qk_norm_rope_kv_write import fuse_qk_norm_rope_kv_write
 from aios_compile.passes.gather_last_tokens import gather_last_tokens
@@ -67,7 +69,9 @@ FUSE = Stage(
     (
         own_outputs,
         copy_strided_inputs,
-        fuse_qk_norm_rope_kv_write,
+        fuse_kv_write_into_attention,
+        fuse_qk_norm_rope_kv_write,  # where the attention is another kernel
+        fuse_norm_into_linear,  # before fuse_add_rms_norm, which would take the norm
         fuse_add_rms_norm,  # before the epilogue, which would take the add
         fuse_linear_epilogue,
         fuse_pointwise,  # what no template took

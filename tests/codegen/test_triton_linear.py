@@ -52,6 +52,14 @@ def gated_by_slices(x, w, scale):
     return aten.mul.Tensor(aten.mul.Tensor(aten.relu.default(gate), up), scale)
 
 
+def normed(x, w, g):
+    return aios.linear.default(aios.rms_norm.default(x, g, 1e-3, True), w)
+
+
+def normed_and_gated(x, w, g):
+    return gated(aios.rms_norm.default(x, g, 1e-3, True), w)
+
+
 @functools.cache
 def made(function, rows, depth, dtypes=(f32, f32), config=None, row=None, extra=()):
     inputs = {"x": (("T", depth), dtypes[0]), "w": ((rows, depth), dtypes[1])}
@@ -128,6 +136,31 @@ def test_tails(config: Config) -> None:
         out = poisoned((tokens, 21))
         run(source, module, [x, halves, *tail, out], T=tokens)
         close(out, widened(body, x, halves, *tail)[0], depth)
+
+
+@pytest.mark.parametrize("config", [ROWS, DOT, SPLIT, TILE], ids=lambda c: f"{c.kind}{c.split}")
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_a_norm_of_x_is_part_of_the_kernel(config: Config, dtype: torch.dtype) -> None:
+    """One launch for few tokens; rows of unlike size, so that each needs its own scale."""
+    for depth, row in ((51, 54), (64, None)):
+        body, operands = make_body(
+            normed_and_gated if row is None else normed,
+            {"x": (("T", depth), f32), "w": ((38, depth), dtype), "g": ((depth,), f32)},
+            {"x": (row, 1)} if row else None,
+        )
+        spec = linear.spec_of(body, operands)
+        assert spec is not None and spec.norm is not None
+        source = linear.emit(spec, DEFAULT, ((None, config),))
+        module = load(source)
+        assert len(module.VARIANTS[0]["launches"]) == 1 + (config.kind == "tile")
+        for tokens in (1, 3):
+            x = (torch.randn(tokens, row or depth) * 10.0 ** torch.arange(tokens)[:, None])[
+                :, :depth
+            ]
+            w, g = torch.randn(38, depth).to(dtype), torch.randn(depth) / 4
+            out = poisoned((tokens, 38 if row else 19))
+            run(source, module, [x, w, g, out], T=tokens)
+            close(out, widened(body, x, w, g)[0], depth)
 
 
 def test_the_models_choice_serves_every_bucket_with_the_same_bits_again() -> None:

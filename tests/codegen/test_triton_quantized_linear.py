@@ -129,6 +129,23 @@ def test_tails_and_a_depth_that_fills_no_step(name: str) -> None:
     close(into, x[:2], w, lambda y: y + kept)
 
 
+def normed(x, w, g, form):
+    return aios.quantized_linear.default(aios.rms_norm.default(x, g, 1e-3, True), w, form)
+
+
+@pytest.mark.parametrize("name", FORMS[:2])
+def test_a_norm_of_x_is_part_of_the_kernel(name: str) -> None:
+    rows, depth = 37, 160
+    form, _, source, module = made(normed, name, rows, depth, (("g", (depth,)),))
+    packed, g = random_rows(form, rows, depth), torch.randn(depth)
+    w, planar = dequantize(packed, form), pack_planar(packed, form)
+    assert all(len(v["launches"]) == 1 for v in module.VARIANTS)
+    for tokens in (1, 3):
+        x, out = torch.randn(tokens, depth) * 10, poisoned((tokens, rows))
+        run(source, module, [x, planar, g, out], T=tokens)
+        close(out, aios.rms_norm.default(x, g, 1e-3, True), w)
+
+
 def test_the_same_bits_again_and_other_layouts_are_refused() -> None:
     form, body, source, module = made(plain, "int4_g32_f16", 37, 256)
     planar, x = pack_planar(random_rows(form, 37, 256), form), torch.randn(3, 256)

@@ -30,13 +30,15 @@ def load(source: KernelSource) -> ModuleType:
 
 
 def run(source: KernelSource, module: ModuleType, tensors: Sequence[Tensor], **sizes: int) -> None:
-    """Launch on inputs and outputs; the workspace is full of NaN."""
+    """Launch on inputs and outputs; the workspace is full of NaN, counters are left at zero."""
     assert len(tensors) == source.num_operands
     spaces = [
         poisoned([dim_value(d, sizes) for d in o.shape], TORCH_DTYPES[o.dtype])
         for o in source.workspace
     ]
-    module.launch([*tensors, *spaces], **sizes)
+    counters = torch.zeros(source.counters, dtype=torch.int32)
+    module.launch([*tensors, *spaces, *([counters] if source.counters else [])], **sizes)
+    assert not counters.any()
 
 
 def poisoned(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

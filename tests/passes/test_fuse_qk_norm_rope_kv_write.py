@@ -30,12 +30,14 @@ def attend(q: Any, k: Any, v: Any) -> Any:
     return aios.attention(q, k, v, 0.25)
 
 
-def fused(example: Any, hits: int = 1, reason: str = "") -> IRModule:
+def fused(
+    example: Any, hits: int = 1, reason: str = "", function: Any = fuse_qk_norm_rope_kv_write
+) -> IRModule:
     """Page a function's attention, fuse, and compare with dense attention of one sequence."""
     module = helpers.trace(example)
     (want,) = helpers.evaluate(module)
     assert helpers.apply(page_attention, module).total == 1
-    applied = helpers.apply(fuse_qk_norm_rope_kv_write, module)
+    applied = helpers.apply(function, module)
     assert applied.total == hits, applied
     assert not reason or reason in applied.refusals, applied.refusals
     values = {
@@ -47,13 +49,13 @@ def fused(example: Any, hits: int = 1, reason: str = "") -> IRModule:
         "v_cache": torch.full((64, 2, 16, 16), 1e3),
     }
     helpers.assert_same([want], helpers.evaluate(module, values)[:1])
-    assert helpers.apply(fuse_qk_norm_rope_kv_write, module).total == 0
+    assert helpers.apply(function, module).total == 0
     return module
 
 
-def body(module: IRModule) -> list[str]:
+def body(module: IRModule, kind: str = "qk_norm_rope_kv_write") -> list[str]:
     (call,) = (n for n in module.root.graph.nodes if n.op == "call_module" and is_kernel_call(n))
-    assert call.meta["kernel"] == "qk_norm_rope_kv_write"
+    assert call.meta["kernel"] == kind
     calls = [n for n in body_of(call).graph.nodes if n.op == "call_function"]
     return [str(n.target) for n in calls if "getitem" not in str(n.target)]
 

@@ -84,6 +84,41 @@ def epsilon_of_the_head_norm(graph: fx.Graph, context: PassContext) -> int:
     return set_argument(norms[:1], 2, lambda eps: eps * 10)
 
 
+@plant("fuse_kv_write_into_attention", "triton")
+def rotation_of_the_key_left_out(graph: fx.Graph, context: PassContext) -> int:
+    write = inside(graph, "kv_write_attention", aios.kv_write.default)[0]
+    return set_argument([write], 0, lambda k: k.args[0])
+
+
+@plant("fuse_kv_write_into_attention", "triton")
+def caches_before_the_write_are_read(graph: fx.Graph, context: PassContext) -> int:
+    attention = inside(graph, "kv_write_attention", aios.paged_attention.default)[0]
+    write = inside(graph, "kv_write_attention", aios.kv_write.default)[0]
+    return sum(set_argument([attention], i + 1, lambda _, i=i: write.args[i + 2]) for i in (0, 1))
+
+
+@plant("fuse_kv_write_into_attention", "triton")
+def scale_of_the_fused_attention(graph: fx.Graph, context: PassContext) -> int:
+    found = inside(graph, "kv_write_attention", aios.paged_attention.default)
+    return set_argument(found, 6, lambda scale: scale * 1.01)
+
+
+@plant("fuse_norm_into_linear", "triton")
+def norm_left_out(graph: fx.Graph, context: PassContext) -> int:
+    node = inside(graph, "linear", aios.rms_norm.default)[0]
+    return drop(node, node.args[0])
+
+
+@plant("fuse_norm_into_linear", "triton")
+def norm_without_its_weight(graph: fx.Graph, context: PassContext) -> int:
+    return set_argument(inside(graph, "linear", aios.rms_norm.default), 1, lambda weight: None)
+
+
+@plant("fuse_norm_into_linear", "triton")
+def gate_and_up_swapped_behind_the_norm(graph: fx.Graph, context: PassContext) -> int:
+    return swap(inside(graph, "linear", aios.gated_activation.default)[0], 0, 1)
+
+
 @plant("fuse_add_rms_norm", "qwen3")
 def dropped_residual(graph: fx.Graph, context: PassContext) -> int:
     node = inside(graph, "row_reduction", aten.add.Tensor)[0]

@@ -70,6 +70,7 @@ PROGRAMS: dict[str, Callable[[], IRModule]] = {
     "layer_norm": lambda: _foreign("neox"),
     "gemma2": lambda: _foreign("gemma2"),
     "quantised": lambda: captured("qwen3"),
+    "triton": lambda: captured("qwen3"),
     "experts": lambda: _traced(experts),
     "stored": _stored,
     "strided": lambda: _traced(strided),
@@ -78,10 +79,13 @@ PROGRAMS: dict[str, Callable[[], IRModule]] = {
 
 
 QUANTISED = PassOptions(quantization="int8_g32_f16")
+TRITON = PassOptions(target="triton")
 
 
 def options_of(name: str) -> PassOptions:
     """Return the options that a program is compiled with."""
+    if name == "triton":
+        return TRITON
     return QUANTISED if name == "quantised" else PassOptions()
 
 

@@ -67,16 +67,25 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> PagedAttention
     node: Any = result[0] if isinstance(result, (tuple, list)) and len(result) == 1 else result
     if not isinstance(node, fx.Node) or node.target is not torch.ops.aios.paged_attention.default:
         return None
+    views = [resolve(argument, operands) for argument in node.args[:3]]
+    held = tuple(view for view in views if view is not None)
+    return spec_at(node, operands, held, operands[-1]) if len(held) == 3 else None
+
+
+def spec_at(
+    node: fx.Node, operands: Sequence[Operand], views: tuple[Strided, ...], out: Operand
+) -> PagedAttentionSpec | None:
+    """Return the spec of an aios.paged_attention whose q and caches are read at `views`."""
     names = (*ARGUMENTS, "scale", "window", "softcap", "chunk", "sinks", "alibi")
     bound: dict[str, Any] = dict(zip(names, node.args)) | dict(node.kwargs)
-    inputs = [resolve(bound[name], operands) for name in ARGUMENTS]
+    rest = [resolve(bound[name], operands) for name in ARGUMENTS[3:]]
     sinks = resolve(bound.get("sinks"), operands)
-    out = operands[-1]
-    if any(i is None for i in inputs) or (bound.get("sinks") is not None and sinks is None):
+    if any(i is None for i in rest) or (bound.get("sinks") is not None and sinks is None):
         return None
-    views = tuple(i for i in inputs if i is not None)
+    owner = node.graph.owning_module
+    assert isinstance(owner, fx.GraphModule)
     spec = PagedAttentionSpec(
-        views,
+        (*views, *(i for i in rest if i is not None)),
         sinks,
         out,
         float(bound["scale"]),
@@ -85,7 +94,7 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> PagedAttention
         bound.get("chunk"),
         len(operands),
         None if bound.get("alibi") is None else tuple(map(float, bound["alibi"])),
-        body_lines(body),
+        body_lines(owner),
     )
     return spec if _fits(spec) else None
 

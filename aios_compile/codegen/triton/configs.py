@@ -47,7 +47,7 @@ class Config:
 class Problem:
     """The sizes of a linear: columns are a stream's; a weight and an activation have bytes.
 
-    parts: how many products an activation takes part in.
+    parts: how many products an activation takes part in. normed: its squares are summed besides.
     """
 
     columns: int
@@ -56,6 +56,7 @@ class Problem:
     weight_bytes: int
     x_bytes: int
     parts: int = 1
+    normed: bool = False
 
 
 def candidates(problem: Problem, kind: str, tokens: int, card: Card) -> list[Config]:
@@ -112,6 +113,7 @@ def _tiles_fit(c: Config, p: Problem, card: Card) -> bool:
     in_registers = c.kind == "tile" and not card.async_dots
     most_x = 64 if p.x_bytes < 4 else 16 if c.kind == "dot" and c.block_n < 64 else 32
     most_x = most_x // 2 // p.streams if in_registers else most_x
+    most_x = min(most_x, 16) if p.normed and c.kind == "dot" else most_x
     depth = c.block_k * c.split <= max(64, p.depth)
     narrow = c.block_k < 256 or c.block_n == 16
     held = sums <= card.sums and sums * p.parts <= 128
@@ -145,7 +147,9 @@ def cost_us(c: Config, p: Problem, tokens: int, card: Card) -> float:
     compute = flops / rate
     combine = 0.0
     if c.split > 1:
-        combine = LAUNCH_US + 8.0 * c.split * tokens * p.columns * p.streams / card.bytes_per_us
+        combine = (
+            3 * LATENCY_US + 8.0 * c.split * tokens * p.columns * p.streams / card.bytes_per_us
+        )
     parts = (memory, staged, compute * (full if c.kind == "tile" else 1.0))
     bound = max(parts) + OVERLAP_LOSS * sum(parts)
     return LAUNCH_US + waves * LATENCY_US + bound + combine

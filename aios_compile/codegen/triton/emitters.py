@@ -11,6 +11,7 @@ from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton import (
     embedding,
     kv_write,
+    kv_write_attention,
     linear,
     matmul,
     paged_attention,
@@ -47,6 +48,7 @@ EMITTERS: tuple[ModuleType, ...] = (
     quantized_embedding,
     linear,
     quantized_linear,
+    kv_write_attention,
     paged_attention,
     qk_norm_rope_kv_write,
     kv_write,

@@ -6,6 +6,7 @@ one tile, beyond that in tiles of tokens (tile_linear.py). Layouts, spec: linear
 float32 in an order that the variant fixes: the same bits for the same bucket of tokens.
 Half-precision weights meet float32 activations as the sum of two parts of the weights' precision
 (16 bits of mantissa for bf16, 22 for f16): `parts` in the spec's module text, no rounding to half.
+A norm of x is a prologue of the kernels for few tokens, a launch of its own before the tiles.
 Bytes: w once for up to 64 tokens; x and the tail's operands once a tile.
 """
 
@@ -20,12 +21,18 @@ from aios_compile.codegen.cpp.frame import layout, symbol_of
 from aios_compile.codegen.expression import formula
 from aios_compile.codegen.operand import BYTES, Operand
 from aios_compile.codegen.source import KernelSource
-from aios_compile.codegen.triton import configs, linear_spec, skinny_linear, tile_linear
+from aios_compile.codegen.triton import (
+    configs,
+    linear_spec,
+    norm_prologue,
+    skinny_linear,
+    tile_linear,
+)
 from aios_compile.codegen.triton.cards import DEFAULT, Card
 from aios_compile.codegen.triton.configs import Config, Problem
-from aios_compile.codegen.triton.frame import Variant, module_text
+from aios_compile.codegen.triton.frame import Launch, Variant, module_text
 from aios_compile.codegen.triton.linear_spec import LinearSpec
-from aios_compile.codegen.triton.linear_text import PRODUCT, workspace_of
+from aios_compile.codegen.triton.linear_text import PRODUCT
 
 spec_of = linear_spec.spec_of
 
@@ -40,7 +47,7 @@ def problem_of(spec: LinearSpec) -> Problem:
     weight, x = spec.weight.operand.dtype, spec.x.operand.dtype
     parts = 2 if x == "f32" and weight != "f32" else 1
     sizes = (spec.columns, spec.depth, spec.streams, BYTES[weight], BYTES[x])
-    return Problem(*sizes, parts)
+    return Problem(*sizes, parts, spec.norm is not None)
 
 
 def choose(spec: LinearSpec, card: Card = DEFAULT) -> list[tuple[int | None, Config]]:
@@ -55,25 +62,42 @@ def emit(
     """Return the module; `chosen` overrides the model's choice of configurations."""
     symbol = symbol_of(spec.name, (spec, chosen, card.target))
     chosen = choose(spec, card) if chosen is None else chosen
-    split = max(config.split for _, config in chosen)
-    workspace = workspace_of(spec, split)
+    used = [config for _, config in chosen]
+    workspace = skinny_linear.workspace(spec, used)
+    if spec.norm is not None and any(config.kind == "tile" for config in used):
+        workspace.append(norm_prologue.normed_operand(spec))
+    counters = skinny_linear.counters(spec, used)
     operands: list[Operand] = [*spec.operands, *workspace]
+    operands += [Operand("counters", "i32", (counters,), (1,))] if counters else []
     kernels, variants = [PRODUCT], []
     for most, config in chosen:
-        build = tile_linear if config.kind == "tile" else skinny_linear
         name = f"{symbol}_{config.kind}_{'any' if most is None else most}"
-        texts, launches = build.kernels(spec, operands, config, name)
-        kernels += texts
+        texts, launches = _variant(spec, operands, config, name)
+        kernels += [text for text in texts if text not in kernels]
         variants.append(Variant(most, launches))
     names = [o.name for o in spec.operands]
     leaves = [(names + [f"sum{s}" for s in range(spec.streams)])[x.operand] for x in spec.leaves]
     comment = [f"{spec.name}: sums over {spec.depth} inputs for {spec.columns} columns"]
     comment += [f"  out{i} = {formula(v, leaves)}" for i, v in enumerate(spec.values)]
-    comment += [f"  {layout(o)}" for o in operands]
+    comment += [f"  {layout(o)}" for o in spec.operands]
     comment += [f"model: {line}" for line in spec.lines]
     rows = spec.x.operand.shape[0]
     text = module_text(comment, operands, kernels, variants, rows, workspace)
     return KernelSource(
         spec.name, symbol, "triton", text, len(spec.operands), linear_spec.inplace(spec),
-        spec.lines, tuple(workspace),
+        spec.lines, tuple(workspace), counters,
     )  # fmt: skip
+
+
+def _variant(
+    spec: LinearSpec, operands: list[Operand], config: Config, name: str
+) -> tuple[list[str], tuple[Launch, ...]]:
+    """Return the kernel functions of a configuration and their launches."""
+    if config.kind != "tile":
+        return skinny_linear.kernels(spec, operands, config, name)
+    if spec.norm is None:
+        return tile_linear.kernels(spec, operands, config, name)
+    text, launch = norm_prologue.rows_kernel(spec, operands, f"{name.rpartition('_')[0]}_norm")
+    normed = norm_prologue.after_norm(spec, operands)
+    texts, launches = tile_linear.kernels(normed, operands, config, name)
+    return [text, *texts], (launch, *launches)

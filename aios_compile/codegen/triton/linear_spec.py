@@ -2,6 +2,7 @@
 
 x[T, K] in any float dtype and any row stride, w[N, K] row-major, sums in float32. A gated tail
 reads the halves of w[2F, K] (gate rows, then up rows): two streams of weights, one of columns.
+With a norm, x is what aios.rms_norm makes of the operand: x[t, k] / rms(x[t]) * g[k].
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from aios_compile.codegen.access import (
     outputs,
 )
 from aios_compile.codegen.cpp.head_rows import without_leading_ones
+from aios_compile.codegen.cpp.qk_norm_rope_kv_write import computed
 from aios_compile.codegen.expression import Expr
 from aios_compile.codegen.linear_index import Linear
 from aios_compile.codegen.linear_tail import inplace_pairs, read_tail
@@ -25,6 +27,14 @@ from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.strided import Strided, body_lines, resolve
 
 FLOATS = ("f32", "bf16", "f16")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A root mean square norm of the rows of x: its weight [K] (None: ones) and its epsilon."""
+
+    eps: float
+    weight: Strided | None
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class LinearSpec:
     values: tuple[Expr, ...]
     stores: tuple[Linear, ...]
     lines: tuple[str, ...] = ()
+    norm: Norm | None = None
 
     @property
     def columns(self) -> int:
@@ -68,10 +79,11 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> LinearSpec | N
     results = outputs(body)
     if len(nodes) != 1 or not all(isinstance(r, fx.Node) for r in results):
         return None
-    x = without_leading_ones(resolve(nodes[0].args[0], operands), 2)
+    source = x_of(nodes[0].args[0], operands)
     weight = resolve(nodes[0].args[1], operands)
-    if x is None or weight is None or weight.operand.packed or len(weight.operand.shape) != 2:
+    if source is None or weight is None or weight.operand.packed or len(weight.operand.shape) != 2:
         return None
+    x, norm = source
     (rows, depth), dtypes = weight.operand.shape, (x.operand.dtype, weight.operand.dtype)
     dense = x.operand.strides[1] == 1 and weight.operand.strides[1] == 1
     if not dense or not isinstance(rows, int) or not isinstance(depth, int):
@@ -79,7 +91,25 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> LinearSpec | N
     if any(dtype not in FLOATS for dtype in dtypes):
         return None
     bias = nodes[0].args[2] if len(nodes[0].args) > 2 else nodes[0].kwargs.get("bias")
-    return with_tail(body, operands, nodes[0], bias, x, weight)
+    return with_tail(body, operands, nodes[0], bias, x, weight, norm)
+
+
+def x_of(value: Any, operands: Sequence[Operand]) -> tuple[Strided, Norm | None] | None:
+    """Return where a linear's x[T, K] is read and the norm between, None for anything else.
+
+    Only float32 rows are normalised here: in half precision the norm would round its result.
+    """
+    node, norm = computed(value), None
+    if node is not None and node.target is torch.ops.aios.rms_norm.default:
+        value, scale, eps, _ = node.args
+        weight = resolve(scale, operands)
+        if scale is not None and (weight is None or weight.operand.strides != (1,)):
+            return None
+        norm = Norm(float(eps), weight)  # type: ignore[arg-type]
+    x = without_leading_ones(resolve(value, operands), 2)
+    if x is None or (norm is not None and x.operand.dtype != "f32"):
+        return None
+    return x, norm
 
 
 def with_tail(
@@ -89,6 +119,7 @@ def with_tail(
     bias: Any,
     x: Strided,
     weight: Strided,
+    norm: Norm | None = None,
 ) -> LinearSpec | None:
     """Return the spec of a linear `node` with its bias and the tail that follows it, else None."""
     rows = weight.operand.shape[0]
@@ -99,7 +130,7 @@ def with_tail(
         return None
     return LinearSpec(
         "linear", x, weight, tail.streams, tuple(operands), tail.leaves, tail.values, tail.stores,
-        body_lines(body),
+        body_lines(body), norm,
     )  # fmt: skip
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aios_compile.codegen.access import varies
 from aios_compile.codegen.cpp.frame import variable
 from aios_compile.codegen.expression import Printer
-from aios_compile.codegen.linear_index import Linear, product
+from aios_compile.codegen.linear_index import Linear
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.triton.dialect import Texts, Triton
 from aios_compile.codegen.triton.frame import python_dim, signature
@@ -98,14 +99,9 @@ def parts_of(spec: LinearSpec) -> tuple[str, list[str], str]:
     return "float32", lines, "tf32"
 
 
-def workspace_of(spec: LinearSpec, split: int) -> list[Operand]:
-    """Return the buffer for the sums of a split depth: [split, stream, token, column]."""
-    if split == 1:
-        return []
-    tokens, columns = spec.x.operand.shape[0], spec.columns
-    shape = (split, spec.streams, tokens, columns)
-    strides = (product(shape[1:]), product(shape[2:]), columns, 1)
-    return [Operand("partial", "f32", shape, strides)]
+def space_of(operands: Sequence[Operand], name: str) -> int:
+    """Return the index of a workspace buffer; it stands behind the kernel's own operands."""
+    return max(i for i, operand in enumerate(operands) if operand.name == name)
 
 
 def kernel_text(

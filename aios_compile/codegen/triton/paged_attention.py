@@ -51,11 +51,11 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> Bound[PagedAtt
 
 
 def serves(spec: PagedAttentionSpec) -> bool:
-    """Return whether no slopes are added, and every offset, stride and table width is a number."""
+    """Return whether every offset, stride and table width is a number."""
     views = [*spec.inputs, *([spec.sinks] if spec.sinks else [])]
     dims = [d for v in views for d in (v.offset, *v.operand.strides)]
     tables = spec.inputs[5].operand
-    return spec.alibi is None and is_fixed(*dims, *spec.out.strides, *tables.shape[1:])
+    return is_fixed(*dims, *spec.out.strides, *tables.shape[1:])
 
 
 def reference(spec: Bound[PagedAttentionSpec], *tensors: Tensor) -> Tensor:
@@ -65,33 +65,60 @@ def reference(spec: Bound[PagedAttentionSpec], *tensors: Tensor) -> Tensor:
 
 def emit(bound: Bound[PagedAttentionSpec]) -> KernelSource:
     """Return the kernel module."""
-    spec, shape = bound.spec, shape_of(bound.spec)
-    tokens, sequences = (spec.inputs[i].operand.shape[0] for i in (0, 4))
-    arguments = [i.index for i in spec.inputs]
+    spec = bound.spec
+    q, k, v, *_ = (view.index for view in spec.inputs)
+    split, whole = entries(spec, (q, q, q, q, q, q, q, q), (k, v))
+    return kernel(
+        "paged_attention", bound, SUMMARY, bound.operands, constants(spec),
+        [slopes(spec), "plain_queries", "paged_attention"],
+        [(split_tokens(spec), [split]), (None, [whole])], spec.inputs[0].operand.shape[0],
+        lines=spec.lines, workspace=workspaces(spec), counters=counters(spec),
+    )  # fmt: skip
+
+
+def entries(
+    spec: PagedAttentionSpec, rows: Sequence[int], caches: tuple[int, int], writes: bool = False
+) -> tuple[Entry, Entry]:
+    """Return the launches for few tokens and for many.
+
+    rows: operands q, q's norm weight, k, k's, v, cos, sin, slots. writes: the first one writes the
+    step's keys and values.
+    """
+    shape = shape_of(spec)
+    sizes = tuple(python_dim(spec.inputs[i].operand.shape[0]) for i in (0, 4))
+    arguments = [*caches, *(view.index for view in spec.inputs[3:])]
     arguments += [spec.sinks.index if spec.sinks else 0, spec.num_operands - 1]
-    sizes = (python_dim(tokens), python_dim(sequences))
     spaces = tuple(range(spec.num_operands, spec.num_operands + 3))
     narrow = next_power_of_two(shape["GROUP"], 16)
     wide, kv_heads = max(WHOLE_ROWS, narrow), shape["KV_HEADS"]
     programs = f"min({sizes[0]} * {shape['SEGMENTS']}, {-(-PROGRAMS // kv_heads)})"
     blocks = f"{sizes[0]} // {wide // shape['GROUP']} + {sizes[1]} + 1"
     split = Entry(
-        "attend_split", (*arguments, *spaces, *sizes), f"{programs}, {kv_heads}",
-        (("BLOCK_M", narrow),),
+        "attend_split", (*rows, *arguments, *spaces, *sizes), f"{programs}, {kv_heads}",
+        (("BLOCK_M", narrow), ("WRITES", int(writes))),
     )  # fmt: skip
+    queries = (rows[0], rows[1], rows[5], rows[6])
     whole = Entry(
-        "attend_whole", (*arguments, *sizes), f"{blocks}, {kv_heads}", (("BLOCK_M", wide),),
-        num_warps=8, num_stages=3,
+        "attend_whole", (*queries, *arguments, *sizes), f"{blocks}, {kv_heads}",
+        (("BLOCK_M", wide),), num_warps=8, num_stages=3,
     )  # fmt: skip
-    variants = [(split_tokens(spec), [split]), (None, [whole])]
-    return kernel(
-        "paged_attention", bound, SUMMARY, bound.operands, constants(spec), ["paged_attention"],
-        variants, tokens, lines=spec.lines, workspace=workspaces(spec),
-        counters=split_tokens(spec) * kv_heads,
-    )  # fmt: skip
+    return split, whole
 
 
 SUMMARY = ("paged attention: split over keys for few tokens, else one program a block of queries",)
+
+
+def slopes(spec: PagedAttentionSpec) -> Text:
+    """Return the function of a head's ALiBi slope; zero where there is none."""
+    lines = ["@triton.jit", "def slope_of(head):", "    slope = head.to(tl.float32) * 0.0"]
+    for head, slope in enumerate(spec.alibi or ()):
+        lines.append(f"    slope = tl.where(head == {head}, {slope!r}, slope)")
+    return Text("\n".join([*lines, "    return slope"]))
+
+
+def counters(spec: PagedAttentionSpec) -> int:
+    """Return how many blocks of queries may have segments."""
+    return split_tokens(spec) * shape_of(spec)["KV_HEADS"]
 
 
 def split_tokens(spec: PagedAttentionSpec) -> int:
@@ -144,6 +171,7 @@ def constants(spec: PagedAttentionSpec) -> Values:
         "SCALE": float(spec.scale),
         "LOG2E": math.log2(math.e),
         "HAS_SINKS": spec.sinks is not None,
+        "HAS_ALIBI": spec.alibi is not None,
         "SINKS_OFFSET": fixed(spec.sinks.offset) if spec.sinks else 0,
         "Q_OFFSET": fixed(q.offset),
         "Q_TOKEN": fixed(q.operand.strides[0]),

@@ -20,7 +20,6 @@ from torch import Tensor, fx
 
 from aios_compile.codegen.access import outputs
 from aios_compile.codegen.cpp.frame import layout, symbol_of, variable
-from aios_compile.codegen.cpp.head_rows import without_leading_ones
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.planar import PREFIX, Plane, plane_of
 from aios_compile.codegen.source import KernelSource
@@ -30,6 +29,7 @@ from aios_compile.codegen.triton.cards import DEFAULT, Card
 from aios_compile.codegen.triton.frame import Launch, Variant, module_text, python_dim
 from aios_compile.codegen.triton.linear_spec import FLOATS, LinearSpec
 from aios_compile.codegen.triton.linear_text import PRODUCT, kernel_text, tail_lines, x_row
+from aios_compile.codegen.triton.norm_prologue import gain_lines, scale_text, scaled
 from aios_compile.ir.quant_format import QuantFormat
 
 STRIP = 16  # bytes of codes that a thread reads at once
@@ -58,15 +58,16 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> QuantizedLinea
     if len(nodes) != 1 or not all(isinstance(r, fx.Node) for r in outputs(body)):
         return None
     form = QuantFormat.parse(str(nodes[0].args[2]))
-    x = without_leading_ones(resolve(nodes[0].args[0], operands), 2)
+    source = linear_spec.x_of(nodes[0].args[0], operands)
     weight = resolve(nodes[0].args[1], operands)
-    if x is None or weight is None or weight.operand.packed != PREFIX + form.name:
+    if source is None or weight is None or weight.operand.packed != PREFIX + form.name:
         return None
+    x, norm = source
     depth, dense = x.operand.shape[1], x.operand.strides[1] == 1
     if not dense or not isinstance(depth, int) or depth % 32 or x.operand.dtype not in FLOATS:
         return None
     bias = nodes[0].args[3] if len(nodes[0].args) > 3 else nodes[0].kwargs.get("bias")
-    spec = linear_spec.with_tail(body, operands, nodes[0], bias, x, weight)
+    spec = linear_spec.with_tail(body, operands, nodes[0], bias, x, weight, norm)
     return None if spec is None else QuantizedLinearSpec(spec, plane_of(form, depth))
 
 
@@ -158,14 +159,19 @@ def _rows(spec: QuantizedLinearSpec) -> list[str]:
     ]
     for s in streams:
         lines += [*_weights(spec, s), f"sums{s} = tl.zeros([BLOCK_N, STRIPS], tl.float32)"]
+    lines += ["squares = tl.zeros([1, STRIPS], tl.float32)"] if base.norm else []
     lines += [f"for start in range(0, {strips}, STRIPS):"]
     inner = [
         "strip = start + tl.arange(0, STRIPS)[None, :, None]",
         f"inside = strip < {strips}",
     ]
     for h in _halves(plane):
-        place = f"strip * {STRIP * count} + {STRIP * h} + byte"
-        inner.append(f"x{h} = tl.load(x + {place}, mask=inside, other=0.0).to(tl.float32)")
+        inner.append(f"place = strip * {STRIP * count} + {STRIP * h} + byte")
+        inner.append(f"x{h} = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)")
+        if base.norm:
+            inner.append(f"squares += tl.sum(x{h} * x{h}, 2)")
+            inner += gain_lines(base, "place", ", mask=inside, other=0.0")
+            inner.append(f"x{h} = {scaled(base, f'x{h}')}")
         inner.append(f"total{h} = tl.sum(x{h}, 2)")
     for s in streams:
         load = f"row{s} + strip * {STRIP} + byte, mask=inside, other=0"
@@ -176,7 +182,15 @@ def _rows(spec: QuantizedLinearSpec) -> list[str]:
             inner.append(f"sums{s} += tl.sum(u * x{h}, 2) * scale + total{h} * shift")
     lines += [f"    {line}" for line in inner]
     lines += [f"sum{s} = tl.sum(sums{s}, 1)" for s in streams]
-    return lines + tail_lines(base)
+    return [*lines, *_scale(base, "tl.sum(squares, 1)"), *tail_lines(base)]
+
+
+def _scale(base: LinearSpec, squares: str) -> list[str]:
+    """Return the lines that divide the sums by the root mean square of x; none without a norm."""
+    if base.norm is None:
+        return []
+    lines = [f"scale = {scale_text(base, squares)}"]
+    return lines + [f"sum{s} *= scale" for s in range(base.streams)]
 
 
 def _tiles(spec: QuantizedLinearSpec) -> list[str]:
@@ -200,16 +214,20 @@ def _tiles(spec: QuantizedLinearSpec) -> list[str]:
     ]
     for s in range(base.streams):
         lines += [*_weights(spec, s), f"sum{s} = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)"]
-    strips = base.depth // (STRIP * count)
+    strips, zeros = base.depth // (STRIP * count), f"[STRIPS * {STRIP}, BLOCK_T], tl.float32"
+    lines += [f"squares = tl.zeros({zeros})"] if base.norm else []
     lines += [f"for start in range(0, {strips}, STRIPS):"]
     inner = [
         "strip = start + tl.arange(0, STRIPS)[None, :, None]",
         f"inside = strip < {strips}",
     ]
     for h in _halves(plane):
+        mask = f", mask=place < {base.depth}, other=0.0"
+        normed = ["squares += x * x", *gain_lines(base, "place", mask), f"x = {scaled(base, 'x')}"]
         inner += [
             f"place = (start + k // {STRIP}) * {STRIP * count} + {STRIP * h} + k % {STRIP}",
-            f"x = tl.load(x_at + place, mask=place < {base.depth}, other=0.0).to(tl.float32)",
+            f"x = tl.load(x_at + place{mask}).to(tl.float32)",
+            *(normed if base.norm else []),
             f"x{h}_0 = x.to(tl.bfloat16)",
             f"x{h}_1 = (x - x{h}_0.to(tl.float32)).to(tl.bfloat16)",
         ]
@@ -226,4 +244,5 @@ def _tiles(spec: QuantizedLinearSpec) -> list[str]:
             ]
             if base.x.operand.dtype != "bf16":
                 inner.append(f'sum{s} = product(w0, x{h}_1, sum{s}, "ieee")')
-    return [*lines, *(f"    {line}" for line in inner), *tail_lines(base)]
+    end = [*_scale(base, "tl.sum(squares, 0)[None, :]"), *tail_lines(base)]
+    return [*lines, *(f"    {line}" for line in inner), *end]

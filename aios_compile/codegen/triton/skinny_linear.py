@@ -4,12 +4,15 @@ rows: up to 4 tokens, products and sums in float32 on the vector units. A thread
 of its places in a block of k; the block is summed once, at the end: no exchange inside the loop,
 and the depth is split over all threads of a program. dot: up to 32 tokens on the tensor cores,
 w[n, k] times x[k, t], so that a tile of 16 columns is enough. `split` programs may share the depth
-of a tile: each writes its sums to the workspace and a second launch adds them in ascending order.
+of a tile: each writes its sums to the workspace, and the one that comes last (a counter a tile, at
+zero before and after) adds them in ascending order. A norm of x rides along: norm_prologue.py.
 Weights are marked evict_first: nothing reads them again in this step (where the tensor cores take
 them through cp.async, Triton 3.7 drops the hint).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from aios_compile.codegen.cpp.frame import variable
 from aios_compile.codegen.operand import Operand
@@ -19,13 +22,37 @@ from aios_compile.codegen.triton.linear_spec import LinearSpec
 from aios_compile.codegen.triton.linear_text import (
     kernel_text,
     parts_of,
+    space_of,
     tail_lines,
     w_row,
     x_row,
 )
+from aios_compile.codegen.triton.norm_prologue import gain_lines, scale_text, scaled
 
 EVICT = 'eviction_policy="evict_first"'
-COMBINE_BLOCK = 256
+
+
+def workspace(spec: LinearSpec, configs: Sequence[Config]) -> list[Operand]:
+    """Return the buffer for the parts' sums [split, stream, token, column], and their squares."""
+    sizes = [_partial_size(spec, c) + _squares_size(spec, c) for c in configs if c.split > 1]
+    return [Operand("partial", "f32", (max(sizes),), (1,))] if sizes else []
+
+
+def counters(spec: LinearSpec, configs: Sequence[Config]) -> int:
+    """Return how many tiles have parts."""
+    return max((_tiles(spec, c) for c in configs if c.split > 1), default=0)
+
+
+def _partial_size(spec: LinearSpec, config: Config) -> int:
+    return config.split * spec.streams * config.block_t * spec.columns
+
+
+def _squares_size(spec: LinearSpec, config: Config) -> int:
+    return 0 if spec.norm is None else config.split * config.block_t * _tiles(spec, config)
+
+
+def _tiles(spec: LinearSpec, config: Config) -> int:
+    return -(-spec.columns // config.block_n)
 
 
 def kernels(
@@ -42,13 +69,7 @@ def kernels(
         name, operands, tuple(n for n, _ in constexprs), _dot(spec, operands, config)
     )
     grid = f"{blocks} * {config.split}"
-    launch = Launch(name, grid, constexprs, config.num_warps, config.num_stages)
-    if config.split == 1:
-        return [text], (launch,)
-    combine = kernel_text(f"{name}_combine", operands, ("BLOCK",), _combine(spec, operands, config))
-    grid = f"{python_dim(spec.x.operand.shape[0])} * {-(-spec.columns // COMBINE_BLOCK)}"
-    second = Launch(f"{name}_combine", grid, (("BLOCK", COMBINE_BLOCK),))
-    return [text, combine], (launch, second)
+    return [text], (Launch(name, grid, constexprs, config.num_warps, config.num_stages),)
 
 
 def _rows(spec: LinearSpec, config: Config) -> list[str]:
@@ -64,6 +85,8 @@ def _rows(spec: LinearSpec, config: Config) -> list[str]:
         lines += [f"x{t} = {x_row(spec, token)} + k[None, :]"]
     zeros = "tl.zeros([BLOCK_N, BLOCK_K], tl.float32)"
     lines += [f"sums{s}_{t} = {zeros}" for s in streams for t in tokens]
+    if spec.norm is not None:
+        lines += [f"squares{t} = tl.zeros([1, BLOCK_K], tl.float32)" for t in tokens]
     lines += [f"for start in range(0, {spec.depth}, BLOCK_K):"]
     even = spec.depth % config.block_k == 0
     mask = "" if even else ", mask=inside, other=0.0"
@@ -71,13 +94,20 @@ def _rows(spec: LinearSpec, config: Config) -> list[str]:
     for s in streams:
         load = f"tl.load(w{s} + start{mask}, {EVICT})"
         inner.append(f"row{s} = {load}.to(tl.float32)")
+    inner += gain_lines(spec, "start + k[None, :]", mask)
     for t in tokens:
         inner.append(f"value{t} = tl.load(x{t} + start{mask}).to(tl.float32)")
+        if spec.norm is not None:
+            inner.append(f"squares{t} += value{t} * value{t}")
+            inner.append(f"value{t} = {scaled(spec, f'value{t}')}")
         inner += [f"sums{s}_{t} += row{s} * value{t}" for s in streams]
     lines += [f"    {line}" for line in inner]
     for t in tokens:
         lines += [f"i0 = tl.full([1], {t}, tl.int64)", f"mask0 = i0 < {rows}"]
         lines += [f"sum{s} = tl.sum(sums{s}_{t}, 1)" for s in streams]
+        if spec.norm is not None:
+            lines.append(f"scale = {scale_text(spec, f'tl.sum(squares{t}, 1)')}")
+            lines += [f"sum{s} *= scale" for s in streams]
         lines += tail_lines(spec)
     return lines
 
@@ -102,6 +132,8 @@ def _dot(spec: LinearSpec, operands: list[Operand], config: Config) -> list[str]
     lines += [f"w{s} = {w_row(spec, 'column', s)} + k[None, :]" for s in streams]
     lines += [f"x_at = {x_row(spec, 'token')} + k[:, None]"]
     lines += [f"sum{s} = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)" for s in streams]
+    if spec.norm is not None:
+        lines += ["squares = tl.zeros([BLOCK_K, BLOCK_T], tl.float32)"]
     first = "part * BLOCK_K" if config.split > 1 else "0"
     lines += [f"for start in range({first}, {depth}, {step}):"]
     even = depth % config.block_k == 0
@@ -110,38 +142,71 @@ def _dot(spec: LinearSpec, operands: list[Operand], config: Config) -> list[str]
         ("", "") if even
         else (", mask=k[:, None] < left, other=0.0", ", mask=k[None, :] < left, other=0.0")
     )  # fmt: skip
-    inner += [f"x = tl.load(x_at + start{x_mask})", *split_x]
+    inner += [f"x = tl.load(x_at + start{x_mask})"]
+    if spec.norm is not None:
+        gain = gain_lines(spec, "start + k[:, None]", x_mask)
+        inner += ["squares += x * x", *gain, f"x = {scaled(spec, 'x')}"]
+    inner += split_x
     parts = [line.split(" ")[0] for line in split_x if line.startswith("x")]
     for s in streams:
         inner.append(f"row{s} = tl.load(w{s} + start{w_mask}, {EVICT}).to(tl.{factor})")
         inner += [f'sum{s} = product(row{s}, {p}, sum{s}, "{precision}")' for p in parts]
     lines += [f"    {line}" for line in inner]
-    if config.split == 1:
-        return lines + tail_lines(spec)
-    partial = variable(operands[-1], len(operands) - 1)
-    for s in streams:
-        place = f"((part * {spec.streams} + {s}) * {rows} + i0) * {spec.columns} + i1"
-        lines.append(f"tl.store({partial} + {place}, sum{s}, mask=mask0 & mask1)")
-    return lines
+    if spec.norm is not None:
+        lines += ["total = tl.sum(squares, 0)[None, :]"]
+    if config.split > 1:
+        combined = [*_combine(spec, operands, config), *_finish(spec)]
+        return [*lines, *_share(spec, operands, config), *(f"    {line}" for line in combined)]
+    return [*lines, *_finish(spec)]
+
+
+def _finish(spec: LinearSpec) -> list[str]:
+    """Return the lines from the sums (and `total`, the squares) to the outputs."""
+    if spec.norm is None:
+        return tail_lines(spec)
+    scale = f"scale = {scale_text(spec, 'total')}"
+    return [scale, *(f"sum{s} *= scale" for s in range(spec.streams)), *tail_lines(spec)]
+
+
+def _places(spec: LinearSpec, operands: list[Operand], config: Config) -> dict[str, str]:
+    """Return where a part keeps its sums and its squares, without the part: address and step."""
+    index = space_of(operands, "partial")
+    rows = python_dim(spec.x.operand.shape[0])
+    base, cells = variable(operands[index], index), f"{rows} * {spec.columns}"
+    found = {}
+    for s in range(spec.streams):
+        found[f"sum{s}"] = f"{base} + ({s} * {rows} + i0) * {spec.columns} + i1"
+    squares = f"{config.split * spec.streams} * {cells}"
+    found["total"] = f"{base} + {squares} + item // SPLIT * {rows} + i0"
+    return found
+
+
+def _steps(spec: LinearSpec, config: Config) -> dict[str, str]:
+    """Return how far a part's values are behind those of the part before."""
+    rows = python_dim(spec.x.operand.shape[0])
+    step = f"{spec.streams} * {rows} * {spec.columns}"
+    found = {f"sum{s}": step for s in range(spec.streams)}
+    return found | ({"total": f"{_tiles(spec, config)} * {rows}"} if spec.norm else {})
+
+
+def _share(spec: LinearSpec, operands: list[Operand], config: Config) -> list[str]:
+    """Return the lines that keep a part's sums and ask whether all parts of the tile are there."""
+    index, places, lines = space_of(operands, "counters"), _places(spec, operands, config), []
+    for name, step in _steps(spec, config).items():
+        mask = "mask0" if name == "total" else "mask0 & mask1"
+        lines.append(f"tl.store({places[name]} + part * ({step}), {name}, mask={mask})")
+    lines += ["tl.debug_barrier()  # every thread's sums are written before the tile says so"]
+    lines += [f"counter = {variable(operands[index], index)} + item // SPLIT"]
+    return [*lines, 'if tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1:']
 
 
 def _combine(spec: LinearSpec, operands: list[Operand], config: Config) -> list[str]:
-    """Return the body that adds the sums of the parts and applies the tail."""
-    rows, columns = python_dim(spec.x.operand.shape[0]), spec.columns
-    pieces = -(-columns // COMBINE_BLOCK)
-    partial = variable(operands[-1], len(operands) - 1)
-    lines = [
-        "item = tl.program_id(0).to(tl.int64)",
-        f"i0 = tl.full([1], 0, tl.int64) + item // {pieces}",
-        f"i1 = item % {pieces} * BLOCK + tl.arange(0, BLOCK)",
-        f"mask0 = i0 < {rows}",
-        f"mask1 = i1 < {columns}",
-    ]
-    for s in range(spec.streams):
-        place = f"{s} * {rows} + i0"
-        lines += [f"at{s} = {partial} + ({place}) * {columns} + i1"]
-        lines += [f"sum{s} = tl.load(at{s}, mask=mask1, other=0.0)"]
+    """Return the lines that add the parts' sums, past the first-level cache."""
+    places, lines = _places(spec, operands, config), ["tl.store(counter, 0)"]
+    for name, step in _steps(spec, config).items():
+        mask = "mask0" if name == "total" else "mask0 & mask1"
+        load = f'mask={mask}, other=0.0, cache_modifier=".cg"'
+        lines.append(f"{name} = tl.load({places[name]}, {load})")
         for part in range(1, config.split):
-            step = f"{part * spec.streams} * {rows} * {columns}"
-            lines += [f"sum{s} += tl.load(at{s} + {step}, mask=mask1, other=0.0)"]
-    return lines + tail_lines(spec)
+            lines.append(f"{name} += tl.load({places[name]} + {part} * ({step}), {load})")
+    return lines

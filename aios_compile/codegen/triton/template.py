@@ -86,7 +86,7 @@ def kernel(
     summary: Sequence[str],
     operands: Sequence[Operand],
     values: Values,
-    templates: Sequence[str],
+    templates: Sequence[str | Text],
     variants: Sequence[tuple[int | None, Sequence[Entry]]],
     rows: Dim,
     *,
@@ -97,9 +97,9 @@ def kernel(
 ) -> KernelSource:
     """Return the source of one module.
 
-    values: constants by name. templates: files below templates/. variants: the entries that run for
-    up to so many `rows` (None: any number). counters: how many the module needs; they are the last
-    operand.
+    values: constants by name. templates: files below templates/, or the Text itself. variants: the
+    entries that run for up to so many `rows` (None: any number). counters: how many the module
+    needs; they are the last operand.
     """
     symbol = symbol_of(name, spec)
     told = [*summary, *(["computes", *(f"  {x}" for x in lines)] if lines else [])]
@@ -107,7 +107,8 @@ def kernel(
     every = [*operands, *spaces]
     parts = ["\n".join(f"{k} = tl.constexpr({v!r})" for k, v in values.items())]
     for file in ("prelude", *templates):
-        parts.append((TEMPLATES / f"{file}.py.txt").read_text().rstrip("\n"))
+        known = isinstance(file, Text)
+        parts.append(file if known else (TEMPLATES / f"{file}.py.txt").read_text().rstrip("\n"))
     chosen = []
     for most, entries in variants:
         for entry in entries:

@@ -1,0 +1,158 @@
+"""The kernel that writes keys and values and attends, in the interpreter: masks, splits, bits."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from aios_compile.ir import ops  # noqa: F401  (registers the ops)
+from tests.codegen.harness import make_body
+from tests.codegen.test_paged_attention import PAGE, POOL, Batch
+
+pytest.importorskip("triton")
+
+from aios_compile.codegen.triton import kv_write_attention, paged_attention
+from tests.codegen.triton_kernels import Kernel
+
+aios = torch.ops.aios
+f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+SHAPE = (4, 2, 24, 40)
+MIXED = ((1, 1), (1, 34), (11, 44))  # two decodes, and a chunk in two blocks and two segments
+
+
+def body_of(norms, rotated, options):
+    """Return a layer's step from the merged projection to the attention's result."""
+    options = dict(options)
+
+    def prepare(x, weight, cos, sin):
+        x = aios.rms_norm.default(x, weight, 1e-6, True) if norms else x
+        return aios.rope.default(x, cos, sin, False) if rotated else x
+
+    def function(q, k, v, qw, kw, cos, sin, k_cache, v_cache, slots, starts, lengths, tables):
+        k = prepare(k, kw, cos, sin)
+        written = aios.kv_write.default(k, v, k_cache, v_cache, slots)
+        out = aios.paged_attention.default(
+            prepare(q, qw, cos, sin), written[0], written[1], starts, lengths, tables, 0.3,
+            options.get("window"), options.get("softcap"), options.get("chunk"), None,
+            options.get("alibi"),
+        )  # fmt: skip
+        return written[0], written[1], out
+
+    return function
+
+
+@functools.cache
+def made(norms, rotated, dtype, fused=True, split=128, options=()):
+    heads, kv_heads, width, v_width = SHAPE
+    row = heads * width + kv_heads * (width + v_width)
+    inputs = {
+        "q": (("T", heads, width), f32),
+        "k": (("T", kv_heads, width), f32),
+        "v": (("T", kv_heads, v_width), f32),
+        "qw": ((width,), bf16),
+        "kw": ((width,), f32),
+        "cos": (("T", 16), f32),
+        "sin": (("T", 16), f32),
+        "k_cache": ((POOL, kv_heads, width, PAGE), dtype),
+        "v_cache": ((POOL, kv_heads, PAGE, v_width), dtype),
+        "slots": (("T",), torch.int64),
+        "starts": ((6,), torch.int64),
+        "lengths": (("S",), torch.int64),
+        "tables": (("S", 6), torch.int64),
+    }
+    strides = {"q": (row, width, 1), "k": (row, width, 1), "v": (row, v_width, 1)}
+    body, operands = make_body(body_of(norms, rotated, options), inputs, strides)
+    spec = kv_write_attention.spec_of(body, operands)
+    assert spec is not None and paged_attention.spec_of(body, operands) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paged_attention, "SEGMENT", 32)
+        patch.setattr(paged_attention, "WHOLE_ROWS", 16)
+        patch.setattr(paged_attention, "PROGRAMS", 6)  # fewer than there are units
+        patch.setattr(paged_attention, "MAX_SPLIT_TOKENS", split)
+        patch.setattr(kv_write_attention, "NEW_TOKENS", 128 if fused else 0)
+        source = kv_write_attention.emit(spec)
+    assert source.inplace == ((0, 7), (1, 8))
+    return body, Kernel(source)
+
+
+class Step:
+    """A batch whose new positions hold NaN until they are written."""
+
+    def __init__(self, sequences, dtype):
+        heads, kv_heads, width, v_width = SHAPE
+        self.batch = batch = Batch(sequences, *SHAPE, dtype)
+        total, g = batch.shape[0], torch.Generator().manual_seed(3)
+        row = heads * width + kv_heads * (width + v_width)
+        merged = torch.randn(total, row, generator=g)
+        ends = (heads * width, (heads + kv_heads) * width, row)
+        parts = [merged[:, a:b] for a, b in zip((0, *ends), ends)]
+        widths = (width, width, v_width)
+        self.rows = [
+            p.as_strided((total, p.shape[1] // w, w), (row, w, 1)) for p, w in zip(parts, widths)
+        ]
+        angles = torch.randn(total, 16, generator=g)
+        self.weights = [torch.randn(width, generator=g).bfloat16(), torch.randn(width, generator=g)]
+        self.tables = [angles.cos(), angles.sin()]
+        self.slots = torch.zeros(total, dtype=torch.int64)
+        for s, (new, context) in enumerate(sequences):
+            for i, n in enumerate(range(context - new, context)):
+                page, t = batch.tables[s, n // PAGE], int(batch.starts[s]) + i
+                self.slots[t] = page * PAGE + n % PAGE
+                batch.k[page, :, :, n % PAGE] = float("nan")
+                batch.v[page, :, n % PAGE] = float("nan")
+
+    def arguments(self):
+        b = self.batch
+        caches = [b.k.clone(), b.v.clone()]
+        lists = [self.slots, b.starts, b.lengths, b.tables]
+        return [*self.rows, *self.weights, *self.tables, *caches, *lists]
+
+    def run(self, built):
+        arguments, out = self.arguments(), torch.full(self.batch.shape, float("nan"))
+        sizes = {"T": self.batch.shape[0], "S": len(self.batch.lengths), "P": 6}
+        built(sizes, *arguments, *arguments[7:9], out)
+        return arguments[7], arguments[8], out
+
+
+@pytest.mark.parametrize(
+    ("norms", "rotated", "dtype", "options"),
+    [
+        (True, True, f32, ()),
+        (True, False, f16, (("window", 19),)),
+        (False, True, bf16, (("chunk", 24), ("softcap", 5.0))),
+        (False, False, f32, (("alibi", (0.5, 0.25, 0.125, 0.0625)),)),
+    ],
+    ids=str,
+)
+def test_a_mixed_batch_is_the_reference_in_one_launch_and_in_two(norms, rotated, dtype, options):
+    """What is written and what is attended to are the same bits, however the work is cut."""
+    step, results = Step(MIXED, dtype), []
+    for fused, split, launches in ((True, 128, 1), (False, 128 if rotated else 1, 2)):
+        body, built = made(norms, rotated, dtype, fused, split, options)
+        variant = next(v for v in built.module.VARIANTS if v["most"] is None or v["most"] >= 13)
+        assert len(variant["launches"]) == launches
+        results.append(step.run(built))
+    for result in results[1:]:
+        for ours, first in zip(result, results[0]):
+            assert torch.equal(ours.nan_to_num(7.0), first.nan_to_num(7.0))
+    tolerance = {f32: 3e-5, f16: 4e-3, bf16: 3e-2}[dtype]
+    for ours, expected in zip(results[0], body(*step.arguments())):
+        torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance, equal_nan=True)
+
+
+def test_decodes_of_a_batch_are_those_of_single_steps():
+    sequences = ((1, 1), (1, 33), (1, 90))
+    _, built = made(True, True, f32)
+    step = Step(sequences, f32)
+    together = step.run(built)[2]
+    for s, sequence in enumerate(sequences):
+        alone = Step((sequence,), f32)
+        for name in ("rows", "tables"):
+            setattr(alone, name, [x[s : s + 1] for x in getattr(step, name)])
+        alone.weights, alone.slots = step.weights, step.slots[s : s + 1]
+        for name in ("k", "v"):
+            setattr(alone.batch, name, getattr(step.batch, name))
+        alone.batch.tables = step.batch.tables[s : s + 1]
+        assert torch.equal(alone.run(built)[2][0], together[s])
