@@ -7,6 +7,8 @@ target the norm is a phase of a few microseconds whose row every thread would co
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -18,7 +20,10 @@ from aios_compile.passes.fusion_groups import RESHAPES, is_call, kernel_name
 from aios_compile.passes.graph_pass import graph_pass
 
 aten, aios = torch.ops.aten, torch.ops.aios
-LINEARS = {aios.linear.default: "linear", aios.quantized_linear.default: "quantized_linear"}
+LINEARS: dict[Any, str] = {
+    aios.linear.default: "linear",
+    aios.quantized_linear.default: "quantized_linear",
+}
 
 
 def _match(root: fx.Node) -> list[fx.Node] | Refusal | None:
@@ -79,6 +84,6 @@ def fuse_norm_into_linear(graph: fx.Graph, context: PassContext) -> int:
             nodes = [*before, *(tail.nodes if isinstance(tail, Match) else [root])]
             if not is_convex(nodes):
                 nodes = [*before, root]
-            fuse_nodes(graph, nodes, kernel_name(nodes), LINEARS[root.target])  # type: ignore[index]
+            fuse_nodes(graph, nodes, kernel_name(nodes), LINEARS[root.target])
             hits += 1
     return hits

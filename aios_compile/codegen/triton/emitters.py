@@ -10,6 +10,7 @@ from typing import Any
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton import (
     embedding,
+    expert_linear,
     kv_write,
     kv_write_attention,
     linear,
@@ -22,6 +23,7 @@ from aios_compile.codegen.triton import (
     rope,
     row_reduction,
     sample,
+    topk,
 )
 from aios_compile.codegen.triton.cards import DEFAULT, Card
 
@@ -48,6 +50,7 @@ EMITTERS: tuple[ModuleType, ...] = (
     quantized_embedding,
     linear,
     quantized_linear,
+    expert_linear,
     kv_write_attention,
     paged_attention,
     qk_norm_rope_kv_write,
@@ -55,11 +58,14 @@ EMITTERS: tuple[ModuleType, ...] = (
     rope,
     row_reduction,
     sample,
+    topk,
     matmul,
     pointwise,
 )
 
+BY_CARD = (linear, quantized_linear, kv_write_attention, paged_attention)
+
 
 def emitters_for(card: Card = DEFAULT) -> Sequence[Any]:
     """Return the emitters for a card."""
-    return [ForCard(e, card) if e in (linear, quantized_linear) else e for e in EMITTERS]
+    return [ForCard(e, card) if e in BY_CARD else e for e in EMITTERS]

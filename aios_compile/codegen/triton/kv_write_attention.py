@@ -27,6 +27,7 @@ from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import body_lines, resolve
 from aios_compile.codegen.triton import head_rows, paged_attention
+from aios_compile.codegen.triton.cards import DEFAULT, Card
 from aios_compile.codegen.triton.frame import python_dim
 from aios_compile.codegen.triton.template import Bound, Entry, kernel
 
@@ -44,7 +45,9 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> Bound[Pair] | 
     if len(writes) != 1 or len(reads) != 1:
         return None
     places = _results(outputs(body), writes[0], reads[0])
-    rows = _rows(body, operands, writes[0], reads[0], places) if places else None
+    if places is None:
+        return None
+    rows = _rows(body, operands, writes[0], reads[0], places)
     if rows is None or rows.q is None or rows.write is None:
         return None
     caches = (rows.write.k_cache, rows.write.v_cache)
@@ -97,15 +100,15 @@ def reference(spec: Bound[Pair], body: fx.GraphModule, *tensors: Tensor) -> tupl
     return tuple(body(*tensors))
 
 
-def emit(bound: Bound[Pair]) -> KernelSource:
-    """Return the module; the caches are updated in place."""
+def emit(bound: Bound[Pair], card: Card = DEFAULT) -> KernelSource:
+    """Return the module for a card; the caches are updated in place."""
     rows, spec = bound.spec
     names, tokens = head_rows.names(rows), spec.inputs[0].operand.shape[0]
     order = ("q", "q_weight", "k", "k_weight", "v", "cos", "sin", "slots")
     caches = (names["k_cache"], names["v_cache"])
     heads_of = [names[name] for name in order]
-    fused, whole = paged_attention.entries(spec, heads_of, caches, writes=True)
-    split, _ = paged_attention.entries(spec, heads_of, caches)
+    fused, whole = paged_attention.entries(spec, heads_of, caches, card, writes=True)
+    split, _ = paged_attention.entries(spec, heads_of, caches, card)
     most, values = paged_attention.split_tokens(spec), head_rows.constants(rows)
     values |= {**paged_attention.constants(spec), "Q_HEADS": 0, "NEW_ROWS": NEW_ROWS}
     count, block = python_dim(tokens), head_rows.BLOCK

@@ -80,11 +80,15 @@ def w_row(spec: LinearSpec, column: str, stream: int) -> str:
 
 
 def parts_of(spec: LinearSpec) -> tuple[str, list[str], str]:
+    """Return the factors of a linear's product."""
+    return factors(spec.x.operand.dtype, spec.weight.operand.dtype)
+
+
+def factors(x: str, w: str) -> tuple[str, list[str], str]:
     """Return (type of the factors, lines that split x into parts, precision of a product).
 
     f32 x and bf16 w: two bf16 parts; f32 x and f16 w: two tf32 parts, in which f16 is exact.
     """
-    x, w = spec.x.operand.dtype, spec.weight.operand.dtype
     if x == w:
         return {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[x], ["x0 = x"], "ieee"
     if w == "bf16" and x == "f32":

@@ -23,6 +23,7 @@ from aios_compile.codegen.cpp import paged_attention
 from aios_compile.codegen.cpp.paged_attention import PagedAttentionSpec
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.source import KernelSource
+from aios_compile.codegen.triton.cards import DEFAULT, Card
 from aios_compile.codegen.triton.frame import python_dim
 from aios_compile.codegen.triton.template import (
     Bound,
@@ -63,11 +64,11 @@ def reference(spec: Bound[PagedAttentionSpec], *tensors: Tensor) -> Tensor:
     return paged_attention.reference(spec.spec, *tensors)
 
 
-def emit(bound: Bound[PagedAttentionSpec]) -> KernelSource:
-    """Return the kernel module."""
+def emit(bound: Bound[PagedAttentionSpec], card: Card = DEFAULT) -> KernelSource:
+    """Return the kernel module for a card."""
     spec = bound.spec
     q, k, v, *_ = (view.index for view in spec.inputs)
-    split, whole = entries(spec, (q, q, q, q, q, q, q, q), (k, v))
+    split, whole = entries(spec, (q, q, q, q, q, q, q, q), (k, v), card)
     return kernel(
         "paged_attention", bound, SUMMARY, bound.operands, constants(spec),
         [slopes(spec), "plain_queries", "paged_attention"],
@@ -77,12 +78,17 @@ def emit(bound: Bound[PagedAttentionSpec]) -> KernelSource:
 
 
 def entries(
-    spec: PagedAttentionSpec, rows: Sequence[int], caches: tuple[int, int], writes: bool = False
+    spec: PagedAttentionSpec,
+    rows: Sequence[int],
+    caches: tuple[int, int],
+    card: Card,
+    writes: bool = False,
 ) -> tuple[Entry, Entry]:
     """Return the launches for few tokens and for many.
 
     rows: operands q, q's norm weight, k, k's, v, cos, sin, slots. writes: the first one writes the
-    step's keys and values.
+    step's keys and values. Warps and stages are those that compile without spills: registers hold
+    the factors where the tensor cores do not read shared memory.
     """
     shape = shape_of(spec)
     sizes = tuple(python_dim(spec.inputs[i].operand.shape[0]) for i in (0, 4))
@@ -95,12 +101,13 @@ def entries(
     blocks = f"{sizes[0]} // {wide // shape['GROUP']} + {sizes[1]} + 1"
     split = Entry(
         "attend_split", (*rows, *arguments, *spaces, *sizes), f"{programs}, {kv_heads}",
-        (("BLOCK_M", narrow), ("WRITES", int(writes))),
+        (("BLOCK_M", narrow), ("WRITES", int(writes))), num_stages=3 if card.async_dots else 2,
     )  # fmt: skip
     queries = (rows[0], rows[1], rows[5], rows[6])
     whole = Entry(
         "attend_whole", (*queries, *arguments, *sizes), f"{blocks}, {kv_heads}",
-        (("BLOCK_M", wide),), num_warps=8, num_stages=3,
+        (("BLOCK_M", wide),), num_warps=8 if card.warp == 32 else 4,
+        num_stages=3 if card.warp == 32 else 2,
     )  # fmt: skip
     return split, whole
 

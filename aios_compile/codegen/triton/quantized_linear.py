@@ -94,7 +94,8 @@ def emit(spec: QuantizedLinearSpec, card: Card = DEFAULT) -> KernelSource:
             text = kernel_text(name, operands, tuple(n for n, _ in sizes), _tiles(spec))
             grid = f"(({rows} + {tokens - 1}) // {tokens}) * {across}"
         parts.append(text)
-        variants.append(Variant(most, (Launch(name, grid, sizes, warps, 2),)))
+        spills = most is None and base.norm is not None and not card.async_dots  # with two stages
+        variants.append(Variant(most, (Launch(name, grid, sizes, warps, 3 if spills else 2),)))
     comment = [f"quantized_linear: {plane.bits} bits, groups of {plane.group}"]
     comment += [f"  {layout(o)}" for o in operands] + [f"model: {x}" for x in base.lines]
     text = module_text(comment, operands, parts, variants, base.x.operand.shape[0])
