@@ -26,7 +26,7 @@ from aios_compile.runtime.draft_model import DraftModel
 from aios_compile.runtime.engine import Engine, TextStream
 from aios_compile.runtime.executor import CpuExecutor
 from aios_compile.runtime.gpu_executor import GpuExecutor, token_buckets
-from aios_compile.runtime.gpu_memory import kv_pages
+from aios_compile.runtime.gpu_memory import plan_card
 from aios_compile.runtime.outputs import RequestOutput
 from aios_compile.runtime.program_runner import ProgramRunner, state_page_bytes
 from aios_compile.runtime.prompt_lookup import PromptLookup
@@ -117,16 +117,19 @@ class CompiledModel:
         """Return the executor of the Triton target, its graphs captured for every bucket."""
         self._closing.callback(self._artefact.close)
         device = open_device(self.options.device)
-        memory = device.memory()
-        if memory is not None and self.options.kv_cache_memory_bytes is None:
-            free, total = memory
-            pages = kv_pages(self.program, total, free, self.options.gpu_memory_utilization)
-            most = limits.max_num_seqs * limits.max_pages_per_sequence + 1
-            limits = replace(limits, num_pages=min(pages, most))
         buckets = token_buckets(limits.max_num_batched_tokens)
         limits = replace(limits, token_buckets=buckets, unfolds=True)
+        memory = device.memory()
+        if memory is not None:
+            free, total = memory
+            asked = None if self.options.kv_cache_memory_bytes is None else limits.num_pages
+            share = self.options.gpu_memory_utilization
+            plan = plan_card(self.program, limits, buckets, total, free, share, asked)
+            self.progress.note("GPU memory\n" + plan.table())
+            limits = replace(limits, num_pages=plan.num_pages)
         self.limits = limits
         kernels = self.artefact_path / KERNELS
+        device.use_binaries(self.artefact_path)
         executor = GpuExecutor(
             self.program,
             [device.load(kernels / f"{kernel.name}.py") for kernel in self.program.kernels],

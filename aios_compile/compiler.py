@@ -5,6 +5,7 @@ capture -> passes (raise, rewrite, fuse) -> emit -> plan -> step -> build and pa
 
 from __future__ import annotations
 
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -104,10 +105,15 @@ def compile_model(
     quantized: list[QuantizedWeight] = []
     if env.EAGER.get_int(0, 1):  # PyTorch runs level 3: nothing to build, weights as they are
         writer.write_bytes(artefact.LIBRARY, b"")
-    elif card:  # Triton compiles its kernels when the device is opened
+    elif card:
         writer.write_bytes(artefact.LIBRARY, b"")
-        with progress.stage("pack"):
-            pack_weights(program, module, source.read, writer)
+        with ThreadPoolExecutor(1) as pool:  # Triton runs in processes: packing overlaps it
+            binaries = pool.submit(_compile_triton, emitted.sources, card, options)
+            with progress.stage("pack"):
+                pack_weights(program, module, source.read, writer)
+            with progress.stage("build"):
+                for name, data in binaries.result():
+                    writer.write_bytes(name, data)
     else:
         with ThreadPoolExecutor(1) as pool:  # the compiler runs in processes: packing overlaps it
             texts = (emitted.sources, step)
@@ -205,6 +211,22 @@ def _apply_edits(
     for line in lines:
         progress.note(line)
     return lines
+
+
+def _compile_triton(
+    sources: list[KernelSource], card: str, options: CompileOptions
+) -> list[tuple[str, bytes]]:
+    """Compile every variant of every kernel for a card, in processes side by side.
+
+    The interpreter has nothing to compile. Returns the files that the artefact keeps.
+    """
+    if options.device == "interpreter":
+        return []
+    from aios_compile.codegen.triton import binary_cache, compile_ahead
+
+    with tempfile.TemporaryDirectory(prefix="aios-triton-") as folder:
+        compile_ahead.compile_ahead(sources, card, Path(folder), options.threads())
+        return list(binary_cache.keep(Path(folder) / compile_ahead.CACHE))
 
 
 def _build(

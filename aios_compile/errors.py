@@ -57,6 +57,10 @@ class ConfigError(AiosError, ValueError):
     """An option has an unknown name or a value outside its range."""
 
 
+class DeviceMemoryError(ConfigError):
+    """A model does not fit a GPU's memory; the message has the table of who needs what."""
+
+
 class RequestError(AiosError, ValueError):
     """One request is wrong (parameter, token id, length); other requests go on."""
 

@@ -9,6 +9,7 @@
     kernels/*.cpp      one file a kernel, for reading      step.cpp          all of them in one step
     lib.so             what is called                      tokenizer/        as in the checkpoint
     kernels/*.py       on the Triton target, which has launches.txt and an empty lib.so
+    triton/            its compiled kernels, as Triton's cache keeps them
     weights.json       name, dtype, shape, offset of each tensor; checksum of weights.bin
     weights.bin        packed tensors, each at a multiple of 64 bytes, padded with zeros
 

@@ -135,11 +135,12 @@ def compute_key(
     options: CompileOptions,
     memo: HashMemo,
     overrides: Mapping[str, str] | None = None,
+    card: str = "",
 ) -> CacheKey:
     """Return the key of the model whose content has the hashes `model`, under `options`.
 
     `source` is the model's folder or hub id; files of another tokenizer belong into `model` too.
-    overrides: hashes of the edited kernels (codegen/overrides.py).
+    overrides: hashes of the edited kernels (codegen/overrides.py). card: the GPU's ("cuda:90").
     """
     steering = {v.name: v.get() for v in _KEYED_VARIABLES}
     parts = {
@@ -149,7 +150,7 @@ def compute_key(
         "overrides": dict(overrides or {}),
         "compiler": {"code": compiler_digest()},
         "versions": versions(),
-        "machine": machine(),
+        "machine": {**machine(), **({"gpu": card} if card else {})},
     }
     memo.save()
     return CacheKey(source, parts)

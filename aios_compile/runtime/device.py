@@ -30,6 +30,15 @@ class Device(Protocol):
 
     name: str
 
+    @property
+    def num_compiled(self) -> int:
+        """Return how many kernels were compiled here since the device was opened."""
+        ...
+
+    def use_binaries(self, artefact: Path) -> None:
+        """Take compiled kernels from an artefact's folder rather than compile them."""
+        ...
+
     def allocate(self, num_bytes: int) -> Memory:
         """Return zeroed memory. Raises EngineError when the device has none left."""
         ...

@@ -64,6 +64,7 @@ class GpuExecutor:
         self.captures = captures
         self.calls: list[Call] = launch_list(program)
         self.graphs: dict[int, Graph] = {}
+        self._compiled_before = 0
         self.num_late_captures = 0  # of buckets that a step had to capture while a request waited
         self._arena = device.allocate(program.plan.arena_bytes)
         self._counters = device.allocate(4 * program.counters)
@@ -136,6 +137,12 @@ class GpuExecutor:
             self.device.synchronize()
             if self.captures:
                 self.graphs[bucket] = self.device.capture(partial(self.launch_all, sizes))
+        self._compiled_before = self.device.num_compiled
+
+    @property
+    def num_late_compilations(self) -> int:
+        """Return how many kernels were compiled after `capture`: it must be none."""
+        return self.device.num_compiled - self._compiled_before
 
     def step(self, batch: Batch) -> StepResult:
         """Write the cache, compute the rows' logits and sample; results are valid until the next.

@@ -1,58 +1,137 @@
 """Who needs what of a GPU's memory: weights, arena, inputs, graphs; the rest becomes KV pages.
 
 Everything is known before anything is allocated, so that a card that is too small is told so with
-the numbers, and not by a failing allocation in the middle of a request.
+a table, and not by a failing allocation in the middle of a request. What the executor allocates is
+exactly what stands here (a test holds them together); graphs and the driver are estimates.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from aios_compile.codegen.operand import BYTES, dim_value
 from aios_compile.codegen.program import Program
-from aios_compile.errors import ConfigError
-from aios_compile.runtime.gpu_executor import token_buckets
+from aios_compile.codegen.step_packet import LISTS
+from aios_compile.codegen.step_results import StepResults
+from aios_compile.errors import DeviceMemoryError
+from aios_compile.runtime.batch import Limits
 from aios_compile.runtime.program_runner import state_page_bytes
-from aios_compile.runtime.staging import FIRST_LIST
+from aios_compile.runtime.staging import ALIGNMENT, FIRST_LIST, packet_words, place_inputs
 
-GRAPH_BYTES = 128 << 10  # allowed for a node of a captured graph; an estimate, not measured yet
-CONTEXT_BYTES = 512 << 20  # CUDA context, modules of kernels, torch's own
-TORCH_BYTES = {"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "float16": 2, "bfloat16": 2}
+GRAPH_BYTES = 64 << 10  # allowed for a node of a captured graph; an estimate, not measured yet
+CONTEXT_BYTES = 512 << 20  # CUDA context, modules of kernels, torch's own; an estimate too
+DTYPE_BYTES = {
+    "bool": 1, "uint8": 1, "int8": 1, "float8_e4m3fn": 1, "int16": 2, "float16": 2, "bfloat16": 2,
+    "float64": 8, "int64": 8,
+}  # fmt: skip
 
 
-def needs(program: Program) -> dict[str, int]:
-    """Return the bytes of everything but KV pages, by what needs them."""
-    weights = sum(math.prod(w.shape) * TORCH_BYTES.get(w.dtype, 4) for w in program.weights)
-    sizes = {**program.sizes, **dict.fromkeys(("NP", "NB", "NA"), FIRST_LIST)}
-    inputs = sum(
-        math.prod(dim_value(d, sizes) for d in entry.shape) * BYTES[entry.dtype]
-        for entry in program.inputs
+@dataclass(frozen=True)
+class Need:
+    """`num_bytes` of the card for `name`; `detail` says how they come about."""
+
+    name: str
+    num_bytes: int
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class CardPlan:
+    """How a card's memory is used. total_bytes: of the card; budget_bytes: that may be used."""
+
+    total_bytes: int
+    budget_bytes: int
+    needs: tuple[Need, ...]
+    page_bytes: int
+    num_pages: int
+    page_tokens: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.page_bytes * self.num_pages
+
+    @property
+    def num_bytes(self) -> int:
+        """Return all bytes that are used, KV pages included."""
+        return sum(need.num_bytes for need in self.needs) + self.kv_bytes
+
+    def table(self) -> str:
+        """Return who needs what, a line each, in MB (10^6 bytes)."""
+        tokens = (self.num_pages - 1) * self.page_tokens
+        kv = Need(
+            "KV cache", self.kv_bytes,
+            f"{self.num_pages} pages of {self.page_bytes:,} bytes, {tokens:,} tokens",
+        )  # fmt: skip
+        rows = [*self.needs, kv, Need("together", self.num_bytes, "")]
+        rows.append(Need("may be used", self.budget_bytes, f"of {self.total_bytes / 1e6:,.0f} MB"))
+        return "\n".join(
+            f"  {n.name:<12} {n.num_bytes / 1e6:>10,.1f} MB  {n.detail}".rstrip() for n in rows
+        )
+
+
+def needs(program: Program, limits: Limits, buckets: Sequence[int]) -> tuple[Need, ...]:
+    """Return what everything but the KV pages needs. buckets: the token counts of the graphs."""
+    weights = sum(
+        aligned(math.prod(w.shape) * DTYPE_BYTES.get(w.dtype, 4)) for w in program.weights
     )
-    graphs = len(token_buckets(program.sizes["T"])) * program.num_launches * GRAPH_BYTES
-    return {
-        "weights": weights,
-        "arena": program.plan.arena_bytes + 4 * program.counters,
-        "inputs": inputs,
-        "graphs": graphs,
-        "driver": CONTEXT_BYTES,
-    }
+    lists = dict.fromkeys(LISTS, FIRST_LIST)
+    inputs = place_inputs(program.inputs, limits, lists)[1] + 4 * packet_words(limits, lists)
+    rows = limits.max_num_logit_rows
+    results = rows * StepResults.of(program.outputs, program.sizes).row_bytes()
+    graphs = len(buckets) * program.num_launches * GRAPH_BYTES
+    largest = sorted(program.plan.buffers, key=lambda b: -b.bytes)[:3]
+    told = ", ".join(f"{b.name} {b.bytes / 1e6:.1f}" for b in largest)
+    # KV pools begin aligned, one a layer
+    padding = sum(ALIGNMENT for _ in program.states)
+    return (
+        Need("weights", weights, f"{len(program.weights)} tensors"),
+        Need(
+            "arena", program.plan.arena_bytes + 4 * program.counters,
+            f"activations and workspaces of {program.sizes['T']} tokens; largest: {told}",
+        ),
+        Need("inputs", inputs + results + padding, "a step's packet, inputs and results"),
+        Need("graphs", graphs, f"{len(buckets)} graphs of {program.num_launches} launches (guess)"),
+        Need("driver", CONTEXT_BYTES, "context, kernels, torch (guess)"),
+    )  # fmt: skip
 
 
-def kv_pages(program: Program, total: int, free: int, utilization: float, least: int = 2) -> int:
-    """Return the KV pages for a card of `total` bytes of which `free` are free.
+def plan_card(
+    program: Program,
+    limits: Limits,
+    buckets: Sequence[int],
+    total: int,
+    free: int,
+    utilization: float,
+    wanted_pages: int | None = None,
+) -> CardPlan:
+    """Share out a card of `total` bytes of which `free` are free: at most total * utilization.
 
-    Raises ConfigError with the table of who needs what when fewer than `least` pages fit.
+    wanted_pages: KV pages that must fit; without it there are as many as fit, up to what all
+    sequences can use, and at least those of one sequence of the longest length.
+    Raises DeviceMemoryError with the table of who needs what when it does not fit.
     """
-    wanted = needs(program)
+    every = needs(program, limits, buckets)
     page = max(1, sum(state_page_bytes(program)))
     budget = min(int(total * utilization), free)
-    pages = (budget - sum(wanted.values())) // page
-    if pages < least:
-        table = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in wanted.items())
-        raise ConfigError(
-            f"the model does not fit: {budget / 1e6:.0f} MB may be used (gpu_memory_utilization="
-            f"{utilization} of {total / 1e6:.0f} MB, {free / 1e6:.0f} MB free); {table}; a KV page "
-            f"is {page / 1e6:.2f} MB, expected at least {least}",
-            advice="raise gpu_memory_utilization, lower max_num_batched_tokens or max_num_seqs",
+    fitting = (budget - sum(need.num_bytes for need in every)) // page
+    most = limits.max_num_seqs * limits.max_pages_per_sequence + 1
+    least = limits.max_pages_per_sequence + 1
+    pages = min(most, fitting) if wanted_pages is None else wanted_pages
+    plan = CardPlan(total, budget, every, page, pages, limits.page_size)
+    if fitting < (least if wanted_pages is None else wanted_pages):
+        asked = least if wanted_pages is None else wanted_pages
+        raise DeviceMemoryError(
+            f"the model does not fit: gpu_memory_utilization={utilization} of "
+            f"{total / 1e6:,.0f} MB with {free / 1e6:,.0f} MB free leaves room for "
+            f"{max(0, fitting)} KV pages, expected at least {asked}\n"
+            + CardPlan(total, budget, every, page, asked, limits.page_size).table(),
+            advice="raise gpu_memory_utilization, lower max_model_len, max_num_batched_tokens, "
+            "max_num_seqs or kv_cache_memory_bytes, or quantise",
         )
-    return int(pages)
+    return plan
+
+
+def aligned(size: int) -> int:
+    """Return the bytes that a buffer of `size` takes among others."""
+    return -(-size // ALIGNMENT) * ALIGNMENT

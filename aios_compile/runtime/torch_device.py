@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aios_compile.codegen.triton import binary_cache
+from aios_compile.codegen.triton.binary_cache import Compilations
 from aios_compile.errors import ConfigError, EngineError
 from aios_compile.runtime.device import Bytes, Graph, Memory
 
@@ -113,6 +115,13 @@ class TorchDevice:
         spec.loader.exec_module(module)
         return module
 
+    @property
+    def num_compiled(self) -> int:
+        return 0
+
+    def use_binaries(self, artefact: Path) -> None:
+        pass
+
     def memory(self) -> tuple[int, int] | None:
         """Return the (free, total) bytes of a card of its own, None where it is the host's."""
         return None
@@ -128,6 +137,14 @@ class CudaDevice(TorchDevice):
         super().__init__(name)
         self.torch.cuda.set_device(self.torch.device(name if ":" in name else "cuda:0"))
         self._pool = self.torch.cuda.graph_pool_handle()
+        self._compilations = Compilations()
+
+    @property
+    def num_compiled(self) -> int:
+        return len(self._compilations.names)
+
+    def use_binaries(self, artefact: Path) -> None:
+        binary_cache.use(artefact)
 
     def host_bytes(self, num_bytes: int) -> Bytes:
         pinned: Bytes = self.torch.zeros(
@@ -155,6 +172,7 @@ class CudaDevice(TorchDevice):
 
     def close(self) -> None:
         self.synchronize()
+        self._compilations.close()
 
 
 class Recorded:

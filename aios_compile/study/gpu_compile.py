@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from aios_compile.codegen.triton.cards import LATENCY_US, LAUNCH_US, Card, card_of
-from aios_compile.codegen.triton.compile_ahead import Binary, compile_ahead
+from aios_compile.codegen.triton.compile_ahead import CACHE, Binary, compile_ahead
 from aios_compile.config import CompileOptions
 from aios_compile.study.kernel_table import KernelRow, kernel_rows
 from aios_compile.study.plan_model import Planned, open_without_weights, plan_model
@@ -99,7 +99,7 @@ def compile_for(
     planned = plan_for(model, target, keywords)
     sources = planned.emitted.sources
     binaries = compile_ahead(sources, target, out, jobs)
-    shutil.rmtree(out / "triton_cache", ignore_errors=True)
+    shutil.rmtree(out / CACHE, ignore_errors=True)
     by_symbol = {s.symbol: tuple(b) for s, b in zip(sources, binaries)}
     rows = kernel_rows(planned.module, planned.emitted, planned.program)
     reports = [report_of(row, by_symbol[row.symbol], card) for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ import torch
 pytest.importorskip("triton")
 
 import aios_compile
-from aios_compile.errors import ConfigError, EngineError
+from aios_compile.errors import ConfigError, DeviceMemoryError, EngineError
 from aios_compile.runtime.gpu_executor import token_buckets
-from aios_compile.runtime.gpu_memory import kv_pages, needs
+from aios_compile.runtime.gpu_memory import needs, plan_card
 from aios_compile.runtime.program_runner import state_page_bytes
-from tests.interpreted.harness import batch, model
+from aios_compile.runtime.torch_device import InterpreterDevice
+from tests.interpreted.harness import PAGES, batch, model
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -41,13 +43,63 @@ def test_buckets_pad_little_and_are_few() -> None:
 
 
 def test_pages_are_what_a_card_has_left() -> None:
-    program = model("qwen3_gqa").program
-    page, rest = sum(state_page_bytes(program)), sum(needs(program).values())
-    total = 4 << 30
-    assert kv_pages(program, total, total, 0.5) == (total // 2 - rest) // page
-    assert kv_pages(program, total, rest + 7 * page, 0.9) == 7
-    with pytest.raises(ConfigError, match=r"does not fit: .* weights 0 MB, arena .* graphs"):
-        kv_pages(program, rest, rest, 1.0)
+    """On cards of made-up sizes."""
+    built = model("qwen3_gqa")
+    program, limits, buckets = built.program, built.limits, (1, 2, 4, 8)
+    page = sum(state_page_bytes(program))
+    limits = dataclasses.replace(limits, max_num_seqs=4096)
+    rest = sum(need.num_bytes for need in needs(program, limits, buckets))
+    total = 2 * (rest + 100 * page)
+    half = plan_card(program, limits, buckets, total, total, 0.5)
+    assert half.num_pages == 100 and half.num_bytes <= half.budget_bytes == total // 2
+    assert plan_card(program, limits, buckets, total, rest + 9 * page, 0.9).num_pages == 9
+    assert plan_card(program, limits, buckets, total, total, 0.5, wanted_pages=40).num_pages == 40
+    most = limits.max_num_seqs * limits.max_pages_per_sequence + 1
+    assert plan_card(program, limits, buckets, 1 << 40, 1 << 40, 0.9).num_pages == most
+
+
+@pytest.mark.parametrize(("pages", "wanted"), [(8, None), (39, 40), (-3, None)])
+def test_memory_that_will_not_do_is_predicted_with_a_table(pages: int, wanted: int | None) -> None:
+    built = model("qwen3_gqa")
+    program, limits, buckets = built.program, built.limits, (1, 2, 4, 8)
+    every = needs(program, limits, buckets)
+    page = sum(state_page_bytes(program))
+    card = sum(need.num_bytes for need in every) + pages * page
+    with pytest.raises(DeviceMemoryError, match="expected at least") as caught:
+        plan_card(program, limits, buckets, card, card, 1.0, wanted)
+    text = str(caught.value)
+    assert f"leaves room for {max(0, pages)} KV pages" in text and "try: raise" in text
+    for need in every:
+        assert f"  {need.name:<12} {need.num_bytes / 1e6:>10,.1f} MB" in text
+    assert "KV cache" in text and "tokens; largest: " in text
+    card += 4 * page  # the needs of all but pages, and one page
+    assert plan_card(program, limits, buckets, card, card, 1.0, 1).num_pages == 1
+
+
+class Counting(InterpreterDevice):
+    """Adds up what is allocated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated = 0
+
+    def allocate(self, num_bytes: int) -> Any:
+        self.allocated += num_bytes
+        return super().allocate(num_bytes)
+
+
+def test_an_executor_allocates_what_was_planned_and_a_step_nothing() -> None:
+    built = model("qwen3_gqa")
+    device = Counting()
+    executor = built.executor(device)
+    plan = plan_card(built.program, built.limits, executor.buckets, 4 << 30, 4 << 30, 1.0, PAGES)
+    planned = sum(n.num_bytes for n in plan.needs if n.name not in ("graphs", "driver"))
+    planned += plan.num_bytes - sum(n.num_bytes for n in plan.needs)
+    slack = 256 * len(built.program.states)  # what aligning the pools may take
+    assert planned - slack <= device.allocated <= planned
+    before = device.allocated
+    executor.step(batch([(0, 3)]))
+    assert device.allocated == before
 
 
 def test_a_step_beyond_the_plan_is_refused() -> None:

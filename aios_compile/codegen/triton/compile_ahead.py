@@ -25,6 +25,7 @@ from typing import Any
 from aios_compile.codegen.source import KernelSource
 from aios_compile.errors import CodegenError
 
+CACHE = "triton_cache"  # the folder of Triton's cache below that of the modules
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -73,7 +74,7 @@ def compile_ahead(
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = str(Path(__file__).parents[3])
     environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
-    environment["TRITON_CACHE_DIR"] = str(folder / "triton_cache")
+    environment["TRITON_CACHE_DIR"] = str(folder / CACHE)
 
     def one(source: KernelSource) -> list[Binary]:
         module = folder / f"{source.symbol}.py"
@@ -113,8 +114,10 @@ def _compile(module: Any, launch: Any, most: int | None, target: str, place: Pat
     operands = kernel.arg_names[: len(module.TYPES)]
     types = dict(zip(operands, module.TYPES))
     types |= dict.fromkeys("TSRP", "i32") | dict.fromkeys(constexprs, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(operands))}
-    source = ASTSource(kernel, types, constexprs=constexprs, attrs=aligned)
+    attributes: dict[Any, Any] = {(i,): [["tt.divisibility", 16]] for i in range(len(operands))}
+    # A launch lists constexprs too, with nothing: Triton's key of a kernel covers that.
+    attributes |= {(kernel.arg_names.index(name),): [] for name in constexprs}
+    source = ASTSource(kernel, types, constexprs=constexprs, attrs=attributes)
     made = compile(source, target=parse_target(target), options=dict(launch["options"]))
     cuda = target.startswith("cuda")
     text, binary = place.with_suffix(".ptx" if cuda else ".s"), place.with_suffix(".bin")

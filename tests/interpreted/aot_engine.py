@@ -1,0 +1,134 @@
+"""A whole start on a GPU that is not there: compiled ahead, captured, stepped; what happened.
+
+    python -m tests.interpreted.aot_engine FOLDER     (a process of its own: no interpreter)
+
+Everything is as on a GPU but for the launches, which go through Triton's own look-up of a compiled
+kernel (`warmup`) and stop there. A kernel that the artefact lacks is compiled by it, and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from aios_compile import api, compiled_model
+from aios_compile.codegen.triton.binary_cache import Compilations, use
+from aios_compile.runtime import torch_device
+from aios_compile.runtime.torch_device import RecordedGraph, TorchDevice
+from tests.interpreted.harness import batch
+
+CARD = "cuda:90"
+
+
+class FakeDriver:
+    """What Triton asks of a driver before it launches."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", int(CARD.partition(":")[2]), 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class Warm:
+    """A kernel that is looked up, with the arguments' specialisations, and not run."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.__name__ = kernel, kernel.__name__
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            assert self.kernel.warmup(*arguments, grid=grid, **options) is not None
+
+        return launch
+
+
+class NoGpu(TorchDevice):
+    """A card whose memory is the host's. Graphs are counted, replays do nothing."""
+
+    made: NoGpu
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.compilations = Compilations()
+        self.captured = 0
+        NoGpu.made = self
+
+    @property
+    def num_compiled(self) -> int:
+        return len(self.compilations.names)
+
+    def use_binaries(self, artefact: Path) -> None:
+        use(artefact)
+
+    def host_bytes(self, num_bytes: int) -> Any:
+        return torch.zeros(max(num_bytes, 1), dtype=torch.uint8).numpy()
+
+    def load(self, path: Path) -> Any:
+        module = super().load(path)
+        for variant in module.VARIANTS:
+            for launch in variant["launches"]:
+                launch["kernel"] = Warm(launch["kernel"])
+        return module
+
+    def capture(self, run: Callable[[], None]) -> RecordedGraph:
+        self.captured += 1
+        run()
+        return RecordedGraph()
+
+    def memory(self) -> tuple[int, int]:
+        return 2 << 30, 2 << 30
+
+    def synchronize(self) -> None:
+        pass
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    knobs.cache.dir = str(folder / "triton-home")  # what is compiled all the same goes here
+    driver.set_active(FakeDriver())
+    api.require_cuda = torch_device.require_cuda = lambda name: None
+    api.card_name = torch_device.card_name = lambda name: CARD
+    compiled_model.open_device = lambda name: NoGpu()  # type: ignore[assignment,return-value]
+    compiled_model.CompiledModel.warm_up = lambda self: None  # type: ignore[method-assign]
+    sizes = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 8}
+    model = api.load_and_compile(
+        str(folder / "model"), device="cuda", progress=False, num_threads=2,
+        cache_dir=str(folder / "cache"), **sizes,
+    )  # fmt: skip
+    executor: Any = model.engine.executor
+    at_start = NoGpu.made.num_compiled
+    for sequences in ([(0, 5), (0, 2)], [(5, 1), (2, 4), (0, 3)], [(6, 1)], [(7, 1), (3, 1)]):
+        executor.step(batch(sequences))
+    given = batch([(12, 1)])
+    given.allowed_ids, given.allowed_starts = np.arange(3000) % 50, np.array([0, 3000])
+    executor.step(given)  # the lists grow: captured once more, compiled never
+    late = executor.num_late_compilations
+    kept = {p.parent.name for p in (model.artefact_path / "triton").rglob("*.cubin")}
+    executor.graphs.clear()
+    executor._state_offsets = [offset + 4 for offset in executor._state_offsets]
+    executor.step(batch([(12, 1)]))  # a planted fault: addresses that no binary was made for
+    print(json.dumps({
+        "at_start": at_start, "late": late, "misaligned": executor.num_late_compilations,
+        "graphs": NoGpu.made.captured, "buckets": len(executor.buckets), "kept": len(kept),
+    }))  # fmt: skip
+    model.close()
+
+
+if __name__ == "__main__":
+    main()

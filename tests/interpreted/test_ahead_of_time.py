@@ -1,0 +1,31 @@
+"""A start on a GPU takes every kernel from the artefact; nothing is compiled then or later."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests import zoo
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_nothing_is_compiled_at_the_start_nor_after_ready(tmp_path: Path) -> None:
+    shutil.copytree(zoo.make("qwen3_gqa", tmp_path, "bfloat16"), tmp_path / "model")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "tests.interpreted.aot_engine", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["at_start"] == 0 and seen["late"] == 0, seen
+    assert seen["kept"] > 10 and seen["graphs"] == seen["buckets"] + 2  # lists that grew; the fault
+    assert seen["misaligned"] > 0, "the counter sees what is compiled after ready"
