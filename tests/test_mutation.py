@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from tests.mutation import areas, operators, report, text_operators
-from tests.mutation.coverage import Map
+from tests.mutation.coverage import TOP, Map, place_of
 from tests.mutation.selection import FIRST, Selector, sample
 
 SOURCE = '''
@@ -78,8 +78,9 @@ def test_every_file_of_an_area_has_mutants_and_a_sample_is_drawn_by_the_seed() -
 
 def test_tests_that_run_the_line_come_first_the_quick_and_the_files_own_before_others() -> None:
     mutant = next(m for m in sample("planner", 1, 0) if m.function == "plan_memory")
-    lines = {mutant.file: [0, mutant.line]}
-    elsewhere = {mutant.file: [0]}
+    text = (areas.PACKAGE / mutant.file).read_text().splitlines()
+    lines = {mutant.file: [TOP, place_of("plan_memory", text[mutant.line - 1])]}
+    elsewhere = {mutant.file: [TOP]}
     tests = {
         "tests/x/test_plan_memory.py::slow": (9.0, lines),
         "tests/x/test_other.py::quick": (0.1, lines),

@@ -11,7 +11,7 @@ import typer
 from aios_compile.cli.options import EXIT_MISTAKE, JsonOption, ModelArgument
 from aios_compile.cli.output import print_json
 from aios_compile.cli.session import load
-from aios_compile.config import CompileOptions
+from aios_compile.config import NOT_IN_KEY, CompileOptions
 from aios_compile.errors import CaptureError, ConfigError
 
 
@@ -22,26 +22,25 @@ def bisect(
     prompt: Annotated[str, typer.Option(help="text whose answer is wrong")] = "",
     tokens: Annotated[int, typer.Option(help="so many random tokens instead", min=1)] = 24,
     against: Annotated[
-        str, typer.Option(help="eager, or passes (a,b) to leave out in a second search")
+        str,
+        typer.Option(
+            help="eager; or another setting that is right: option=value,..., or passes to leave out"
+        ),
     ] = "eager",
 ) -> None:
     """Find the first pass, node and model line where MODEL parts from PyTorch; exit code 1 then."""
     from aios_compile.model_source import open_source
-    from aios_compile.passes.graph_pass import info_of
-    from aios_compile.passes.pipeline import PIPELINE
-    from aios_compile.study import bisect as study
+    from aios_compile.study.bisect_settings import changed, parse_setting
 
     given = CompileOptions.parse(options)
-    left_out = () if against == "eager" else tuple(against.split(","))
-    known = [info_of(p).name for p in PIPELINE if not info_of(p).required]
-    for name in left_out:
-        if name not in known:
-            raise ConfigError(f"no optional pass {name!r}", advice=f"there are {', '.join(known)}")
+    other = None if against == "eager" else parse_setting(against, given)
+    if other is not None and not changed(given, other):
+        raise ConfigError(f"--against {against} is the same setting", advice="name another value")
     source = open_source(model, given)
     if prompt and source.tokenizer is None:
         raise ConfigError("the model has no tokenizer", advice="give --tokens N instead")
     ids = source.tokenizer.encode(prompt) if prompt and source.tokenizer else None
-    found = _search(study, model, given, source, ids or _random_ids(tokens), left_out)
+    found = _search(model, given, source, ids or _random_ids(tokens), other)
     if as_json:
         print_json(found)
     else:
@@ -51,29 +50,56 @@ def bisect(
 
 
 def _search(
-    study: Any,
-    model: str,
-    options: CompileOptions,
-    source: Any,
-    ids: list[int],
-    left_out: tuple[str, ...],
+    model: str, options: CompileOptions, source: Any, ids: list[int], other: CompileOptions | None
 ) -> Any:
+    """Search passes, then kernels, then the step; with another setting, where the two part."""
+    from aios_compile.study import bisect as study
+
     try:
         subject = study.open_subject(source, options, ids)
     except CaptureError as error:
         return study.find_wrong_capture(error)
     found, module = study.find_wrong_pass(subject, disabled=options.disable_passes, say=_say)
-    if left_out and not found.kind:
-        disabled = (*options.disable_passes, *left_out)
-        found, _ = study.find_wrong_pass(subject, disabled=disabled, say=_say)
+    if other is not None and not found.kind:
+        found = _compare_programs(model, options, other, ids)
     found = found if found.kind else study.find_wrong_kernel(subject, module, say=_say)
+    if other is not None and not found.kind:
+        found = _compare_answers(model, subject, options, other)
     if found.kind:
         return found
     import torch
 
-    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-    with load(model, {**given, "kv_cache_dtype": "float32", "progress": False}) as loaded:
+    with _loaded(model, options) as loaded:
         return study.find_wrong_step(subject, torch.as_tensor(loaded(ids)))
+
+
+def _compare_programs(
+    model: str, options: CompileOptions, other: CompileOptions, ids: list[int]
+) -> Any:
+    from aios_compile.model_source import open_source
+    from aios_compile.study.bisect import Finding, open_subject
+    from aios_compile.study.bisect_settings import changed, find_difference
+
+    if all(name in NOT_IN_KEY for name in changed(options, other)):
+        return Finding()  # both are the same program
+    one, two = (open_subject(open_source(model, o), o, ids) for o in (options, other))
+    return find_difference(one, two, options.disable_passes, other.disable_passes, say=_say)
+
+
+def _compare_answers(
+    model: str, subject: Any, options: CompileOptions, other: CompileOptions
+) -> Any:
+    from aios_compile.study.bisect_settings import find_different_answer
+
+    return find_different_answer(subject, options, other, lambda chosen: _loaded(model, chosen))
+
+
+def _loaded(model: str, options: CompileOptions) -> Any:
+    """Load a model that keeps keys and values in float32, unless it was told how."""
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    if options.kv_cache_dtype == "auto":
+        given["kv_cache_dtype"] = "float32"
+    return load(model, {**given, "progress": False})
 
 
 def _random_ids(count: int) -> list[int]:

@@ -168,13 +168,13 @@ def find_wrong_pass(
                     budget=certificate.error_budget,
                     bisect=-1 if info.required else optional,
                 )
-                return _with_node(found, subject, saved, module), saved
+                return with_node(found, subject, saved, module), saved
         done = Stage(stage.level_after, (), stage.analysis)
         run_pipeline(module, [done], subject.options, verify=0)
     return Finding(), module
 
 
-def _with_node(found: Finding, subject: Subject, before: IRModule, after: IRModule) -> Finding:
+def with_node(found: Finding, subject: Subject, before: IRModule, after: IRModule) -> Finding:
     """Add the first wrong node of the program after a pass."""
     traces = [_trace(subject, m, torch.float64)[0] for m in (before, after)]
     node = None
@@ -255,11 +255,8 @@ def find_wrong_step(subject: Subject, logits: Tensor) -> Finding:
 
     The model must keep its keys and values in float32, as the programs here do.
     """
-    step = replace(inputs.whole(len(subject.prompt)), rows=tuple(range(len(subject.prompt))))
-    narrow, wide = (_logits(subject, step, dtype) for dtype in (torch.float32, torch.float64))
-    scale = float(wide.abs().max()) or 1.0
-    budget = 8 * float((narrow - wide).abs().max()) / scale + 8 * torch.finfo(torch.float32).eps
-    error = float((logits.double() - wide).abs().max()) / scale
+    wide, budget = oracle_of(subject, subject.captured)
+    error = relative_error(logits, wide)
     if error <= budget:
         return Finding()
     return Finding(
@@ -268,11 +265,26 @@ def find_wrong_step(subject: Subject, logits: Tensor) -> Finding:
     )  # fmt: skip
 
 
-def _logits(subject: Subject, step: inputs.Step, dtype: torch.dtype) -> Tensor:
+def oracle_of(subject: Subject, module: IRModule) -> tuple[Tensor, float]:
+    """Return a program's logits [T, V] in float64, and eight times its own error in float32."""
+    narrow, wide = (logits_of(subject, module, dtype) for dtype in (torch.float32, torch.float64))
+    return wide, 8 * relative_error(narrow, wide) + 8 * torch.finfo(torch.float32).eps
+
+
+def relative_error(logits: Tensor, oracle: Tensor) -> float:
+    """Return the largest difference, in units of the oracle's largest value."""
+    scale = float(oracle.abs().max()) or 1.0
+    return float((logits.double() - oracle).abs().max()) / scale
+
+
+def logits_of(subject: Subject, module: IRModule, dtype: torch.dtype) -> Tensor:
+    """Return the logits [T, V] of the whole prompt, computed in a dtype, as float64."""
+    tokens = len(subject.prompt)
+    step = replace(inputs.whole(tokens), rows=tuple(range(tokens)))
     with one_thread():
         run = run_steps(
-            subject.captured, [step], subject.weights, {}, subject.seed,
+            module, [step], subject.weights, {}, subject.seed,
             computed_in=dtype, prompt=subject.prompt,
         )  # fmt: skip
-    value = run.outputs[subject.captured.outputs[0]]
+    value = run.outputs[module.outputs[0]]
     return value.reshape(-1, value.shape[-1]).double()

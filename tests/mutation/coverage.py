@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 import json
 import re
 import sys
@@ -21,16 +22,16 @@ import pytest
 
 from tests.mutation import areas, operators, overlay
 
-TOP = 0  # the line that stands for all of a file that is in no function, and for a template
+TOP = ""  # the place of all of a file that is in no function, and of a template
 HITS = bytearray(1 << 16)  # one for each statement; a later run of the same statement is free
 
 
 @dataclass
 class Map:
-    """seconds: of each test that passed. lines: test -> file -> the lines that it ran, with TOP."""
+    """seconds: of each test that passed. places: test -> file -> what it ran there, with TOP."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    lines: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    places: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path) -> Map:
@@ -39,7 +40,7 @@ class Map:
         for path in sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime):
             part = cls(**json.loads(path.read_text()))
             whole.seconds.update(part.seconds)
-            whole.lines.update(part.lines)
+            whole.places.update(part.places)
         return whole
 
     def save(self, path: Path) -> None:
@@ -48,9 +49,14 @@ class Map:
         aside.write_text(json.dumps(asdict(self)))
         aside.rename(path)
 
-    def tests_of(self, file: str, line: int) -> list[str]:
-        """Return the tests that ran a line; for TOP those that ran anything of the file."""
-        return [test for test, lines in self.lines.items() if line in lines.get(file, ())]
+    def tests_of(self, file: str, place: str) -> list[str]:
+        """Return the tests that ran a place; for TOP those that ran anything of the file."""
+        return [test for test, places in self.places.items() if place in places.get(file, ())]
+
+
+def place_of(function: str, line: str) -> str:
+    """Return the name of a statement: it stays when the file changes elsewhere."""
+    return hashlib.sha256(f"{function}|{line.strip()}".encode()).hexdigest()[:8]
 
 
 def alone(run: Callable[[], Any]) -> tuple[Any, int]:
@@ -107,16 +113,17 @@ def memoise_ours() -> None:
 
 
 class Marks:
-    """The places of HITS: statement i is at (file, line) places[i]. Importing counts from here."""
+    """The places of HITS: statement i is (file, place) i. Importing counts from here."""
 
     def __init__(self, files: Iterable[Path]) -> None:
-        self.places: list[tuple[str, int]] = []
+        self.places: list[tuple[str, str]] = []
+        self.text: list[str] = []
         self.templates: dict[Path, int] = {}
         code: dict[str, Callable[[], Any]] = {}
         for path in files:
             name = areas.name_of(path)
             if path.suffix == ".py":
-                tree = self._marked(ast.parse(path.read_text()), name)
+                tree = self._marked(path.read_text(), name)
                 compiled = functools.partial(compile, tree, str(path), "exec")
                 code[areas.module_of(name)] = compiled
             else:
@@ -136,40 +143,44 @@ class Marks:
 
         Path.read_text = read_text  # type: ignore[method-assign,assignment]
 
-    def _marked(self, tree: ast.Module, name: str) -> ast.Module:
-        self._mark(tree, name, inside=False)
+    def _marked(self, text: str, name: str) -> ast.Module:
+        tree, self.text = ast.parse(text), text.splitlines()
+        self._mark(tree, name, "", inside=False)
         future = [isinstance(s, ast.ImportFrom) and s.module == "__future__" for s in tree.body]
         at = future.index(True) + 1 if True in future else 0
         tree.body[at:at] = ast.parse("from tests.mutation.coverage import HITS as _hits").body
         return ast.fix_missing_locations(tree)
 
-    def _mark(self, node: ast.AST, name: str, inside: bool) -> None:
-        inside |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    def _mark(self, node: ast.AST, name: str, function: str, inside: bool) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            function = f"{function}.{node.name}".removeprefix(".")
+            inside |= not isinstance(node, ast.ClassDef)
         for child in ast.iter_child_nodes(node):
-            self._mark(child, name, inside)
+            self._mark(child, name, function, inside)
         for part in ("body", "orelse", "finalbody"):
             block = getattr(node, part, None)
             if inside and isinstance(block, list) and not isinstance(node, ast.ClassDef):
-                setattr(node, part, self._marked_block(block, name))
+                setattr(node, part, self._marked_block(block, name, function))
 
-    def _marked_block(self, block: list[ast.stmt], name: str) -> list[ast.stmt]:
+    def _marked_block(self, block: list[ast.stmt], name: str, function: str) -> list[ast.stmt]:
         marked: list[ast.stmt] = []
         for i, statement in enumerate(block):
             if i == 0 and operators.is_text(statement):
                 marked.append(statement)  # a docstring stays the first
                 continue
             mark = ast.parse(f"_hits[{len(self.places)}] = 1").body[0]
-            self.places.append((name, statement.lineno))
+            place = place_of(function, self.text[statement.lineno - 1])
+            self.places.append((name, place))
             marked += [ast.copy_location(mark, statement), statement]
         return marked
 
-    def ran(self) -> dict[str, list[int]]:
-        """Return the lines that ran since HITS was empty, by file."""
-        found: dict[str, set[int]] = {}
-        for i, (name, line) in enumerate(self.places):
+    def ran(self) -> dict[str, list[str]]:
+        """Return the places that ran since HITS was empty, by file."""
+        found: dict[str, set[str]] = {}
+        for i, (name, place) in enumerate(self.places):
             if HITS[i]:
-                found.setdefault(name, {TOP}).add(line)
-        return {name: sorted(lines) for name, lines in found.items()}
+                found.setdefault(name, {TOP}).add(place)
+        return {name: sorted(places) for name, places in found.items()}
 
 
 class Recording:
@@ -204,7 +215,7 @@ class Recording:
         ran = self.marks.ran()
         if seconds is not None and ran:
             self.map.seconds[item.nodeid] = round(seconds, 4)
-            self.map.lines[item.nodeid] = ran
+            self.map.places[item.nodeid] = ran
         return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

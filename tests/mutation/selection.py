@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.mutation import areas
-from tests.mutation.coverage import TOP, Map
+from tests.mutation.coverage import TOP, Map, place_of
 from tests.mutation.operators import Mutant, mutants_of
 
 FAST_SECONDS = 0.3
@@ -39,7 +39,7 @@ class Selector:
         self.map = map
         self.known = known
         self.killers: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        self.tests: dict[tuple[str, int], list[str]] = {}
+        self.tests: dict[tuple[str, str], list[str]] = {}
 
     def learn(self, file: str, test: str) -> None:
         self.killers[file][test] += 1
@@ -49,8 +49,11 @@ class Selector:
 
         What runs in a process of its own, or when a module is imported, is not seen.
         """
-        line = mutant.line if mutant.function else TOP
-        for at in (line, TOP):
+        place = TOP
+        if mutant.function:
+            text = (areas.PACKAGE / mutant.file).read_text().splitlines()
+            place = place_of(mutant.function, text[mutant.line - 1])
+        for at in (place, TOP):
             key = (mutant.file, at)
             if key not in self.tests:
                 self.tests[key] = [t for t in self.map.tests_of(*key) if t in self.known]

@@ -33,6 +33,12 @@ from aios_compile.study.bisect import (
     find_wrong_step,
     open_subject,
 )
+from aios_compile.study.bisect_settings import (
+    changed,
+    find_difference,
+    find_different_answer,
+    parse_setting,
+)
 from tests import zoo
 from tests.planted import fuse_plants, programs, raise_plants, rewrite_plants
 from tests.planted.plants import PLANTS
@@ -70,6 +76,72 @@ def test_a_planted_pass_is_found_with_its_node_and_line(name: str) -> None:
     assert (found.kind, found.name) == ("pass", plant.pass_name)
     assert op in found.node and line in found.source_line, found
     assert found.error > found.budget and f"first wrong pass   {plant.pass_name}" in str(found)
+
+
+@pytest.mark.parametrize("name", ["scale_missing", "merged_in_another_order"])
+def test_a_planted_pass_is_found_against_a_setting_without_it(name: str) -> None:
+    """No certificate is asked: the other setting's logits are what is right."""
+    plant = next(p for p in PLANTS if p.name == name)
+
+    def planted(function: Any) -> Any:
+        return plant.apply_to(function) if info_of(function).name == plant.pass_name else function
+
+    wrong = [replace(s, passes=tuple(map(planted, s.passes))) for s in STAGES]
+    required = info_of(programs.pass_named(plant.pass_name)).required
+    left_out = [] if required else [plant.pass_name]
+    pair = subject(plant.program), subject(plant.program)
+    found = find_difference(*pair, other_disabled=left_out, stages=wrong)
+    op, line = NODES[name]
+    assert (found.kind, found.name) == ("pass", plant.pass_name), found
+    assert op in found.node and line in found.source_line and found.error > found.budget
+    if left_out:
+        assert not find_difference(*pair, other_disabled=left_out).kind, "both settings are right"
+
+
+def test_settings_that_compute_something_else_part_where_they_do() -> None:
+    one = subject("qwen3")
+    quantised = replace(one, options=PassOptions(quantization="int8_g32_f16"))
+    assert find_difference(quantised, one).name == "quantize_weights"
+    other_weights = replace(one, weights=RandomWeights.of(one.captured, 1))
+    assert find_difference(other_weights, one).kind == "capture"
+
+
+def test_another_setting_is_read_from_options_and_passes() -> None:
+    given = CompileOptions(num_threads=2)
+    other = parse_setting("merge_qkv,num-threads=1,quantization=none,dtype=fp32", given)
+    wanted = {"num_threads": 1, "disable_passes": ("merge_qkv",), "dtype": "float32"}
+    assert changed(given, other) == wanted
+    for text in ("raise_attention", "merge_qvk", "num_thread=1", "dtype=fp7"):
+        with pytest.raises(ConfigError):
+            parse_setting(text, given)
+
+
+@pytest.mark.parametrize(("token", "logit"), [(7, 0.0), (3, 1e-6)])
+def test_a_setting_of_the_runtime_may_not_change_a_bit(token: int, logit: float) -> None:
+    class Answers:
+        program = SimpleNamespace(settings={"max_model_len": 64})
+
+        def __init__(self, options: CompileOptions) -> None:
+            self.threads = options.num_threads or 0
+
+        def __call__(self, ids: list[int]) -> torch.Tensor:
+            return torch.ones(len(ids), 5) + (logit if self.threads == 1 else 0.0)
+
+        def generate(self, ids: list[int], max_tokens: int, **unused: Any) -> Any:
+            ids = [3] * (max_tokens - 1) + [token if self.threads == 1 else 3]
+            return SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids)])
+
+        def __enter__(self) -> Answers:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    options, other = CompileOptions(num_threads=4), CompileOptions(num_threads=1)
+    found = find_different_answer(subject("qwen3"), options, other, Answers)
+    assert found.kind == "setting" and found.name == "num_threads=1"
+    assert ("token 31" if token == 7 else "logits of the prompt") in found.detail
+    assert not find_different_answer(subject("qwen3"), options, options, Answers).kind
 
 
 def lowered(program: str) -> tuple[Subject, Any]:
