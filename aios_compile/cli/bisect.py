@@ -78,12 +78,15 @@ def _compare_programs(
 ) -> Any:
     from aios_compile.model_source import open_source
     from aios_compile.study.bisect import Finding, open_subject
-    from aios_compile.study.bisect_settings import changed, find_difference
+    from aios_compile.study.bisect_settings import changed, find_difference, text_of
 
-    if all(name in NOT_IN_KEY for name in changed(options, other)):
+    setting = changed(options, other)
+    if all(name in NOT_IN_KEY for name in setting):
         return Finding()  # both are the same program
     one, two = (open_subject(open_source(model, o), o, ids) for o in (options, other))
-    return find_difference(one, two, options.disable_passes, other.disable_passes, say=_say)
+    found = find_difference(one, two, options.disable_passes, other.disable_passes, say=_say)
+    is_whole = found.kind == "setting"
+    return dataclasses.replace(found, name=text_of(setting)) if is_whole else found
 
 
 def _compare_answers(

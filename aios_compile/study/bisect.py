@@ -67,7 +67,7 @@ class Finding:
         if not self.kind:
             return "nothing is wrong: capture, passes, kernels and the step hold their budgets"
         rows = [
-            (f"first wrong {self.kind}", self.name),
+            ("differs with" if self.kind == "setting" else f"first wrong {self.kind}", self.name),
             ("first wrong node", self.node),
             ("model line", self.source_line),
             ("look into", self.file),
@@ -106,7 +106,8 @@ def open_subject(source: ModelSource, options: CompileOptions, prompt: Sequence[
     tensors = CheckpointTensors(captured, source.read)
     weights = RandomWeights.of(captured, options.seed)
     names = {name for recipe in captured.weights.values() for name in recipe.names}
-    weights.known = {**weights.known, **_read(tensors, names)}
+    read = {n: t.to(weights.dtypes.get(n, t.dtype)) for n, t in _read(tensors, names).items()}
+    weights.known = {**weights.known, **read}
     passes = pass_options(options, source, sizes, model)
     return Subject(captured, passes, weights, tuple(prompt), options.seed)
 

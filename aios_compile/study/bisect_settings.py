@@ -74,6 +74,10 @@ def changed(options: CompileOptions, other: CompileOptions) -> dict[str, Any]:
     return {n: getattr(other, n) for n in names if getattr(options, n) != getattr(other, n)}
 
 
+def text_of(setting: dict[str, Any]) -> str:
+    return ", ".join(f"{n}={v}" for n, v in setting.items())
+
+
 def find_difference(
     subject: Subject,
     other: Subject,
@@ -83,7 +87,7 @@ def find_difference(
     say: Say = lambda text: None,
 ) -> Finding:
     """Return the first pass after which `subject` computes other logits than the other setting's
-    last program; kind "capture" if it does so before any pass.
+    last program; kind "setting" if it does so before any pass (another dtype of the weights).
     """
     reference = snapshot.take(other.captured)
     run_pipeline(reference, STAGES, other.options, disabled=_known(other_disabled), verify=0)
@@ -97,8 +101,8 @@ def find_difference(
 
     error = error_now("captured")
     if error > budget:
-        line = "the programs differ before any pass"
-        return Finding("capture", "capture", detail=line, error=error, budget=budget)
+        detail = "the programs differ before any pass: both may be right"
+        return Finding("setting", detail=detail, error=error, budget=budget)
     for stage in stages:
         for function in [p for p in stage.passes if info_of(p).name not in disabled]:
             info = info_of(function)
@@ -141,7 +145,7 @@ def find_different_answer(
     _, budget = (None, 0.0) if exact else oracle_of(subject, subject.captured)
     (logits, tokens), (other_logits, other_tokens) = answers
     error = relative_error(logits, other_logits.double())
-    name = ", ".join(f"{n}={v}" for n, v in setting.items())
+    name = text_of(setting)
     if error > budget:
         where = "logits of the prompt"
     elif tokens != other_tokens:

@@ -18,7 +18,7 @@ from aios_compile.runtime.events import (
     Schedule,
 )
 from aios_compile.runtime.page_moves import TokenCost
-from aios_compile.runtime.schedule_state import Plan, SchedulerOptions, SchedulerState
+from aios_compile.runtime.schedule_state import Costs, Plan, SchedulerOptions, SchedulerState
 from aios_compile.runtime.scheduler import advance
 from tests.runtime.conftest import MakeEngine, checked_engine
 from tests.runtime.fake_executor import FakeExecutor, FakeTokenizer, greedy, limits
@@ -93,7 +93,9 @@ def test_what_costs_less_is_chosen() -> None:
     """Sequence 1 has 5 tokens in 2 pages; swapping copies each out and in."""
     assert shortage(10.0, 12.4).swap_outs and shortage(10.0, 12.4).preempted == [1]
     assert not shortage(10.0, 12.6).swap_outs and shortage(10.0, 12.6).preempted == [1]
-    assert not shortage(0.0, 0.0).swap_outs, "nothing was measured yet"
+    unmeasured = Costs()
+    plan = shortage(unmeasured.token_us, unmeasured.page_copy_us)
+    assert not plan.swap_outs and plan.preempted == [1], "nothing was measured yet"
 
 
 def test_a_full_host_pool_means_recompute() -> None:

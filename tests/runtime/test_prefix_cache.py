@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from aios_compile.runtime.block_manager import find_hit
 from aios_compile.runtime.engine import Engine
 from aios_compile.runtime.prefix_cache import PrefixCache
 from aios_compile.runtime.schedule_state import SchedulerOptions
 from aios_compile.sampling_params import SamplingParams
 from tests.runtime.conftest import MakeEngine, checked_engine
-from tests.runtime.fake_executor import FakeExecutor, greedy, logits_after
+from tests.runtime.fake_executor import FakeExecutor, greedy, limits, logits_after
 from tests.runtime.test_engine import random_requests, summary
+from tests.runtime.world import World
 
 SHARED = [int(x) for x in np.random.default_rng(0).integers(0, 50, 40)]
 
@@ -198,3 +201,24 @@ def test_a_stale_chain_is_not_followed() -> None:
     assert displaced == 2 and again == cache.last_serial
     assert [e.page for e in cache.lookup("", tokens, digests, 4).entries] == [3, 4]
     cache.check_integrity()
+
+
+def test_pages_that_were_indexed_anew_are_the_parents_of_what_comes_next() -> None:
+    """A running sequence's pages left the cache and another's, equal ones, took their place."""
+    world = World(limits(page_size=4), SchedulerOptions())
+    prompt = [0, 1, 2, 0, 1, 2, 0, 1, 2]
+    world.arrive(prompt)
+    world.step(set())
+    cache = world.state.pool.cache
+    assert cache is not None
+    first = world.state.sequences[0]
+    for page in first.pages[:2]:
+        cache.drop(page)
+    world.arrive(prompt)
+    world.step(set())
+    stale = list(first.serials)
+    while len(first.serials) < 3:
+        world.step(set())
+    assert not set(stale) & set(first.serials)
+    assert len(find_hit(world.state, replace(first, pages=[])).entries) == 3
+    world.drain()

@@ -103,7 +103,7 @@ def test_settings_that_compute_something_else_part_where_they_do() -> None:
     quantised = replace(one, options=PassOptions(quantization="int8_g32_f16"))
     assert find_difference(quantised, one).name == "quantize_weights"
     other_weights = replace(one, weights=RandomWeights.of(one.captured, 1))
-    assert find_difference(other_weights, one).kind == "capture"
+    assert find_difference(other_weights, one).kind == "setting"
 
 
 def test_another_setting_is_read_from_options_and_passes() -> None:
