@@ -81,9 +81,9 @@ def edit(
         overrides.remove(root, name)
         _tell(as_json, {"name": name, "reverted": True}, f"{name} is what the compiler writes")
         return
-    found = _generated(root)
+    found = _kernels_of(model, cache_dir) if model else _generated(root)
     name = _one(sorted(found), name)
-    text = Path(file).read_text(encoding="utf-8") if file else _edited(found[name], name)
+    text = _read(file) if file else _edited(found[name], name)
     path = overrides.write(root, name, text)
     verdicts = _verdicts(model, cache_dir, name) if model else []
     shown = {"name": name, "path": path, "verdicts": verdicts}
@@ -117,6 +117,21 @@ def _generated(root: Path) -> dict[str, Path]:
     entries = ArtefactCache(root).entries()
     files = [f for e in reversed(entries) for f in (e.path / KERNELS).glob("*.cpp")]
     return {f.stem: f for f in files}
+
+
+def _kernels_of(model: str, cache_dir: str) -> dict[str, Path]:
+    """Return the files of a model's kernels: a short name means one of its own."""
+    from aios_compile.codegen.artefact import KERNELS
+
+    with load(model, {"cache_dir": cache_dir} if cache_dir else {}) as loaded:
+        return {f.stem: f for f in (Path(loaded.artefact_path) / KERNELS).glob("*.cpp")}
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--file {file}: {error}", advice="name a readable text file") from error
 
 
 def _text(folder: Path, name: str) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from aios_compile.capture.capture import capture
 from aios_compile.codegen.artefact import TensorRecord
 from aios_compile.codegen.cpp.step import num_barriers
@@ -92,9 +94,9 @@ class Diagnosis:
 
 
 def examine(
-    model: str, options: CompileOptions, *, context: int = 256, bandwidth: float = 0.0
+    model: str | nn.Module, options: CompileOptions, *, context: int = 256, bandwidth: float = 0.0
 ) -> Diagnosis:
-    """Examine a folder, config.json, hub id or GGUF file.
+    """Examine a folder, config.json, hub id, GGUF file or module.
 
     context: tokens in the cache. bandwidth: bytes a second that memory can be read with. What the
     compiler refuses becomes part of the diagnosis; what is no model at all raises CheckpointError.
@@ -125,7 +127,7 @@ def examine(
     )
 
 
-def savings(model: str, options: CompileOptions, *, context: int = 256) -> Ablation:
+def savings(model: str | nn.Module, options: CompileOptions, *, context: int = 256) -> Ablation:
     """Count what each optional pass saves: launches and bytes of a decode step without it."""
     source = open_without_weights(model, options)
     sizes = options.resolve_sizes(source.max_model_len)

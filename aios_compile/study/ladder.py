@@ -1,16 +1,17 @@
 """The same request at every stage of the compiler: speed, launches, bytes and error, side by side.
 
-The request is a prompt and given tokens after it, so that every stage computes the same. Stages
-before paging compute the whole prefix for each token; afterwards a token is a step. PyTorch runs on
-one thread. Launches and bytes are counted from the kernels that the program so far would become
-(its optional passes of later stages left out); tokens a second are measured, error is that of the
-last logits against float64.
+The request is a prompt and given tokens after it, so that every stage computes the same. PyTorch
+runs the module and the captured graph, on one thread, and computes the whole prefix for each token.
+The stages after that are programs of their own, compiled for the target and run by the engine, a
+token a step: without any optional pass, then with those of one group more. So the difference of two
+lines is what the passes between them are worth. Launches and bytes are counted, tokens a second
+measured; error is that of the last logits against float64.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,12 +22,12 @@ from aios_compile.config import CompileOptions
 from aios_compile.errors import AiosError
 from aios_compile.ir import inputs, snapshot
 from aios_compile.ir.inputs import Step
-from aios_compile.ir.module import IRModule
+from aios_compile.ir.module import IRModule, placeholders
 from aios_compile.model_source import ModelSource
 from aios_compile.passes.graph_pass import info_of
 from aios_compile.passes.measure import one_thread, run_steps
-from aios_compile.passes.pipeline import FUSE, RAISE, REWRITE, STAGES
-from aios_compile.passes.runner import run_pipeline
+from aios_compile.passes.pipeline import STAGES
+from aios_compile.passes.runner import Stage, run_pipeline
 from aios_compile.study.ablation import Cost, cost_of
 from aios_compile.study.bisect import Subject, open_subject
 from aios_compile.study.verify_logits import materialise
@@ -72,22 +73,19 @@ def climb(
     whole = [Step((0,), (len(request.ids),), (len(request.ids) - 1,), len(request.ids))]
     oracle = _last(subject, subject.captured, whole, torch.float64)
     yield _eager(source, request, oracle)
-    yield _graph("captured", subject, subject.captured, request, oracle)
-    module = snapshot.take(subject.captured)
-    for title, stage in (("+ raise", RAISE), ("+ rewrite (paged)", REWRITE), ("+ fuse", FUSE)):
-        run_pipeline(
-            module,
-            [stage],
-            subject.options,
-            disabled=_known(options.disable_passes, stage),
-            verify=0,
-        )
-        yield _graph(title, subject, module, request, oracle)
-    last = cost_of(module, len(request.ids))
+    yield _captured(subject, request, oracle)
     given = {f.name: getattr(options, f.name) for f in fields(CompileOptions)} | {"progress": False}
-    with load(given) as model:
-        yield _compiled("C++ kernels", model, request, 1, last, oracle)
-        yield _compiled(f"{BATCH} sequences in a batch", model, request, BATCH, last, None)
+    kernels = {"cpp": "C++", "triton": "Triton"}[subject.options.target]
+    for num_groups, title in enumerate(("no optional pass", "+ raise", "+ rewrite", "+ fuse")):
+        left_out = {*options.disable_passes, *_optional(STAGES[num_groups:], subject)}
+        try:
+            cost = _cost(subject, left_out, len(request.ids))
+            with load(given | {"disable_passes": tuple(sorted(left_out))}) as model:
+                yield _compiled(f"{kernels}, {title}", model, request, 1, cost, oracle)
+                if num_groups == len(STAGES):
+                    yield _compiled(f"{BATCH} sequences in a batch", model, request, BATCH, cost)
+        except AiosError as error:
+            yield Rung(f"{kernels}, {title}: {error.message}", 0.0)
     if options.quantization is None:
         try:
             with load(given | {"quantization": "int8"}) as model:
@@ -96,8 +94,18 @@ def climb(
             yield Rung(f"int8 weights: {error.message}", 0.0)
 
 
-def _known(names: Sequence[str], stage: Any) -> list[str]:
-    return [n for n in names if n in {info_of(p).name for p in stage.passes}]
+def _optional(stages: Sequence[Stage], subject: Subject) -> list[str]:
+    """Return the optional passes of some stages for the subject's target."""
+    infos = [info_of(p) for stage in stages for p in stage.passes]
+    target = subject.options.target
+    return [i.name for i in infos if not i.required and i.target in ("", target)]
+
+
+def _cost(subject: Subject, left_out: Collection[str], context: int) -> Cost:
+    """Count the program without some passes, with `context` tokens in the cache."""
+    module = snapshot.take(subject.captured)
+    run_pipeline(module, STAGES, subject.options, disabled=sorted(left_out), verify=0)
+    return cost_of(module, context)
 
 
 def _error(logits: Tensor, oracle: Tensor) -> float:
@@ -121,44 +129,37 @@ def _last(subject: Subject, module: IRModule, steps: Sequence[Step], dtype: Any)
     return value.reshape(-1, value.shape[-1])[-1].double()
 
 
-def _graph(name: str, subject: Subject, module: IRModule, request: Request, oracle: Tensor) -> Rung:
-    """Run a level of the program in PyTorch."""
-    total = len(request.ids)
-    paged = "slots" in module.inputs.values()
-    begin = time.perf_counter()
-    if paged:
-        steps = [Step((0,), (request.num_prompt,), (request.num_prompt - 1,), total)]
-        singles = range(request.num_prompt, total)
-        steps += [Step((at,), (1,), (0,), total) for at in singles]
-        logits = _last(subject, module, steps, None)
-    else:
-        for end in range(request.num_prompt + 1, total + 1):
-            logits = _last(subject, module, [inputs.whole(end)], None)
-    rate = request.num_tokens / (time.perf_counter() - begin)
-    cost = _cost_so_far(subject, name, total)
-    counts = (cost.launches, cost.bytes_a_token) if cost else (None, None)
-    return Rung(name, rate, counts[0], counts[1], _error(logits, oracle))
-
-
-_DONE = {"captured": 0, "+ raise": 1, "+ rewrite (paged)": 2, "+ fuse": 3}
-
-
-def _cost_so_far(subject: Subject, name: str, context: int) -> Cost | None:
-    """Count the kernels of the program whose later optional passes are left out."""
-    later = STAGES[_DONE[name] :]
-    optional = [info_of(p) for stage in later for p in stage.passes if not info_of(p).required]
-    target = subject.options.target
-    disabled = [info.name for info in optional if info.target in ("", target)]
-    module = snapshot.take(subject.captured)
-    try:
-        run_pipeline(module, STAGES, subject.options, disabled=disabled, verify=0)
-    except AiosError:
-        return None  # some required pass needs what was left out
-    return cost_of(module, context)
+def _captured(subject: Subject, request: Request, oracle: Tensor) -> Rung:
+    """Run the captured graph in PyTorch, its operands made before the clock starts."""
+    module = subject.captured
+    values = inputs.describe(module)
+    held = {v.name: subject.weights.weight(module.weights[v.name])
+            for v in values if v.kind == "weight"}  # fmt: skip
+    runs = []
+    for end in range(request.num_prompt + 1, len(request.ids) + 1):
+        step = inputs.whole(end)
+        given = inputs.runtime_inputs(values, step, 0, vocabulary=2, prompt=request.ids)
+        runs.append([
+            held[n.name] if n.name in held else given[module.inputs[n.name]]
+            for n in placeholders(module.root.graph)
+        ])  # fmt: skip
+    with one_thread(), torch.no_grad():
+        begin = time.perf_counter()
+        for operands in runs:
+            results = module.root(*operands)
+        rate = request.num_tokens / (time.perf_counter() - begin)
+    logits = results[0] if isinstance(results, (tuple, list)) else results
+    last = logits.reshape(-1, logits.shape[-1])[-1].double()
+    return Rung("captured, in PyTorch", rate, error=_error(last, oracle))
 
 
 def _compiled(
-    name: str, model: Any, request: Request, batch: int, cost: Cost | None, oracle: Tensor | None
+    name: str,
+    model: Any,
+    request: Request,
+    batch: int,
+    cost: Cost | None,
+    oracle: Tensor | None = None,
 ) -> Rung:
     prompts = [list(request.ids[: request.num_prompt])] * batch
     count = max(LEAST_TOKENS, request.num_tokens)  # a few are too quick for the clock

@@ -79,11 +79,13 @@ def plan_model(
     return Planned(captured, module, tuple(results), emitted, program)
 
 
-def open_without_weights(model: str | Path, options: CompileOptions) -> ModelSource:
+def open_without_weights(model: str | Path | nn.Module, options: CompileOptions) -> ModelSource:
     """Open a model of which a config.json is enough: a folder, that file, or any usual source.
 
-    The source's `read` raises; its parameters have no memory.
+    The source's `read` raises; its parameters have no memory. An nn.Module is taken as it is.
     """
+    if isinstance(model, nn.Module):
+        return open_source(model, options)
     path = Path(model)
     config = path if path.suffix == ".json" else path / "config.json"
     alone = path.suffix == ".json" or not any(any(path.glob(p)) for p in WEIGHTS)

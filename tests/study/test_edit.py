@@ -143,10 +143,23 @@ def test_the_commands_on_an_artefact(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "(edited)" not in aios("kernels", "m"), "the artefact has the generated text"
     assert json.loads(aios("edit", "linear_1a2b", "--revert", "--json"))["reverted"]
     assert not overrides.texts(cache)
+    other = entry.with_name("1" * 64) / "kernels"
+    other.mkdir(parents=True)
+    (other / "linear_3c4d.cpp").write_text("// of another model\n")
+    monkeypatch.setattr(command, "_verdicts", lambda *_: [])
+    monkeypatch.setattr(command, "_generated", lambda root: command_files(entry, other.parent))
+    mine = ("--file", str(tmp_path / "mine.cpp"))
+    ambiguous = CliRunner().invoke(app, ["edit", "linear", *mine, "--cache-dir", str(cache)])
+    assert ambiguous.exit_code == 1 and "2 kernels named linear" in ambiguous.output
+    aios("edit", "linear", *mine, "--model", "m")
+    assert overrides.texts(cache) == {"linear_1a2b": "// by hand\n"}, "the model's own"
+    aios("edit", "linear", "--revert")
+    missing = ["edit", "linear_1a2b", "--file", "nowhere.cpp", "--cache-dir", str(cache)]
+    assert "--file nowhere.cpp" in CliRunner().invoke(app, missing).output
     assert "no kernel named norm" in CliRunner().invoke(
         app, ["edit", "norm", "--revert", "--cache-dir", str(cache)]
     ).output  # fmt: skip
 
 
-def command_files(entry: Path) -> dict[str, Path]:
-    return {path.stem: path for path in (entry / "kernels").glob("*.cpp")}
+def command_files(*entries: Path) -> dict[str, Path]:
+    return {path.stem: path for e in entries for path in (e / "kernels").glob("*.cpp")}
