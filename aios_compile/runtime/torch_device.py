@@ -113,6 +113,7 @@ class TorchDevice:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        binary_cache.settle_keys(module)
         return module
 
     @property

@@ -16,6 +16,7 @@ from aios_compile.codegen.triton import linear, sample
 from aios_compile.codegen.triton.cards import card_of
 from aios_compile.codegen.triton.compile_ahead import compile_ahead, parse_target
 from aios_compile.codegen.triton.configs import Config
+from aios_compile.codegen.triton.dependent_launch import with_dependent_launch
 from aios_compile.errors import CodegenError
 from tests.codegen.test_sample import body_of
 from tests.codegen.triton_shapes import linear_spec
@@ -47,6 +48,29 @@ def test_linear_kernels_use_what_is_pinned(layer: str, target: str, tmp_path: Pa
         elif "combine" not in binary.kernel:
             assert set(COPIES.findall(text)) == {"0x10"}
             assert "wgmma" in text or "mma.sync" in text
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100"])
+def test_dependent_launches_prefetch_then_wait_then_read(target: str, tmp_path: Path) -> None:
+    """On cards that have them; on others nothing of it is left in the text."""
+    card = card_of(target)
+    assert card.dependent_launch == (target != "cuda:80")
+    spec = linear_spec("Qwen3-0.6B", "down")
+    chosen = [(most, c) for most, c in linear.choose(spec, card) if most != 32][::2]
+    source = linear.emit(spec, card, chosen)
+    if not card.dependent_launch:
+        assert not any(word in source.text for word in ("prefetch", "gdc_", "launch_pdl"))
+        return
+    source = with_dependent_launch(source)
+    (binaries,) = compile_ahead([source], target, tmp_path)
+    assert len(binaries) >= 2
+    for binary in binaries:
+        text = binary.assembly()
+        first_read = min(x for x in map(text.find, ("ld.global", "cp.async")) if x > 0)
+        started, wait = (text.find(f"griddepcontrol.{x}") for x in ("launch_dependents", "wait"))
+        assert 0 < started < wait < first_read, "nothing is read before the wait"
+        if "_tile_" not in binary.kernel:
+            assert 0 < text.find("prefetch.global.L2") < wait and binary.spill_bytes == 0
 
 
 def test_the_sampler_reads_16_bytes_and_fuses_nothing_itself(tmp_path: Path) -> None:

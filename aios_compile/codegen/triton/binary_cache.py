@@ -35,6 +35,15 @@ def use(artefact: Path) -> None:
     knobs.cache.manager_class = _manager(folders)
 
 
+def settle_keys(module: Any) -> None:
+    """Let Triton hash a module's functions in the order in which they stand.
+
+    With triton 3.6 the hash of a kernel depends on whether what it calls was hashed before.
+    """
+    for value in list(vars(module).values()):
+        getattr(value, "cache_key", None)
+
+
 def _manager(found: list[Path]) -> Any:
     from triton.runtime.cache import FileCacheManager
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from aios_compile.codegen.source import KernelSource
+from aios_compile.codegen.triton.binary_cache import settle_keys
 from aios_compile.errors import CodegenError
 
 CACHE = "triton_cache"  # the folder of Triton's cache below that of the modules
@@ -98,6 +99,7 @@ def compile_module(path: Path, target: str, out: Path) -> list[Binary]:
     assert spec is not None and spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    settle_keys(module)
     out.mkdir(parents=True, exist_ok=True)
     binaries: list[Binary] = []
     for variant in module.VARIANTS:
@@ -108,6 +110,7 @@ def compile_module(path: Path, target: str, out: Path) -> list[Binary]:
 
 
 def _compile(module: Any, launch: Any, most: int | None, target: str, place: Path) -> Binary:
+    import triton
     from triton.compiler import ASTSource, compile
 
     kernel, constexprs = launch["kernel"], launch["constexprs"]
@@ -115,8 +118,9 @@ def _compile(module: Any, launch: Any, most: int | None, target: str, place: Pat
     types = dict(zip(operands, module.TYPES))
     types |= dict.fromkeys("TSRP", "i32") | dict.fromkeys(constexprs, "constexpr")
     attributes: dict[Any, Any] = {(i,): [["tt.divisibility", 16]] for i in range(len(operands))}
-    # A launch lists constexprs too, with nothing: Triton's key of a kernel covers that.
-    attributes |= {(kernel.arg_names.index(name),): [] for name in constexprs}
+    # From 3.7 on a launch lists constexprs too, with nothing: Triton's key of a kernel covers that.
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
+        attributes |= {(kernel.arg_names.index(name),): [] for name in constexprs}
     source = ASTSource(kernel, types, constexprs=constexprs, attrs=attributes)
     made = compile(source, target=parse_target(target), options=dict(launch["options"]))
     cuda = target.startswith("cuda")

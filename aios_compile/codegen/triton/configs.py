@@ -41,6 +41,7 @@ class Config:
     num_warps: int
     num_stages: int = 3
     split: int = 1
+    prefetch: bool = False
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,12 @@ from aios_compile.codegen.triton import (
     topk,
 )
 from aios_compile.codegen.triton.cards import DEFAULT, Card
+from aios_compile.codegen.triton.dependent_launch import with_dependent_launch
 
 
 @dataclass(frozen=True)
 class ForCard:
-    """An emitter whose configurations depend on the card."""
+    """An emitter for a card: its configurations, and dependent launches where the card has them."""
 
     emitter: Any
     card: Card
@@ -41,8 +42,9 @@ class ForCard:
 
     def emit(self, spec: Any) -> KernelSource:
         """Return the module with the configurations for the card."""
-        source: KernelSource = self.emitter.emit(spec, card=self.card)
-        return source
+        chosen = {"card": self.card} if self.emitter in BY_CARD else {}
+        source: KernelSource = self.emitter.emit(spec, **chosen)
+        return with_dependent_launch(source) if self.card.dependent_launch else source
 
 
 EMITTERS: tuple[ModuleType, ...] = (
@@ -68,4 +70,4 @@ BY_CARD = (linear, quantized_linear, kv_write_attention, paged_attention)
 
 def emitters_for(card: Card = DEFAULT) -> Sequence[Any]:
     """Return the emitters for a card."""
-    return [ForCard(e, card) if e in BY_CARD else e for e in EMITTERS]
+    return [ForCard(e, card) for e in EMITTERS]

@@ -47,6 +47,17 @@ def launch(operands, T=1, S=1, R=1, P=1):
 
 # Functions that Triton's language lacks, written into the modules that call them.
 HELPERS = {
+    "prefetch": """\
+@triton.jit
+def prefetch(rows, first, last, LINES: tl.constexpr, STEP: tl.constexpr):
+    # lines of L2 of some rows of weights; the interpreter has no such memory
+    if not INTERPRETED:
+        line = tl.minimum(first + tl.arange(0, LINES), last)[None, :]
+        place = (rows + line * STEP).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [place],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )""",
     "tanh": """\
 @triton.jit
 def tanh(x):

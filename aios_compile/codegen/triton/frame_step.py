@@ -12,6 +12,8 @@ from aios_compile.codegen.program import Kernel, Launch, Program, Ref
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.step_results import StepResults
 from aios_compile.codegen.triton import collect_results, prepare_step
+from aios_compile.codegen.triton.cards import Card, card_of
+from aios_compile.codegen.triton.dependent_launch import with_dependent_launch
 
 
 def frame_step(program: Program, emitted: Emitted) -> Program:
@@ -19,19 +21,22 @@ def frame_step(program: Program, emitted: Emitted) -> Program:
 
     Raises CodegenError for an input that is not known.
     """
+    card = card_of(program.settings["target"])
     prepare = prepare_step.emit(
         prepare_step.spec_of(
             program.inputs, program.settings["page_size"], max(1, program.sizes["S"])
         )
     )
     inputs = tuple(Ref("input", i) for i in range(len(program.inputs)))
-    first = Launch(_index(emitted, prepare), (Ref("packet", 0), *inputs), 0, prepare_step.NAME)
+    first = Launch(
+        _index(emitted, prepare, card), (Ref("packet", 0), *inputs), 0, prepare_step.NAME
+    )
     before, behind = [first], []
     spec = StepResults.of(program.outputs, program.sizes)
     if spec.outputs:
         offsets = {e.name: e.offset for e in program.outputs}
         rows = [Ref("arena", offsets[name]) for name, *_ in spec.outputs]
-        collect = _index(emitted, collect_results.emit(spec))
+        collect = _index(emitted, collect_results.emit(spec), card)
         behind = [Launch(collect, (*rows, *[Ref("results", 0)] * 2), 0, collect_results.NAME)]
     functions = tuple(
         replace(f, items=(*before, *f.items, *behind)) if f.name == "step" else f
@@ -45,8 +50,9 @@ def frame_step(program: Program, emitted: Emitted) -> Program:
     )
 
 
-def _index(emitted: Emitted, source: KernelSource) -> int:
+def _index(emitted: Emitted, source: KernelSource, card: Card) -> int:
     """Return the index of a source, added unless it is there (a model planned for two sizes)."""
+    source = with_dependent_launch(source) if card.dependent_launch else source
     for index, other in enumerate(emitted.sources):
         if other.digest() == source.digest():
             return index

@@ -13,6 +13,7 @@ Bytes: w once for up to 64 tokens; x and the tail's operands once a tile.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -62,6 +63,7 @@ def emit(
     """Return the module; `chosen` overrides the model's choice of configurations."""
     symbol = symbol_of(spec.name, (spec, chosen, card.target))
     chosen = choose(spec, card) if chosen is None else chosen
+    chosen = [(most, replace(c, prefetch=card.dependent_launch)) for most, c in chosen]
     used = [config for _, config in chosen]
     workspace = skinny_linear.workspace(spec, used)
     if spec.norm is not None and any(config.kind == "tile" for config in used):

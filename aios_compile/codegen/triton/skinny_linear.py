@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from aios_compile.codegen.cpp.frame import variable
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.triton.configs import Config
+from aios_compile.codegen.triton.dependent_launch import prefetch_lines
 from aios_compile.codegen.triton.frame import Launch, python_dim
 from aios_compile.codegen.triton.linear_spec import LinearSpec
 from aios_compile.codegen.triton.linear_text import (
@@ -80,6 +81,7 @@ def _rows(spec: LinearSpec, config: Config) -> list[str]:
     lines += [f"mask1 = i1 < {spec.columns}", "k = tl.arange(0, BLOCK_K)"]
     lines += [f"column = tl.minimum(i1, {spec.columns - 1})[:, None]"]
     lines += [f"w{s} = {w_row(spec, 'column', s)} + k[None, :]" for s in streams]
+    lines += prefetch_lines(spec, config)
     for t in tokens:
         token = f"tl.minimum({rows} - 1, {t}).to(tl.int64)" if t else "0"
         lines += [f"x{t} = {x_row(spec, token)} + k[None, :]"]
@@ -130,6 +132,7 @@ def _dot(spec: LinearSpec, operands: list[Operand], config: Config) -> list[str]
         "k = tl.arange(0, BLOCK_K)",
     ]
     lines += [f"w{s} = {w_row(spec, 'column', s)} + k[None, :]" for s in streams]
+    lines += prefetch_lines(spec, config)
     lines += [f"x_at = {x_row(spec, 'token')} + k[:, None]"]
     lines += [f"sum{s} = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)" for s in streams]
     if spec.norm is not None:
