@@ -27,6 +27,7 @@ from aios_compile.codegen.quantized_weights import QuantizedWeight, remarks
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.targets import SUFFIXES, emit, family, lower_for
 from aios_compile.config import CompileOptions, ResolvedSizes
+from aios_compile.errors import ConfigError
 from aios_compile.ir.attention_window import window_tokens
 from aios_compile.ir.module import IRModule
 from aios_compile.ir.random_weights import RandomWeights
@@ -145,6 +146,11 @@ def pass_options(
     kv_dtype = stored if name == "auto" else getattr(torch, name)
     width = _page_table_width(sizes)
     form = options.quantization_format()
+    if form.startswith("e4m3") and family(options.device) == "cpp":
+        raise ConfigError(
+            f"quantization={options.quantization!r}: no CPU multiplies 8-bit floats",
+            advice="quantization='int8' or 'int4' on the CPU; fp8 with device='cuda'",
+        )
     return PassOptions(family(options.device), PAGE_SIZE, kv_dtype, 64, width, form)
 
 

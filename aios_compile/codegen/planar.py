@@ -32,6 +32,7 @@ class Plane:
     low: int
     scale_dtype: str
     minimum_dtype: str
+    is_float: bool = False
 
     @property
     def scale_begin(self) -> int:
@@ -53,7 +54,9 @@ def plane_of(form: QuantFormat, depth: int) -> Plane:
     """Return the layout of a format's rows of `depth` values, a multiple of 32."""
     scale = form.scales if form.scales in SCALE_DTYPES else "f32"
     minimum = form.minimums if form.minimums in SCALE_DTYPES or not form.minimums else "f32"
-    return Plane(depth, 4 if form.bits == 4 else 8, form.group, form.low, scale, minimum)
+    return Plane(
+        depth, 4 if form.bits == 4 else 8, form.group, form.low, scale, minimum, form.is_float
+    )
 
 
 def _aligned(size: int) -> int:

@@ -9,6 +9,9 @@ One tensor a matrix, scales beside the codes, so that every pass, recipe and fil
 any other weight: rows can be concatenated, gathered and counted. Names: "int4_g32_f16" (low = -8),
 "uint4_g32_f16_min_f16" (low = 0), "int6_g16_k", "uint4_g128_f16_min_zero".
 
+"e4m3_g128_f32": u is the bits of an 8-bit float (OCP E4M3: 4 bits of exponent, 3 of mantissa, up
+to 448, no infinity), w = float(u) * scale; for GPUs that multiply such numbers.
+
 scale: f16, bf16, f32: stored so; k: an int8 a group times an f16 a 256 values (the float32 product
 is exact). minimum: none; f16, bf16, f32; k: a uint8 a group times an f16 a 256 values; zero: a
 uint8 zero point a group, minimum = zero * scale. What people already have maps without loss::
@@ -38,10 +41,12 @@ from dataclasses import dataclass
 SUPER_BLOCK = 256  # values under one f16 in formats with a k: llama.cpp's QK_K
 SIZES = {"f16": 2, "bf16": 2, "f32": 4, "k": 1, "zero": 1, "": 0}
 UNIT_DEPTH = {8: 4, 4: 8, 6: 16, 5: 32}  # values whose codes fill whole units
-SHORT_NAMES = {"int8": "int8_g32_f16", "int4": "int4_g32_f16"}  # what users write
+SHORT_NAMES = {"int8": "int8_g32_f16", "int4": "int4_g32_f16", "fp8": "e4m3_g128_f32"}
+E4M3_MAX = 448.0  # the largest number of OCP's 8-bit float with 3 bits of mantissa
 _NAME = re.compile(
     r"(u?)int([4568])_g(16|32|64|128)_(f16|bf16|f32|k)(?:_min_(f16|bf16|f32|k|zero))?"
 )
+_FLOAT = re.compile(r"e4m3_g(32|64|128)_(f16|bf16|f32)")
 
 
 @dataclass(frozen=True)
@@ -62,17 +67,23 @@ class Field:
 
 @dataclass(frozen=True)
 class QuantFormat:
-    """bits: 4, 5, 6 or 8. group: values a scale. low: the code of u = 0. See the module's text."""
+    """bits: 4, 5, 6 or 8. group: values a scale. low: the code of u = 0. See the module's text.
+
+    is_float: codes are the bits of e4m3 numbers, not whole numbers.
+    """
 
     bits: int
     group: int
     low: int
     scales: str
     minimums: str = ""
+    is_float: bool = False
 
     @staticmethod
     def parse(name: str) -> QuantFormat:
         """Return the format of a name. Raises ValueError that says what a name looks like."""
+        if floats := _FLOAT.fullmatch(name):
+            return QuantFormat(8, int(floats[1]), 0, floats[2], is_float=True)
         found = _NAME.fullmatch(name)
         bits = int(found[2]) if found else 0
         if not found or int(found[3]) % UNIT_DEPTH[bits]:
@@ -82,6 +93,8 @@ class QuantFormat:
 
     @property
     def name(self) -> str:
+        if self.is_float:
+            return f"e4m3_g{self.group}_{self.scales}"
         sign = "" if self.low else "u"
         minimum = f"_min_{self.minimums}" if self.minimums else ""
         return f"{sign}int{self.bits}_g{self.group}_{self.scales}{minimum}"
@@ -89,6 +102,8 @@ class QuantFormat:
     @property
     def can_quantize(self) -> bool:
         """Whether weights can be quantised to it here (every format can be run)."""
+        if self.is_float:
+            return True
         floats = self.scales != "k" and self.minimums not in ("k", "zero")
         return floats and self.bits in (4, 8) and bool(self.minimums) == (self.low == 0)
 

@@ -5,7 +5,8 @@ code range (which has one code more on its negative side) or a little inside or 
 candidate's codes get the scale that fits them best by least squares, and the one with the least
 squared error stays. It is the search of llama.cpp's make_qx_quants. Asymmetric groups: the range
 [min, max], shrunk at both ends, then refitted. Scales are rounded as they are stored before the
-final codes are chosen, so that the codes make up for the rounding.
+final codes are chosen, so that the codes make up for the rounding. 8-bit floats: the largest value
+is sent to the largest number; steps are relative there, a search gains nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from aios_compile.ir.quant_format import QuantFormat
+from aios_compile.ir.quant_format import E4M3_MAX, QuantFormat
 from aios_compile.ir.quantized import SCALE_DTYPES, QuantFields, pack_fields
 
 CHUNK_ELEMENTS = 1 << 18  # a chunk and its temporaries stay in the L2 and L3 caches
@@ -40,7 +41,7 @@ def quantize_rows(weight: Tensor, form: str) -> Tensor:
     def quantize(first: int) -> None:
         part = weight[first : first + step].float()
         groups = part.reshape(-1, parsed.group)
-        fields = _symmetric(groups, parsed) if not parsed.minimums else _asymmetric(groups, parsed)
+        fields = _fields(groups, parsed)
         shape = (len(part), -1)
         minimums = None if fields.minimums is None else fields.minimums.reshape(shape)
         whole = QuantFields(fields.codes.reshape(shape), fields.scales.reshape(shape), minimums)
@@ -59,6 +60,21 @@ def quantize_rows(weight: Tensor, form: str) -> Tensor:
 def fake_quantize_rows(weight: Tensor, form: str) -> Tensor:
     row_bytes = QuantFormat.parse(form).row_bytes(int(weight.shape[1]))
     return weight.new_empty(weight.shape[0], row_bytes, dtype=torch.uint8)
+
+
+def _fields(groups: Tensor, form: QuantFormat) -> QuantFields:
+    """Quantise groups float32 [M, group]."""
+    if form.is_float:
+        return _floats(groups, form)
+    return _asymmetric(groups, form) if form.minimums else _symmetric(groups, form)
+
+
+def _floats(groups: Tensor, form: QuantFormat) -> QuantFields:
+    """Send the largest value of a group to the largest 8-bit float; what is beyond it saturates."""
+    scale = (groups.abs().amax(-1, True) / E4M3_MAX).to(SCALE_DTYPES[form.scales])
+    inverse = torch.where(scale != 0, 1 / scale.float(), 0.0)
+    numbers = (groups * inverse).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return QuantFields(numbers.view(torch.uint8), scale)
 
 
 def _symmetric(groups: Tensor, form: QuantFormat) -> QuantFields:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aios_compile.ir.quant_format import UNIT_DEPTH, QuantFormat
+from aios_compile.ir.quant_format import E4M3_MAX, UNIT_DEPTH, QuantFormat
 
 ACTIVATION_GROUP = 32  # values of a token under one scale
 SMALLEST = 2.0**-100  # a group of activations below it counts as zeros: 127 / x stays finite
@@ -89,12 +89,19 @@ def scales_of(form: QuantFormat, fields: QuantFields) -> tuple[Tensor, Tensor | 
     return scales, minimums
 
 
+def code_values(form: QuantFormat, codes: Tensor) -> Tensor:
+    """Return the numbers float32 [N, K] that codes uint8 [N, K] mean, before their scales."""
+    if form.is_float:
+        return codes.contiguous().view(torch.float8_e4m3fn).float()
+    return codes.float() + form.low
+
+
 def dequantize(rows: Tensor, form: QuantFormat) -> Tensor:
     """Return the matrix float32 [N, K] of quantised rows."""
     fields = unpack_fields(form, rows)
     count, depth = fields.codes.shape
     scales, minimums = scales_of(form, fields)
-    codes = (fields.codes.float() + form.low).reshape(count, -1, form.group)
+    codes = code_values(form, fields.codes).reshape(count, -1, form.group)
     values = codes * scales.unsqueeze(-1)
     values = values if minimums is None else values - minimums.unsqueeze(-1)
     return values.reshape(count, depth)
@@ -137,14 +144,18 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantized_linear(x: Tensor, weight: Tensor, form: str, bias: Tensor | None = None) -> Tensor:
     """Return x @ dequantize(weight).T + bias, with the activations quantised as above.
 
-    Sums are whole numbers inside a group, float32 over the groups ascending. In float64 nothing is
-    rounded but the weights: the oracle has exact activations.
+    Codes that are floats meet activations as float_activations has them, one scale a token. Sums of
+    whole numbers are whole numbers inside a group; float32 over the groups ascending. In float64
+    nothing is rounded but the weights: the oracle has exact activations.
     """
     parsed = QuantFormat.parse(form)
     if x.dtype == torch.float64:
         return F.linear(x, dequantize(weight, parsed).double(), bias)
     fields = unpack_fields(parsed, weight)
     scales, minimums = scales_of(parsed, fields)
+    if parsed.is_float:
+        result = _float_linear(x.float(), code_values(parsed, fields.codes), scales)
+        return (result if bias is None else result + bias.float()).to(x.dtype)
     codes, x_scales = quantize_activations(x.float())
     shape = (*x.shape[:-1], len(weight))
     left = codes.reshape(-1, codes.shape[-1]).float()
@@ -161,6 +172,28 @@ def quantized_linear(x: Tensor, weight: Tensor, form: str, bias: Tensor | None =
             total -= (factor * part.sum(-1, keepdim=True)) * minimums[:, k // parsed.group]
     result = total if bias is None else total + bias.float()
     return result.reshape(shape).to(x.dtype)
+
+
+def float_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (float32 [..., K] of e4m3 numbers, scales float32 [...]) of x: x = number * scale.
+
+    scale = max|x| / 448 of a token, number = x * (448 / max|x|), rounded half to even.
+    """
+    largest = x.abs().amax(-1)
+    live = ~(largest < SMALLEST)
+    inverse = torch.where(live, E4M3_MAX / largest, 0.0)
+    numbers = (x * inverse.unsqueeze(-1)).to(torch.float8_e4m3fn).float()
+    return numbers, torch.where(live, largest / E4M3_MAX, 0.0)
+
+
+def _float_linear(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    numbers, x_scales = float_activations(x)
+    step = weight.shape[1] // scales.shape[1]
+    total = x.new_zeros(*x.shape[:-1], len(weight))
+    for group in range(scales.shape[1]):
+        at = slice(group * step, (group + 1) * step)
+        total += F.linear(numbers[..., at], weight[:, at]) * scales[:, group]
+    return total * x_scales.unsqueeze(-1)
 
 
 def fake_quantized_linear(

@@ -4,8 +4,7 @@ Pays in bytes, as quantize_weights does, and loses nothing to a second quantisat
 and compressed-tensors files keep their own codes and scales, to the bit. What the recipes before
 this pass say is dequantize_rows(rows); afterwards linears and embeddings read the rows, and a table
 that is tied to the head is one copy. Before the merges, so that matrices stored in different
-formats (Q4_K beside Q6_K) stay apart; those of one format are merged as rows. For the CPU: other
-targets have no kernel on codes and compute with the floats.
+formats (Q4_K beside Q6_K) stay apart; those of one format are merged as rows.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     return x, weight, bias
 
 
-@graph_pass(numerics="lossy", target="cpp")
+@graph_pass(numerics="lossy")
 def keep_quantized_weights(graph: fx.Graph, context: PassContext) -> int:
     """Replace linears and embeddings whose weight is dequantised from stored rows by ones on rows.
 

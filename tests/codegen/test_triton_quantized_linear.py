@@ -9,15 +9,18 @@ import torch
 
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.planar import PREFIX, pack_planar, plane_of
+from aios_compile.errors import CodegenError
 from aios_compile.ir import ops  # noqa: F401  (registers the ops)
 from aios_compile.ir.quant_format import QuantFormat
+from aios_compile.ir.quantize_rows import quantize_rows
 from aios_compile.ir.quantized import QuantFields, dequantize, pack_fields
 from tests.codegen.harness import make_body
 from tests.codegen.triton_modules import load, poisoned, run
 
 pytest.importorskip("triton")
 
-from aios_compile.codegen.triton import quantized_embedding, quantized_linear
+from aios_compile.codegen.triton import fp8_linear, quantized_embedding, quantized_linear
+from aios_compile.codegen.triton.cards import card_of
 
 aios, aten = torch.ops.aios, torch.ops.aten
 FORMS = ("int8_g32_f16", "int4_g32_f16", "uint4_g128_f16_min_zero", "int4_g32_bf16")
@@ -66,8 +69,8 @@ def residual(x, w, r, form):
     return aten.add.Tensor(r, aios.quantized_linear.default(x, w, form))
 
 
-def quantized_spec(function, name, rows, depth, extra=()):
-    """Return the format, the body and the spec of a linear on planar rows."""
+def quantized_body(function, name, rows, depth, extra=()):
+    """Return the body and the operands of a linear on planar rows."""
     form = QuantFormat.parse(name)
     inputs = {"x": (("T", depth), torch.float32), "w": ((rows, form.row_bytes(depth)), torch.uint8)}
     inputs |= {n: (shape, torch.float32) for n, shape in extra}
@@ -77,9 +80,15 @@ def quantized_spec(function, name, rows, depth, extra=()):
         body, operands = make_body(lambda x, w: function(x, w, name), inputs)
     w = operands[1]
     operands[1] = Operand(w.name, w.dtype, w.shape, w.strides, PREFIX + form.name)
+    return body, operands
+
+
+def quantized_spec(function, name, rows, depth, extra=()):
+    """Return the format, the body and the spec of a linear on planar rows."""
+    body, operands = quantized_body(function, name, rows, depth, extra)
     spec = quantized_linear.spec_of(body, operands)
     assert spec is not None
-    return form, body, spec
+    return QuantFormat.parse(name), body, spec
 
 
 @functools.cache
@@ -144,6 +153,41 @@ def test_a_norm_of_x_is_part_of_the_kernel(name: str) -> None:
         x, out = torch.randn(tokens, depth) * 10, poisoned((tokens, rows))
         run(source, module, [x, planar, g, out], T=tokens)
         close(out, aios.rms_norm.default(x, g, 1e-3, True), w)
+
+
+@pytest.mark.parametrize(("name", "depth"), [("e4m3_g32_f32", 96), ("e4m3_g128_f32", 256)])
+def test_8_bit_floats_are_the_definition(name: str, depth: int) -> None:
+    """Both factors are rounded to e4m3 as the op's reference has them; the products are exact."""
+    rows, form = 37, QuantFormat.parse(name)
+    packed = quantize_rows(torch.randn(rows, depth), name)
+    w, planar, g = dequantize(packed, form), pack_planar(packed, form), torch.randn(depth)
+    x = torch.randn(19, depth) * 10.0 ** torch.randint(-3, 4, (19, 1))
+    x[3] = 0.0
+    for function, extra in ((plain, ()), (normed, (("g", (depth,)),))):
+        body, operands = quantized_body(function, name, rows, depth, extra)
+        spec = fp8_linear.spec_of(body, operands)
+        assert spec is not None and quantized_linear.spec_of(body, operands) is None
+        source = fp8_linear.emit(spec)
+        module = load(source)
+        for tokens in (1, 3, 19):
+            arguments, out = [x[:tokens], planar, *([g] if extra else [])], poisoned((tokens, rows))
+            run(source, module, [*arguments, out], T=tokens)
+            expected = body(x[:tokens], packed, *arguments[2:])
+            scale = expected.abs().amax(1, keepdim=True)
+            assert ((out - expected).abs() <= 4e-6 * scale + 1e-12).float().mean() > 0.97
+            assert ((out - expected).abs() <= 5e-3 * scale + 1e-12).all()  # a tie rounds otherwise
+            exact = arguments[0] if not extra else aios.rms_norm.default(x[:tokens], g, 1e-3, True)
+            lost = (out - exact @ w.T).norm() / (exact @ w.T).norm()
+            assert lost < 0.05
+
+
+def test_8_bit_floats_are_refused_where_nothing_multiplies_them() -> None:
+    body, operands = quantized_body(plain, "e4m3_g32_f32", 64, 64, ())
+    spec = fp8_linear.spec_of(body, operands)
+    assert spec is not None
+    for target in ("cuda:80", "hip:gfx942"):
+        with pytest.raises(CodegenError, match=f"{target} .* does not multiply e4m3"):
+            fp8_linear.emit(spec, card_of(target))
 
 
 def test_the_same_bits_again_and_other_layouts_are_refused() -> None:

@@ -47,7 +47,9 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> QuantizedLinea
     form = QuantFormat.parse(str(nodes[0].args[2]))
     x = without_leading_ones(resolve(nodes[0].args[0], operands), 2)
     weight = resolve(nodes[0].args[1], operands)
-    if x is None or weight is None or weight.operand.packed != f"quant16.{form.name}":
+    if x is None or weight is None or form.is_float:
+        return None
+    if weight.operand.packed != f"quant16.{form.name}":
         return None
     depth, dense = x.operand.shape[1], x.operand.strides[1] == 1 and x.operand.dtype == "f32"
     if not dense or not isinstance(depth, int):

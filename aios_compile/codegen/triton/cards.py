@@ -21,6 +21,7 @@ class Card:
     `sums`: float32 sums of a tile that a thread holds without spilling, tail included.
     `dependent_launch`: a kernel may start before the one before it has ended (dependent_launch.py).
     `async_dots`: whether the tensor cores read their factors from shared memory (wgmma, tcgen05).
+    `fp8`: whether they multiply e4m3 numbers (OCP's).
     """
 
     target: str
@@ -35,6 +36,7 @@ class Card:
     threads: int = 2048
     warp: int = 32
     dependent_launch: bool = False
+    fp8: bool = False
 
     def processor_bytes_per_us(self) -> float:
         """Return what one multiprocessor can draw when the others idle: twice its share."""
@@ -45,11 +47,17 @@ CARDS = {
     card.target: card
     for card in (
         Card("cuda:80", "A100", 108, 1.73e6, 234e6, 164 << 10, 64, False),
-        Card("cuda:90", "H200", 132, 4.3e6, 790e6, 228 << 10, 128, True, dependent_launch=True),
-        Card("cuda:100", "B200", 148, 6.8e6, 1690e6, 228 << 10, 64, True, dependent_launch=True),
+        Card(
+            "cuda:90", "H200", 132, 4.3e6, 790e6, 228 << 10, 128, True, dependent_launch=True,
+            fp8=True,
+        ),
+        Card(
+            "cuda:100", "B200", 148, 6.8e6, 1690e6, 228 << 10, 64, True, dependent_launch=True,
+            fp8=True,
+        ),
         Card("hip:gfx942", "MI300X", 304, 4.5e6, 980e6, 64 << 10, 64, False, 131072, 2048, 64),
     )
-}
+}  # fmt: skip
 DEFAULT = CARDS["cuda:90"]
 
 

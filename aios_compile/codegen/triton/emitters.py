@@ -11,6 +11,7 @@ from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton import (
     embedding,
     expert_linear,
+    fp8_linear,
     kv_write,
     kv_write_attention,
     linear,
@@ -52,6 +53,7 @@ EMITTERS: tuple[ModuleType, ...] = (
     quantized_embedding,
     linear,
     quantized_linear,
+    fp8_linear,
     expert_linear,
     kv_write_attention,
     paged_attention,
@@ -65,7 +67,7 @@ EMITTERS: tuple[ModuleType, ...] = (
     pointwise,
 )
 
-BY_CARD = (linear, quantized_linear, kv_write_attention, paged_attention)
+BY_CARD = (linear, quantized_linear, fp8_linear, kv_write_attention, paged_attention)
 
 
 def emitters_for(card: Card = DEFAULT) -> Sequence[Any]:

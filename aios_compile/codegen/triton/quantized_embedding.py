@@ -45,7 +45,7 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> QuantizedEmbed
         return None
     form = QuantFormat.parse(str(nodes[0].args[2]))
     table, ids = (resolve(nodes[0].args[i], operands) for i in (0, 1))
-    if table is None or ids is None or table.operand.packed != PREFIX + form.name:
+    if form.is_float or table is None or ids is None or table.operand.packed != PREFIX + form.name:
         return None
     out, depth = operands[-1], operands[-1].shape[-1]
     simple = len(ids.operand.shape) == 1 and ids.operand.dtype == "i64" and ids.offset == 0

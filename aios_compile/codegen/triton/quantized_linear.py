@@ -52,6 +52,12 @@ class QuantizedLinearSpec:
 
 
 def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> QuantizedLinearSpec | None:
+    """Return the spec of a linear on rows of whole numbers and a pointwise tail, else None."""
+    spec = read_spec(body, operands)
+    return None if spec is None or spec.plane.is_float else spec
+
+
+def read_spec(body: fx.GraphModule, operands: Sequence[Operand]) -> QuantizedLinearSpec | None:
     """Return the spec of a body of one aios.quantized_linear and a pointwise tail, else None."""
     target = torch.ops.aios.quantized_linear.default
     nodes = [n for n in body.graph.nodes if n.target is target]
@@ -110,7 +116,7 @@ def _halves(plane: Plane) -> range:
     return range(8 // plane.bits)
 
 
-def _weights(spec: QuantizedLinearSpec, stream: int) -> list[str]:
+def weight_lines(spec: QuantizedLinearSpec, stream: int) -> list[str]:
     """Return the lines that set the pointers of a stream's codes, scales and minimums."""
     base, plane = spec.linear, spec.plane
     weight = variable(base.weight.operand, base.weight.index)
@@ -159,7 +165,7 @@ def _rows(spec: QuantizedLinearSpec) -> list[str]:
         f"x = {x_row(base, '0')}",
     ]
     for s in streams:
-        lines += [*_weights(spec, s), f"sums{s} = tl.zeros([BLOCK_N, STRIPS], tl.float32)"]
+        lines += [*weight_lines(spec, s), f"sums{s} = tl.zeros([BLOCK_N, STRIPS], tl.float32)"]
     lines += ["squares = tl.zeros([1, STRIPS], tl.float32)"] if base.norm else []
     lines += [f"for start in range(0, {strips}, STRIPS):"]
     inner = [
@@ -214,7 +220,7 @@ def _tiles(spec: QuantizedLinearSpec) -> list[str]:
         f"x_at = {x_row(base, 'token')}",
     ]
     for s in range(base.streams):
-        lines += [*_weights(spec, s), f"sum{s} = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)"]
+        lines += [*weight_lines(spec, s), f"sum{s} = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)"]
     strips, zeros = base.depth // (STRIP * count), f"[STRIPS * {STRIP}, BLOCK_T], tl.float32"
     lines += [f"squares = tl.zeros({zeros})"] if base.norm else []
     lines += [f"for start in range(0, {strips}, STRIPS):"]

@@ -1,0 +1,188 @@
+"""y[t, n] = f(sum over k of x[t, k] * w[n, k], ...) with both factors as 8-bit floats (e4m3).
+
+w: rows of codes and a scale a group (codegen/planar.py). x: rounded to e4m3 by one scale a token,
+448 over its largest value, which each program looks for before the product (x is in L2 by then; a
+norm's root mean square cancels out of the codes). A group's product is a sum on the tensor cores of
+its own, times the group's scale in float32: no long sum stays in the cores' short accumulators.
+What e4m3 rounds is the whole error: the products are exact. rows: one token on the vector units;
+tiles: up to 16, 32 or 64 tokens. Bytes: codes and scales once for each tile of tokens, x twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from aios_compile.codegen.cpp.frame import layout, symbol_of
+from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.source import KernelSource
+from aios_compile.codegen.triton import linear_spec, quantized_linear
+from aios_compile.codegen.triton.cards import DEFAULT, Card
+from aios_compile.codegen.triton.frame import Launch, Variant, module_text, python_dim
+from aios_compile.codegen.triton.linear_spec import LinearSpec
+from aios_compile.codegen.triton.linear_text import kernel_text, tail_lines, x_row
+from aios_compile.codegen.triton.norm_prologue import gain_lines, scale_text, scaled
+from aios_compile.codegen.triton.quantized_linear import QuantizedLinearSpec, weight_lines
+from aios_compile.codegen.triton.template import TEMPLATES
+from aios_compile.errors import CodegenError
+from aios_compile.ir.quant_format import E4M3_MAX
+from aios_compile.ir.quantized import SMALLEST
+
+# (row bound, kernel, columns, warps): the bound is the tokens of a tile; of `rows` it is one.
+VARIANTS = ((1, "rows", 4, 4), (16, "tiles", 32, 4), (32, "tiles", 32, 4), (None, "tiles", 64, 8))
+SEARCHED = 32  # k of a step that looks for the largest value: more would fill the registers
+STRIPS, STRIP = 32, 16  # bytes of codes that a thread reads at once, threads of a row
+EVICT = 'eviction_policy="evict_first"'
+
+
+def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> QuantizedLinearSpec | None:
+    """Return the spec of a linear on rows of 8-bit floats and a pointwise tail, else None."""
+    spec = quantized_linear.read_spec(body, operands)
+    return spec if spec is not None and spec.plane.is_float else None
+
+
+def reference(spec: QuantizedLinearSpec, body: fx.GraphModule, *tensors: Tensor) -> Any:
+    """Compute the outputs in eager PyTorch from rows that are not packed: the definition."""
+    return body(*tensors)
+
+
+def emit(spec: QuantizedLinearSpec, card: Card = DEFAULT) -> KernelSource:
+    """Return the module. Raises CodegenError for a card that does not multiply such numbers."""
+    if not card.fp8:
+        raise CodegenError(
+            f"{card.target} ({card.name}) does not multiply e4m3 numbers",
+            source_line=spec.linear.lines[0] if spec.linear.lines else None,
+            advice="quantization='int8' runs on every GPU; fp8 on cuda:90 and cuda:100",
+        )
+    base, plane = spec.linear, spec.plane
+    symbol, operands = symbol_of("fp8_linear", spec), list(base.operands)
+    rows, variants = python_dim(base.x.operand.shape[0]), []
+    parts = [(TEMPLATES / "fp8.py.txt").read_text().rstrip("\n")]
+    for most, kind, block_n, warps in VARIANTS:
+        name = f"{symbol}_{kind}_{'any' if most is None else most}"
+        tokens, across = most or 64, -(-base.columns // block_n)
+        sizes: tuple[tuple[str, int | str], ...] = (("BLOCK_N", block_n),)
+        if kind == "rows":
+            body, grid = _rows(spec), str(across)
+        else:
+            sizes = (("BLOCK_T", tokens), *sizes)
+            body, grid = _tiles(spec), f"(({rows} + {tokens - 1}) // {tokens}) * {across}"
+        parts.append(kernel_text(name, operands, tuple(n for n, _ in sizes), body))
+        variants.append(Variant(most, (Launch(name, grid, sizes, warps, 3),)))
+    comment = [f"fp8_linear: e4m3, groups of {plane.group}", *(f"  {layout(o)}" for o in operands)]
+    comment += [f"model: {line}" for line in base.lines]
+    text = module_text(comment, operands, parts, variants, base.x.operand.shape[0])
+    return KernelSource(
+        "fp8_linear", symbol, "triton", text, len(operands), linear_spec.inplace(base), base.lines
+    )
+
+
+def _gained(base: LinearSpec, name: str, place: str, mask: str) -> list[str]:
+    """Return the lines that multiply x by the norm's weight; none without a norm."""
+    if base.norm is None:
+        return []
+    return [*gain_lines(base, place, mask), f"{name} = {scaled(base, name)}"]
+
+
+def _stats(base: LinearSpec, load: str, zeros: str, place: str, mask: str) -> list[str]:
+    """Return the loop over x that finds the largest value of a token and sums its squares."""
+    normed = base.norm is not None
+    lines = [f"largest = tl.zeros({zeros}, tl.float32)"]
+    lines += [f"squares = tl.zeros({zeros}, tl.float32)"] if normed else []
+    lines += [f"for start in range(0, {base.depth}, STEP):", f"    x = {load}.to(tl.float32)"]
+    lines += ["    squares += x * x"] if normed else []
+    lines += [f"    {line}" for line in _gained(base, "x", place, mask)]
+    return [*lines, "    largest = tl.maximum(largest, tl.abs(x))"]
+
+
+def _scales(base: LinearSpec, axis: int, shape: str) -> list[str]:
+    """Return the lines from the statistics to `inverse`, of the codes, and `back`, of the sums."""
+    lines = [
+        f"top = tl.max(largest, {axis}){shape}",
+        f"live = top >= {SMALLEST!r}  # a NaN is its own code",
+        f"inverse = tl.where(live, {E4M3_MAX} / tl.where(live, top, 1.0), 0.0)",
+        f"back = tl.where(live, top / {E4M3_MAX}, 0.0)",
+    ]
+    if base.norm is not None:
+        lines.append(f"back *= {scale_text(base, f'tl.sum(squares, {axis}){shape}')}")
+    return lines
+
+
+def _rows(spec: QuantizedLinearSpec) -> list[str]:
+    """Return the body for one token; codes are blocks [BLOCK_N, STRIPS, 16]."""
+    base, plane, streams = spec.linear, spec.plane, range(spec.linear.streams)
+    mask = f", mask=place < {base.depth}, other=0.0"
+    lines = [
+        "i0 = tl.full([1], 0, tl.int64)",
+        f"mask0 = i0 < {python_dim(base.x.operand.shape[0])}",
+        "i1 = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)",
+        f"mask1 = i1 < {base.columns}",
+        f"column = tl.minimum(i1, {base.columns - 1})[:, None, None]",
+        f"byte = tl.arange(0, {STRIPS})[None, :, None] * {STRIP}",
+        f"byte = byte + tl.arange(0, {STRIP})[None, None, :]",
+        f"x_at = {x_row(base, '0')}",
+    ]
+    step = str(STRIPS * STRIP)
+    stats = _stats(base, f"tl.load(x_at + place{mask})", f"[1, {STRIPS}, {STRIP}]", "place", mask)
+    first = next(i for i, line in enumerate(stats) if line.startswith("for "))
+    stats.insert(first + 1, "    place = start + byte")
+    lines += [line.replace("STEP", step) for line in stats]
+    lines += ["largest = tl.max(largest, 2)"]
+    lines += ["squares = tl.sum(squares, 2)"] if base.norm else []
+    lines += _scales(base, 1, "")
+    for s in streams:
+        lines += [*weight_lines(spec, s), f"sums{s} = tl.zeros([BLOCK_N, {STRIPS}], tl.float32)"]
+    lines += [f"for start in range(0, {base.depth}, {step}):"]
+    inner = ["place = start + byte", f"x = tl.load(x_at + place{mask}).to(tl.float32)"]
+    inner += [*_gained(base, "x", "place", mask)]
+    inner += ["x = e4m3(x * inverse[:, None, None]).to(tl.float32)"]
+    strip = f"(start + tl.arange(0, {STRIPS})[None, :, None] * {STRIP})"
+    for s in streams:
+        load = f"tl.load(row{s} + place, mask=place < {base.depth}, other=0, {EVICT})"
+        group = f"scales{s} + {strip} // {plane.group}"
+        inner += [
+            f"codes = e4m3_of({load}).to(tl.float32)",
+            f"scale = tl.load({group}, mask={strip} < {base.depth}, other=0.0).to(tl.float32)",
+            f"sums{s} += tl.sum(codes * x, 2) * tl.sum(scale, 2)",  # one scale a strip
+        ]
+    lines += [f"    {line}" for line in inner]
+    lines += [f"sum{s} = tl.sum(sums{s}, 1) * back" for s in streams]
+    return [*lines, *tail_lines(base)]
+
+
+def _tiles(spec: QuantizedLinearSpec) -> list[str]:
+    """Return the body for a tile of tokens: w[n, k] times x[k, t], a group of k a step."""
+    base, plane, streams = spec.linear, spec.plane, range(spec.linear.streams)
+    rows, across = python_dim(base.x.operand.shape[0]), f"({base.columns} + BLOCK_N - 1) // BLOCK_N"
+    lines = [
+        "item = tl.program_id(0).to(tl.int64)",
+        f"across = {across}",
+        "i0 = (item // across * BLOCK_T + tl.arange(0, BLOCK_T))[None, :]",
+        "i1 = (item % across * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]",
+        f"mask0 = i0 < {rows}",
+        f"mask1 = i1 < {base.columns}",
+        f"token = tl.minimum(i0, {rows} - 1)",
+        f"column = tl.minimum(i1, {base.columns - 1})",
+        f"k = tl.arange(0, {plane.group})",
+        f"x_at = {x_row(base, 'token')} + k[:, None]",
+    ]
+    zeros, place = f"[{SEARCHED}, BLOCK_T]", f"start + tl.arange(0, {SEARCHED})[:, None]"
+    stats = _stats(base, f"tl.load({x_row(base, 'token')} + {place})", zeros, place, "")
+    lines += [line.replace("STEP", str(SEARCHED)) for line in stats]
+    lines += _scales(base, 0, "[None, :]")
+    for s in streams:
+        lines += [*weight_lines(spec, s), f"sum{s} = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)"]
+    lines += [f"for start in range(0, {base.depth}, {plane.group}):"]
+    inner = ["x = tl.load(x_at + start).to(tl.float32)"]
+    inner += [*_gained(base, "x", "start + k[:, None]", ""), "numbers = e4m3(x * inverse)"]
+    for s in streams:
+        inner += [
+            f"codes = e4m3_of(tl.load(row{s} + start + k[None, :], {EVICT}))",
+            f"scale = tl.load(scales{s} + start // {plane.group}).to(tl.float32)",
+            f"sum{s} += multiply(codes, numbers) * scale",
+        ]
+    lines += [f"    {line}" for line in inner]
+    lines += [f"sum{s} *= back" for s in streams]
+    return [*lines, *tail_lines(base)]
