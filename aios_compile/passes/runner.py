@@ -77,6 +77,7 @@ def run_pipeline(
     bisect = env.BISECT.get_int(0, 10**9) if env.BISECT.get() else None
     certifier = Certifier(module, options, seed, certificates) if verify else None
     results: list[PassResult] = []
+    saved: IRModule | None = None  # serves until a pass changes the program: copies cost
     total, optional_hits = sum(len(s.passes) for s in stages), 0
     for stage in stages:
         for function in stage.passes:
@@ -85,7 +86,10 @@ def run_pipeline(
             if info.name in left_out:
                 result = _skipped(info, module, "disabled")
             else:
-                result = _run_pass(module, function, options, certifier, remaining)
+                saved = saved or snapshot.take(module)
+                result = _run_pass(module, saved, function, options, certifier, remaining)
+                if result.hits or not result.kept:
+                    saved = None
             if result.kept and not info.required:
                 optional_hits += result.hits
             results.append(result)
@@ -129,14 +133,14 @@ def _skipped(info: PassInfo, module: IRModule, reason: str) -> PassResult:
 
 def _run_pass(
     module: IRModule,
+    saved: IRModule,
     function: PassFunction,
     options: PassOptions,
     certifier: Certifier | None,
     remaining: int | None,
 ) -> PassResult:
-    """Run one pass; revert it or raise when it crashes, breaks the graph or its error budget."""
-    info = info_of(function)
-    saved, ops = snapshot.take(module), snapshot.count_ops(module)
+    """Run one pass; go back to `saved` or raise when it crashes, breaks the graph or its budget."""
+    info, ops = info_of(function), snapshot.count_ops(module)
     started = time.perf_counter()
     num_nodes = sum(ops.values())
     result = PassResult(info.name, info.numerics, info.required, nodes=(num_nodes, num_nodes))
