@@ -10,6 +10,8 @@ import pytest
 
 # Before torch is imported by anyone, and for child processes: the machine may be shared.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Triton reads it when it is first imported; what compiles for a GPU does so in a child process.
+os.environ["TRITON_INTERPRET"] = "1"
 for _name in [name for name in os.environ if name.startswith("AIOS_")]:
     del os.environ[_name]
 

@@ -1,0 +1,37 @@
+"""The counts of `make test` come from pytest's report: what ran, failed or was skipped, by group."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from tests.run_groups import Result, count, groups, summarise
+
+REPORT = """<testsuites><testsuite>
+  <testcase classname="tests.test_cache" name="a" time="0.5" />
+  <testcase classname="tests.test_cache.TestIt" name="b" time="0.25" />
+  <testcase classname="tests.codegen.test_linear" name="a" time="2"><failure /></testcase>
+  <testcase classname="tests.codegen.test_linear" name="b" time="1"><error /></testcase>
+  <testcase classname="tests.codegen.test_linear" name="c" time="1">
+    <skipped message="the processor lacks avx_vnni" /></testcase>
+  <testcase classname="tests.codegen.test_linear" name="d" time="1">
+    <skipped message="no reason" /></testcase>
+</testsuite></testsuites>"""
+
+
+def test_cases_are_counted_by_group(capsys: pytest.CaptureFixture[str]) -> None:
+    cases = ElementTree.fromstring(REPORT).iter("testcase")
+    results = count(cases, ["unit", "codegen", "ir"])
+    assert results["unit"] == Result(2, 0, 0, 0, 0.75)
+    assert results["codegen"] == Result(0, 2, 1, 1, 5.0) and results["ir"].counted == (0, 0)
+    pinned = {"unit": (2, 0), "codegen": (3, 1), "ir": (0, 0)}
+    assert not summarise(results, pinned)  # two failed
+    passing = {name: result._replace(failed=0) for name, result in results.items()}
+    assert summarise(passing, {**pinned, "codegen": (1, 1)})
+    assert not summarise(passing, pinned)  # two vanished
+    assert "codegen: ran and skipped (1, 1), pinned (3, 1)" in capsys.readouterr().out
+
+
+def test_every_folder_of_tests_is_a_group() -> None:
+    assert {"unit", "codegen", "compiled", "foreign", "runtime"} <= set(groups())
