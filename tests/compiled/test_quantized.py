@@ -24,10 +24,13 @@ WIDE = {"max_num_batched_tokens": 512}
 
 
 def held_out() -> list[int]:
-    """Return the first half of the twentieth that training never saw (train_shakespeare.py)."""
+    """Return an eighth of the twentieth that training never saw (train_shakespeare.py).
+
+    On half of it INT8 changes the perplexity by -0.001 %, INT4 by +0.50 %.
+    """
     text = (EXAMPLES / "tinyshakespeare.txt").read_text()
     text = text[len(text) - len(text) // 20 :]
-    return Tokenizer.load(SHAKESPEARE).encode(text[: len(text) // 2])
+    return Tokenizer.load(SHAKESPEARE).encode(text[: len(text) // 8])
 
 
 def perplexity(model: CompiledModel, ids: list[int]) -> float:

@@ -10,8 +10,7 @@ from tests.foreign import families
 
 TOLERANCE = 1e-4
 TESTED = (
-    "gemma2", "gpt2", "gpt_neox", "cohere", "falcon_new", "codegen", "mixtral", "gpt_oss", "bloom",
-    "llama4",
+    "gemma2", "gpt2", "gpt_neox", "falcon_new", "mixtral", "gpt_oss", "bloom", "llama4",
 )  # fmt: skip
 OTHERS = (  # FOREIGN_FAMILIES=all
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "gpt_neox_serial", "gptj", "phi",
@@ -21,7 +20,7 @@ OTHERS = (  # FOREIGN_FAMILIES=all
     "qwen3_moe", "olmoe", "flex_olmo", "phimoe", "granitemoe", "granitemoeshared", "glm4_moe_lite",
     "mistral4", "dots1", "glm4_moe", "solar_open", "ernie4_5_moe", "hunyuan_moe", "minimax",
     "minimax_m2", "exaone_moe", "lfm2_moe", "mimo_v2_flash", "cohere2_moe", "falcon_alibi",
-    "deepseek_v2", "deepseek_v3", "mpt",
+    "deepseek_v2", "deepseek_v3", "mpt", "cohere", "codegen",
 )  # fmt: skip
 CHOSEN = (*TESTED, *OTHERS) if os.environ.get("FOREIGN_FAMILIES") == "all" else TESTED
 CALLED = {
