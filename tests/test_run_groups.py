@@ -1,4 +1,4 @@
-"""The counts of `make test` come from pytest's report: what ran, failed or was skipped, by group."""
+"""The counts of `make test` come from its report: what ran, failed or was skipped, by group."""
 
 from __future__ import annotations
 
