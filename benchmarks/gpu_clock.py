@@ -1,0 +1,62 @@
+"""Times on a device: CUDA events, or a clock where kernels are interpreted (nothing to learn)."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+
+class Clock:
+    """`device` as in CompileOptions ("cuda" or "interpreter"); repeats: of each measurement."""
+
+    def __init__(self, device: str, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+        self.cuda = device != "interpreter"
+        self.torch_device = device if self.cuda else "cpu"
+        self.jobs = os.cpu_count() or 1
+
+    def median_us(self, run: Callable[[], None]) -> float:
+        """Return the median microseconds of `run`, after three runs that do not count."""
+        if not self.cuda:
+            begin = time.perf_counter()
+            run()
+            return (time.perf_counter() - begin) * 1e6
+        import torch
+
+        times = []
+        for _ in range(self.repeats + 3):
+            begin_event, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin_event.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(begin_event.elapsed_time(end) * 1e3)
+        return statistics.median(times[3:])
+
+    @cached_property
+    def _bytes_per_us(self) -> float:
+        import torch
+
+        data = torch.rand(1 << (30 if self.cuda else 16), device=self.torch_device)
+        return 4 * data.numel() / self.median_us(lambda: discard(data.sum()))
+
+    def bytes_per_us(self) -> float:
+        """Return the read bandwidth: a sum over 4 GiB of random float32, once in a run."""
+        return self._bytes_per_us
+
+    @cached_property
+    def flops_per_us(self) -> float:
+        """Return the rate of a large bf16 matrix product of the library."""
+        import torch
+
+        size = 8192 if self.cuda else 32
+        a, b = (torch.randn(size, size, device=self.torch_device).bfloat16() for _ in range(2))
+        return 2.0 * size**3 / self.median_us(lambda: discard(torch.mm(a, b)))
+
+
+def discard(value: Any) -> None:
+    """Drop a result: reading its value would wait for the GPU."""

@@ -1,0 +1,81 @@
+"""The engine on a GPU: many requests of mixed lengths, all there at the start, beside a floor."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu_clock import Clock
+
+
+def workload(options: argparse.Namespace, vocabulary: int) -> list[tuple[list[int], int]]:
+    """Return (prompt, new tokens) of each request, seeded."""
+    draw = np.random.default_rng(0)
+    first, last = options.lengths
+    sizes = draw.integers(first, last + 1, (options.requests, 2))
+    return [(draw.integers(0, vocabulary, a).tolist(), int(b)) for a, b in sizes]
+
+
+def engine_row(shape: str, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    """Serve the workload; report the start, throughput and what the host adds to a step."""
+    import aios_compile
+    from benchmarks.shapes import config_of, make
+
+    folder = make(shape, Path(tempfile.mkdtemp(prefix="aios-gpu-engine-")) / shape, options.layers)
+    work = workload(options, min(1000, config_of(shape)["vocab_size"]))
+    begin = time.perf_counter()
+    sizes = {} if clock.cuda else {"max_num_batched_tokens": 16, "max_num_seqs": 4}
+    with aios_compile.load_and_compile(
+        folder, device=options.device, max_model_len=2 * options.lengths[1] + 16, progress=False,
+        cache_dir=str(folder.parent / "cache"), **sizes,
+    ) as model:  # fmt: skip
+        ready = time.perf_counter() - begin
+        stats = model.engine.stats
+        steps, step_us = stats.num_steps, stats.executor_us
+        params = [
+            aios_compile.SamplingParams(max_tokens=n, temperature=0, ignore_eos=True)
+            for _, n in work
+        ]
+        start = time.perf_counter()
+        model.generate([prompt for prompt, _ in work], params)
+        seconds = time.perf_counter() - start
+        steps, step_us = stats.num_steps - steps, stats.executor_us - step_us
+        executor: Any = model.engine.executor
+        tokens = sum(len(p) + n for p, n in work)
+        weights = sum(int(np.prod(w.shape)) * 2 for w in model.program.weights if len(w.shape) == 2)
+        floor = steps * weights / clock.bytes_per_us() / 1e6
+        return {
+            "ready_seconds": ready, "seconds": seconds, "requests": len(work), "steps": steps,
+            "tokens_per_s": tokens / seconds, "new_tokens_per_s": sum(n for _, n in work) / seconds,
+            "step_us": step_us / steps, "host_us": (seconds * 1e6 - step_us) / steps,
+            "share": floor / seconds, "late_compilations": executor.num_late_compilations,
+            "late_captures": executor.num_late_captures,
+        }  # fmt: skip
+
+
+def transformers_row(shape: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Serve the workload with transformers' continuous batching, greedy."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from benchmarks.shapes import config_of, make
+
+    folder = make(shape, Path(tempfile.mkdtemp(prefix="aios-gpu-hf-")) / shape, options.layers)
+    work = workload(options, min(1000, config_of(shape)["vocab_size"]))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
+    seconds = 0.0
+    by_length: dict[int, list[list[int]]] = {}
+    for prompt, new in work:  # one limit a call: requests with like limits go together
+        by_length.setdefault(-(-new // 128) * 128, []).append(prompt)
+    for new, prompts in by_length.items():
+        settings = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1)
+        begin = time.perf_counter()
+        model.generate_batch(inputs=prompts, generation_config=settings)
+        seconds += time.perf_counter() - begin
+    produced = sum(new * len(prompts) for new, prompts in by_length.items())
+    return {"seconds": seconds, "new_tokens_per_s": produced / seconds}

@@ -1,0 +1,43 @@
+"""Every part of benchmarks/gpu.py at a tiny size: none runs for the first time on a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import gpu
+
+TINY = "--device interpreter --shapes micro --batch 1 --context 20 --tokens 2 --repeats 1"
+TINY += " --cases 1 --pages 16 --requests 1 --lengths 2,3"
+
+
+@pytest.mark.parametrize("part", ["ours", "peers", "engine"])
+def test_a_part_runs_and_goes_on_where_it_was(part: str, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    arguments = [part, "--out", str(out), *TINY.split()]
+    assert gpu.main([*arguments, "--minutes", "0"]) == 3, "no time: no row"
+    assert gpu.main(arguments) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert not [row for row in rows if "error" in row], rows
+    assert len(rows) >= {"ours": 6, "peers": 5, "engine": 1}[part]
+    before = out.read_text()
+    assert gpu.main(arguments) == 0 and out.read_text() == before, "rows that are there stay"
+    if part != "ours":
+        return
+    by_name = {row["row"]: row for row in rows}
+    assert by_name["ours micro decode batch 1 context 20"]["late_compilations"] == 0
+    names = [row["name"] for row in by_name["ours micro kernels"]["rows"]]
+    assert names[-2:] == ["prepare_step", "collect_results"]
+
+
+def test_a_row_that_fails_is_kept_and_the_next_runs(tmp_path: Path) -> None:
+    results = gpu.Results(tmp_path / "rows.jsonl", again=False)
+    rows = [("bad", lambda: 1 / 0), ("good", lambda: {"us": 1.0})]
+    assert gpu.run(rows, results, 60)
+    assert "ZeroDivisionError" in gpu.table(results) and "good" in gpu.table(results)
+    again = gpu.Results(results.path, again=True)
+    assert again.lacks("bad") and not again.lacks("good")
