@@ -68,7 +68,7 @@ def candidates(problem: Problem, kind: str, tokens: int, card: Card) -> list[Con
             for n, k, warps in itertools.product((1, 2, 4, 8), (256, 512, 1024, 2048), (2, 4, 8))
         ]
         return [c for c in found if _rows_fit(c, problem, card)] or [
-            Config("rows", tokens, 1, 64, 1)
+            Config("rows", tokens, 8 // problem.streams, 64, 1)  # of a tiny model
         ]
     if kind == "dot":
         found = [
