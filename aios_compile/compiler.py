@@ -145,13 +145,14 @@ def pass_options(
     name = options.kv_cache_dtype
     kv_dtype = stored if name == "auto" else getattr(torch, name)
     width = _page_table_width(sizes)
-    form = options.quantization_format()
-    if form.startswith("e4m3") and family(options.device) == "cpp":
+    form, target = options.quantization_format(), family(options.device)
+    if form.startswith("e4m3") and target == "cpp":
         raise ConfigError(
             f"quantization={options.quantization!r}: no CPU multiplies 8-bit floats",
             advice="quantization='int8' or 'int4' on the CPU; fp8 with device='cuda'",
         )
-    return PassOptions(family(options.device), PAGE_SIZE, kv_dtype, 64, width, form)
+    bf16_dot = target == "cpp" and build.Target.host().bf16_dot
+    return PassOptions(target, PAGE_SIZE, kv_dtype, 64, width, form, bf16_dot)
 
 
 def _page_table_width(sizes: ResolvedSizes) -> int:

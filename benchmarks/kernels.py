@@ -1,8 +1,9 @@
 """Linear, attention and sampling kernels beside this machine's read bandwidth and FMA peak.
 
-    python benchmarks/kernels.py [--threads 2] [--tokens 1,2,4,8,256] [--weights bf16,int8,int4]
+    python benchmarks/kernels.py [--threads 2] [--tokens 1,2,4,8,256] [--weights bf16,float,int8,int4]
 
-Shapes of Qwen3-0.6B, random data; quantised weights by name or format. Weights are streamed from a
+Shapes of Qwen3-0.6B, random data; quantised weights by name or format, `float` for
+bf16 weights with float32 activations where `bf16` rounds them. Weights are streamed from a
 set of matrices of 512 MiB, far larger than the caches. Reading them, FMAs (or dot products of
 bytes) in registers and the kernel take turns; times are medians of processor time of the slowest
 thread, so that other work disturbs little.
@@ -34,14 +35,17 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import math
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from aios_compile.codegen.cpp import linear, quantized_linear
-from aios_compile.codegen.operand import Operand, SizeExpr
-from aios_compile.codegen.packing import pack_quant16, pack_rows16
+from aios_compile.codegen.cpp import build, linear, quantized_linear
+from aios_compile.codegen.operand import Operand, SizeExpr, dim_value
+from aios_compile.codegen.packing import pack_pairs16, pack_quant16, pack_rows16
 from aios_compile.codegen.source import KernelSource
 from aios_compile.ir import ops, quantized
 from aios_compile.ir.quant_format import SHORT_NAMES, QuantFormat
@@ -52,15 +56,44 @@ from benchmarks.probes import Sizes, calls, interleaved, library, probes
 SHAPES = {"qkv": (1024, 4096), "o": (2048, 1024), "gate_up": (1024, 6144), "down": (3072, 1024)}
 SHAPES["head"] = (1024, 151936)
 BYTES = 512 << 20
+PAIRS = "pairs"  # in place of a format: bf16 weights, activations rounded to bf16
+
+
+def work_of(
+    lib: ctypes.CDLL, source: KernelSource, threads: int, operands: list[list[int]], tokens: int
+) -> Callable[[int], None]:
+    """Return what one thread does of a kernel's phases, for each list of addresses.
+
+    All lists share what the first phase prepares, so one barrier is enough.
+    """
+    n, p, phases = Sizes(tokens, 1, 1, 1), (ctypes.c_void_p * 1)(), []
+    for name in (source.symbol, f"{source.symbol}_finish")[: 1 + source.finishes]:
+        count = getattr(lib, f"{name}_items")
+        count.restype = ctypes.c_int64
+        items = count(ctypes.byref(n), p)
+        if items:
+            phases.append(calls(getattr(lib, name), items, threads, operands, tokens))
+    barrier = threading.Barrier(threads)
+
+    def work(i: int) -> None:
+        phases[0](i)
+        for phase in phases[1:]:
+            barrier.wait()
+            phase(i)
+
+    return work
 
 
 def linear_source(depth: int, columns: int, form: str) -> KernelSource:
-    """Return the kernel for weights in bf16, or in a quantised format."""
+    """Return the kernel for weights in bf16 (`pairs`: with rounded activations), or quantised."""
     mode = new_fake_mode()
     graph = torch.fx.Graph()
     x, w = graph.placeholder("x"), graph.placeholder("w")
     x.meta["val"] = new_fake(mode, ("T", depth), torch.float32)
-    if form:
+    if form == PAIRS:
+        shape, dtype = (columns, depth), torch.bfloat16
+        y = graph.call_function(torch.ops.aios.bf16_linear.default, (x, w))
+    elif form:
         shape, dtype = (columns, QuantFormat.parse(form).row_bytes(depth)), torch.uint8
         y = graph.call_function(torch.ops.aios.quantized_linear.default, (x, w, form))
     else:
@@ -70,8 +103,9 @@ def linear_source(depth: int, columns: int, form: str) -> KernelSource:
     w.meta["val"] = new_fake(mode, shape, dtype)
     y.meta["val"] = new_fake(mode, ("T", columns), torch.float32)
     operands = [Operand.of_value(n.name, n.meta["val"]) for n in (x, w, y)]
-    operands[1] = Operand.of_value("w", w.meta["val"], f"quant16.{form}" if form else "rows16")
-    emitter = quantized_linear if form else linear
+    packing = {"": "rows16", PAIRS: "pairs16"}.get(form, f"quant16.{form}")
+    operands[1] = Operand.of_value("w", w.meta["val"], packing)
+    emitter = linear if form in ("", PAIRS) else quantized_linear
     spec = emitter.spec_of(torch.fx.GraphModule(torch.nn.Module(), graph), operands)
     assert spec is not None and isinstance(operands[0].shape[0], SizeExpr)
     return emitter.emit(spec)
@@ -80,7 +114,7 @@ def linear_source(depth: int, columns: int, form: str) -> KernelSource:
 def random_weights(depth: int, columns: int, form: str) -> tuple[np.ndarray, Any]:
     """Return a packed matrix, and a function from x[T, depth] to its first 64 columns."""
     rng = np.random.default_rng(0)
-    if form:
+    if form not in ("", PAIRS):
         parsed = QuantFormat.parse(form)
         few = torch.from_numpy(rng.standard_normal((1024, depth), dtype=np.float32))
         rows = quantize_rows(few, form).repeat(-(-columns // 1024), 1)[:columns]
@@ -89,6 +123,8 @@ def random_weights(depth: int, columns: int, form: str) -> tuple[np.ndarray, Any
     values = rng.standard_normal((columns, depth), dtype=np.float32)
     bits = (values.view(np.uint32) >> 16).astype(np.uint16)
     few = (bits[:64].astype(np.uint32) << 16).view(np.float32)
+    if form == PAIRS:
+        return pack_pairs16(bits), lambda x: torch.tensor(x).bfloat16().float().numpy() @ few.T
     return pack_rows16(bits), lambda x: x @ few.T
 
 
@@ -98,17 +134,20 @@ def measure(lib: ctypes.CDLL, name: str, source: KernelSource, form: str, argume
     packed, expected = random_weights(depth, columns, form)
     copies = max(1, BYTES // packed.nbytes)
     weights = np.repeat(packed[None], copies, 0)
-    read, compute, operations = probes(lib, weights, threads, bool(form))
-    print(f"{name} {depth} -> {columns} {form or 'bf16'}")
+    read, compute, operations = probes(
+        lib, weights, threads, form not in ("", PAIRS), form == PAIRS
+    )
+    print(f"{name} {depth} -> {columns} {form or 'bf16, float32 activations'}")
     for tokens in map(int, arguments.tokens.split(",")):
         used = copies if tokens <= 8 else max(1, copies * 2 // tokens)
         x = rng.standard_normal((tokens, depth), dtype=np.float32)
         y = np.zeros((tokens, columns), np.float32)
-        count = getattr(lib, f"{source.symbol}_items")
-        count.restype = ctypes.c_int64
-        items = count(ctypes.byref(Sizes(tokens, 1, 1, 1)))
-        lists = [[x.ctypes.data, w.ctypes.data, y.ctypes.data] for w in weights[:used]]
-        work = calls(getattr(lib, source.symbol), items, threads, lists, tokens)
+        (space,) = source.workspace
+        words = math.prod(dim_value(d, {"T": tokens}) for d in space.shape)
+        prepared = np.zeros(words + 16, np.float32)
+        places = [y.ctypes.data, prepared.ctypes.data + -prepared.ctypes.data % 64]
+        lists = [[x.ctypes.data, w.ctypes.data, *places] for w in weights[:used]]
+        work = work_of(lib, source, threads, lists, tokens)
         reading, computing, seconds = interleaved(threads, read, compute, work)
         assert np.abs(y[:, :64] - np.asarray(expected(x))).max() < 1e-2
         bandwidth, peak = weights.nbytes / reading, operations / computing
@@ -131,7 +170,8 @@ def main() -> None:
     arguments = parser.parse_args()
     assert ops.TABLE
     kinds = arguments.weights.split(",")
-    forms = ["" if k == "bf16" else SHORT_NAMES.get(k, k) for k in kinds]
+    short = {**SHORT_NAMES, "float": "", "bf16": PAIRS if build.Target.host().bf16_dot else ""}
+    forms = [short.get(k, k) for k in kinds]
     names = arguments.shapes.split(",")
     sources = {(n, f): linear_source(*SHAPES[n], f) for f in forms for n in names}
     lib = library(list(sources.values()))

@@ -125,17 +125,21 @@ def calls(
 
 
 def probes(
-    lib: ctypes.CDLL, data: np.ndarray, threads: int, quantized: bool = False
+    lib: ctypes.CDLL, data: np.ndarray, threads: int, quantized: bool = False, bf16: bool = False
 ) -> tuple[Callable[[int], None], Callable[[int], None], float]:
-    """Return (reading all of `data`, FMAs or dot products in registers, their operations)."""
+    """Return (reading all of `data`, products in registers, their operations).
+
+    The products are those of bytes (quantized), of bf16 where the processor has them, or FMAs.
+    """
     out = np.zeros(1 << 20, np.float32)
     pages = data.nbytes // 4096
     read = calls(lib.probe_read, pages, threads, [[data.ctypes.data, out.ctypes.data]], 0)
     rounds, lanes = 2_000_000, build.Target.host().vector_bytes // 4
-    function = lib.probe_dot if quantized else lib.probe_fma
+    bf16 = bf16 and build.Target.host().bf16_dot
+    function = lib.probe_dot if quantized else lib.probe_bf16 if bf16 else lib.probe_fma
     compute = calls(function, rounds, threads, [[out.ctypes.data]], 0)
     KEPT.append(out)
-    return read, compute, rounds * 10 * lanes * 2 * (4 if quantized else 1)
+    return read, compute, rounds * 10 * lanes * 2 * (4 if quantized else 2 if bf16 else 1)
 
 
 class MachineProbe:

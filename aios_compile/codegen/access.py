@@ -171,8 +171,12 @@ def shape_of(node: Any) -> tuple[Dim, ...]:
 def address_of(operand: Operand, coordinates: Coordinates) -> Linear:
     """Return the address of an element: by strides, or inside a packed layout.
 
-    rows16 is [ceil(N / 16)][K][16]. Raises NotExpressible for another packed layout.
+    Packed layouts are rows16 and pairs16 (codegen/packing.py). Raises NotExpressible for others.
     """
+    if operand.packed == "pairs16":
+        (row, column), pairs = coordinates, (operand.shape[1] + 1) // 2
+        block = divided(row, 16).times(32 * pairs).plus(divided(column, 2).times(32))
+        return block.plus(remainder(row, 16).times(2)).plus(remainder(column, 2))
     if operand.packed == "rows16":
         (row, column), width = coordinates, operand.shape[1]
         block = divided(row, 16).times(multiply(width, 16))

@@ -20,8 +20,12 @@ from aios_compile.ir.module import IRModule, body_of, outputs, placeholders
 
 assert ops.TABLE, "the op table registers the aios operators"
 aios = torch.ops.aios
-ROWS16 = "rows16"
-LINEARS = (aios.linear.default, aios.linear, aios.quantized_linear.default)
+LAYOUTS = {  # of the weight of a linear on the C++ target; "" for quantised rows
+    aios.linear.default: "rows16",
+    aios.linear: "rows16",
+    aios.bf16_linear.default: "pairs16",
+    aios.quantized_linear.default: "",
+}
 
 
 @dataclass
@@ -83,25 +87,26 @@ def linear_weights(call: fx.Node, packs: bool = True) -> dict[int, str]:
     holders = [p for p in placeholders(body.graph) if _is_tensor(p)]
     found, rows = {}, "quant16" if packs else "planar"
     for node in body.graph.nodes:
-        if node.target in LINEARS and node.args[1] in holders:
+        if node.target in LAYOUTS and node.args[1] in holders:
             index = holders.index(node.args[1])
             if node.target is aios.quantized_linear.default:
                 found[index] = f"{rows}.{node.args[2]}"
             elif packs:
-                found[index] = ROWS16
+                found[index] = LAYOUTS[node.target]
         if node.target is aios.quantized_embedding.default and node.args[0] in holders:
             found[holders.index(node.args[0])] = f"{rows}.{node.args[2]}"
     return found
 
 
-def _streamed_weights(module: IRModule) -> set[str]:
-    """Return the outer weights that some linear streams: they are stored packed."""
-    streamed: set[str] = set()
+def _streamed_weights(module: IRModule) -> dict[str, str]:
+    """Return the outer weights that some linear streams, with the layout that it reads."""
+    streamed: dict[str, str] = {}
     for region, graph_module in module.graphs().items():
         for call in kernel_calls(graph_module.graph):
             arguments = tensor_arguments(call)
-            for index in linear_weights(call):
-                streamed |= set(bound_weights(module, region, arguments[index]))
+            for index, layout in linear_weights(call).items():
+                names = bound_weights(module, region, arguments[index])
+                streamed.update(dict.fromkeys(names, layout))
     return streamed
 
 
@@ -117,7 +122,7 @@ def bound_weights(module: IRModule, region: str, node: fx.Node) -> list[str]:
 
 
 def _operands(
-    call: fx.Node, module: IRModule, region: str, streamed: set[str] | None, emitted: Emitted
+    call: fx.Node, module: IRModule, region: str, streamed: dict[str, str] | None, emitted: Emitted
 ) -> list[Operand]:
     body = body_of(call)
     arguments = tensor_arguments(call)
@@ -131,8 +136,9 @@ def _operands(
     operands = []
     for i, (holder, argument) in enumerate(zip(holders, arguments)):
         names = bound_weights(module, region, argument)
-        shared = streamed is not None and set(names) <= streamed
-        layout = weights.get(i, ROWS16 if i in tables and shared else None) if names else None
+        shared = {(streamed or {}).get(name) for name in names}  # a head's tied table
+        table = shared.pop() if i in tables and len(shared) == 1 else None
+        layout = weights.get(i, table) if names else None
         if layout:
             emitted.packed[call, i] = layout
         operands.append(Operand.of_value(holder.name, argument.meta["val"], layout))

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aios_compile.codegen.packing import check_finite, pack_quant16, pack_rows16
+from aios_compile.codegen.packing import ROW_PACKINGS, check_finite, pack_quant16
 from aios_compile.codegen.planar import PREFIX, pack_planar
 from aios_compile.codegen.program import Program, WeightEntry
 from aios_compile.codegen.quantized_weights import (
@@ -97,8 +97,8 @@ def _packed(entry: WeightEntry, recipe: Recipe, tensors: Mapping[str, Tensor]) -
         value = recipe.run(tensors).to(dtype)
     label = _checked(entry, recipe, value)
     array = to_numpy(value.contiguous())
-    if entry.packed == "rows16":
-        return pack_rows16(array, label)
+    if entry.packed in ROW_PACKINGS:
+        return ROW_PACKINGS[entry.packed](array, label)
     check_finite(array, label)
     return array
 

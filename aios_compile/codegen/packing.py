@@ -4,6 +4,9 @@ rows16: [ceil(N / 16)][K][16], the rows of w[N, K] in blocks of 16, element k of
 side, so that one vector load feeds 16 rows and a block is one sequential stream. Rows beyond N are
 zeros. bfloat16 travels as its bits in uint16.
 
+pairs16: [ceil(N / 16)][ceil(K / 2)][16][2], bfloat16 only: as rows16, with elements 2 j and 2 j + 1
+of a row side by side, which is what dot products of pairs take. An odd K is filled with zeros.
+
 quant16.<format>: [ceil(N / 16)][row_bytes * 16], the rows uint8[N, row_bytes] of a quantised matrix
 (ir/quant_format.py) in blocks of 16. Each field of a super-block is interleaved in its own pieces:
 four bytes of codes (four k of a row: a lane of a dot product), a scale, a minimum. Codes and scales
@@ -48,6 +51,25 @@ def pack_rows16(w: Array, label: str = "weight") -> Array:
         packed[full] = 0
         packed[full, :, : rows - full * ROWS] = rest.T
     return packed
+
+
+def pack_pairs16(w: Array, label: str = "weight") -> Array:
+    """Return w[N, K] (bfloat16 bits in uint16) as pairs16 [ceil(N / 16), ceil(K / 2), 16, 2].
+
+    Raises CheckpointError when a value is NaN or infinite. Memory: as pack_rows16, and a copy of w
+    when K is odd.
+    """
+    assert w.dtype == np.uint16, f"{label}: pairs16 packs bfloat16 bits, got {w.dtype}"
+    if w.shape[1] % 2:
+        w = np.pad(w, ((0, 0), (0, 1)))
+    packed = pack_rows16(np.ascontiguousarray(w).view(np.uint32), label)
+    return packed.view(np.uint16).reshape(*packed.shape, 2)
+
+
+def unpack_pairs16(packed: Array, rows: int, depth: int) -> Array:
+    """Return the matrix [rows, depth] of a pairs16 array."""
+    wide = unpack_rows16(packed.reshape(*packed.shape[:2], -1).view(np.uint32), rows)
+    return np.ascontiguousarray(wide.view(np.uint16)[:, :depth])
 
 
 def unpack_rows16(packed: Array, rows: int) -> Array:
@@ -115,6 +137,8 @@ def check_finite(array: Array, label: str) -> None:
 
 
 def _check_chunk(chunk: Array, label: str, first_row: int | None) -> None:
+    if chunk.dtype == np.uint32:  # pairs of bfloat16
+        chunk = np.ascontiguousarray(chunk).view(np.uint16)
     if chunk.dtype == np.uint16:
         bad = (chunk & np.uint16(0x7F80)) == np.uint16(0x7F80)
     else:
@@ -130,3 +154,7 @@ def _check_chunk(chunk: Array, label: str, first_row: int | None) -> None:
         f"{label}: {int(bad.sum())} or more values are NaN or infinite{where}",
         advice="download the checkpoint again; training that diverged leaves such weights too",
     )
+
+
+# The layouts of whole float matrices, by name.
+ROW_PACKINGS = {"rows16": pack_rows16, "pairs16": pack_pairs16}

@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from aios_compile.codegen.packing import ROW_PACKINGS
 from aios_compile.codegen.program import Program
 from aios_compile.ir.module import Recipe, outputs
 from aios_compile.ir.quant_format import QuantFormat
@@ -73,7 +74,7 @@ def remarks(program: Program, weights: Sequence[QuantizedWeight]) -> list[str]:
     """Return what the report says: bits a weight of all linears, those kept too, and errors."""
     if not weights:
         return []
-    kept = [w for w in program.weights if w.packed == "rows16"]
+    kept = [w for w in program.weights if w.packed in ROW_PACKINGS]
     count = sum(w.rows * w.depth for w in weights) + sum(prod(w.shape) for w in kept)
     total = sum(w.rows * w.depth * w.bits for w in weights)
     total += sum(8 * BYTES[w.dtype] * prod(w.shape) for w in kept)

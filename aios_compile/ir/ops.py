@@ -49,6 +49,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x.to(wide(x.dtype)), w, b).to(x.dtype)
 
 
+def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rounded = x if x.dtype == torch.float64 else x.to(torch.bfloat16).to(x.dtype)
+    return linear(rounded, weight, bias)
+
+
 def expert_linear(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = torch.arange(experts.shape[0]) // (experts.shape[0] // x.shape[0])
     out = x.new_empty(experts.shape[0], weight.shape[1])
@@ -149,6 +154,14 @@ OPS: tuple[Op, ...] = (
         linear,
         _fake_linear,
         "x[..., K] @ weight[N, K].T + bias[N]; a half-precision weight is upcast, exactly",
+    ),
+    Op(
+        "bf16_linear",
+        "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+        bf16_linear,
+        _fake_linear,
+        "linear of a bf16 weight with x rounded to bf16 (nearest even) first: products are exact, "
+        "sums in x's dtype; in float64 x stays exact",
     ),
     Op(
         "expert_linear",

@@ -28,6 +28,7 @@ class PassOptions:
     """The settings that passes read. Dtypes are torch dtypes; page_size counts tokens.
 
     quantization: the name of a format (ir/quant_format.py) for the weights of linears, or "".
+    bf16_dot: whether the processor multiplies pairs of bf16 (passes/round_activations.py).
     """
 
     target: str = "cpp"
@@ -36,6 +37,7 @@ class PassOptions:
     num_pages: int = 64
     max_pages_per_sequence: int = 8
     quantization: str = ""
+    bf16_dot: bool = False
 
 
 @dataclass

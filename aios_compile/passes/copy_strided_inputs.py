@@ -15,7 +15,7 @@ from aios_compile.passes.fusion_groups import is_call
 from aios_compile.passes.graph_pass import graph_pass
 
 aten, aios = torch.ops.aten, torch.ops.aios
-LINEARS = (aios.linear.default, aios.quantized_linear.default)
+LINEARS = (aios.linear.default, aios.bf16_linear.default, aios.quantized_linear.default)
 
 
 @graph_pass(numerics="exact", required=True)

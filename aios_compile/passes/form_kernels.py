@@ -33,6 +33,7 @@ aios = torch.ops.aios
 KINDS = {
     aten.embedding.default: "embedding",
     aios.linear.default: "linear",
+    aios.bf16_linear.default: "bf16_linear",
     aios.expert_linear.default: "expert_linear",
     aios.quantized_linear.default: "quantized_linear",
     aios.quantized_embedding.default: "quantized_embedding",

@@ -31,6 +31,7 @@ BLOCK = 16  # columns that a packed weight keeps together: each half starts at a
 IN_REGISTERS = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.bool)
 KINDS = {
     aios.linear.default: "linear",
+    aios.bf16_linear.default: "bf16_linear",
     aios.quantized_linear.default: "quantized_linear",
     aten.embedding.default: "embedding",
 }

@@ -29,6 +29,7 @@ from aios_compile.passes.raise_linear import raise_linear
 from aios_compile.passes.raise_rms_norm import raise_rms_norm
 from aios_compile.passes.raise_rope import raise_rope
 from aios_compile.passes.raise_sequence_lengths import raise_sequence_lengths
+from aios_compile.passes.round_activations import round_activations
 from aios_compile.passes.runner import Stage
 from aios_compile.passes.sample_tokens import sample_tokens
 from aios_compile.passes.token_mixing import note_token_mixing
@@ -62,6 +63,7 @@ REWRITE = Stage(
         merge_qkv,
         merge_gate_up,
         quantize_weights,  # after the merges: they concatenate floats
+        round_activations,  # what stayed bf16
     ),
 )
 FUSE = Stage(

@@ -31,6 +31,7 @@ ATTENTION_PASS = "raise_attention"
 ATTENTION = (aios.attention.default, aios.paged_attention.default, aios.kv_write.default)
 ROWWISE = (
     aios.linear.default,
+    aios.bf16_linear.default,
     aios.expert_linear.default,
     aios.quantized_linear.default,
     aios.rms_norm.default,

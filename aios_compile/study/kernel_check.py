@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from aios_compile.codegen.cpp import build
-from aios_compile.codegen.emit_kernels import ROWS16, Emitted, tensor_arguments
-from aios_compile.codegen.operand import Operand, dim_value
+from aios_compile.codegen.emit_kernels import Emitted, tensor_arguments
+from aios_compile.codegen.operand import BYTES, Operand, dim_value
 from aios_compile.codegen.pack_weights import to_numpy
-from aios_compile.codegen.packing import pack_rows16
+from aios_compile.codegen.packing import ROW_PACKINGS
 from aios_compile.codegen.source import KernelSource
 from aios_compile.errors import CodegenError
 from aios_compile.ir import evaluate
@@ -69,17 +69,19 @@ class Kernels:
     def run(
         self, symbol: str, sizes: Mapping[str, int], pointers: Sequence[int], splits: int = 1
     ) -> None:
-        """Run all work items of a kernel, in `splits` parts."""
-        items = getattr(self._library, f"{symbol}_items")
-        items.restype = ctypes.c_int64
+        """Run all work items of a kernel, in `splits` parts, and of its second phase if any."""
         n = _Sizes(*(sizes.get(name, 1) for name in ("T", "S", "R", "P")))
         p = (ctypes.c_void_p * len(pointers))(*pointers)
-        count = items(ctypes.byref(n))
-        cuts = [count * i // splits for i in range(splits + 1)]
-        for begin, end in itertools.pairwise(cuts):
-            getattr(self._library, symbol)(
-                ctypes.byref(n), p, ctypes.c_int64(begin), ctypes.c_int64(end)
-            )
+        finish = hasattr(self._library, f"{symbol}_finish")
+        for name, arguments in ((symbol, ()), *([(f"{symbol}_finish", (p,))] if finish else [])):
+            items = getattr(self._library, f"{name}_items")
+            items.restype = ctypes.c_int64
+            count = items(ctypes.byref(n), *arguments)
+            cuts = [count * i // splits for i in range(splits + 1)]
+            for begin, end in itertools.pairwise(cuts):
+                getattr(self._library, name)(
+                    ctypes.byref(n), p, ctypes.c_int64(begin), ctypes.c_int64(end)
+                )
 
     def close(self) -> None:
         """Unmap the library; nothing may be running in it."""
@@ -163,13 +165,18 @@ def prepare(
             shape = tuple(dim_value(d, sizes) for d in operand.shape)
             array = _aligned(_span(shape, operand, sizes) * _TORCH[operand.dtype].itemsize)
         results.append((array, operand, shape))
-    return Prepared(call, source.symbol, sizes, [*arrays, *(r[0] for r in results)], results)
+    spaces = [
+        _aligned(math.prod(dim_value(d, sizes) for d in space.shape) * BYTES[space.dtype])
+        for space in source.workspace
+    ]
+    arrays = [*arrays, *(r[0] for r in results), *spaces]
+    return Prepared(call, source.symbol, sizes, arrays, results)
 
 
 def _operand_array(operand: Operand, value: Tensor, sizes: Mapping[str, int]) -> Array:
     value = value.detach().to(_TORCH[operand.dtype])
-    if operand.packed == ROWS16:
-        packed = pack_rows16(to_numpy(value.contiguous()), operand.name)
+    if operand.packed in ROW_PACKINGS:
+        packed = ROW_PACKINGS[operand.packed](to_numpy(value.contiguous()), operand.name)
         array = _aligned(packed.nbytes)
         array[: packed.nbytes] = packed.reshape(-1).view(np.uint8)
         return array

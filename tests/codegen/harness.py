@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from aios_compile.codegen.cpp import build
-from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.operand import Operand, dim_value
 from aios_compile.codegen.source import KernelSource
 from aios_compile.ir.symbols import new_fake, new_fake_mode
 
@@ -80,19 +80,23 @@ class Kernel:
         splits: int = 1,
         last_only: bool = False,
     ) -> None:
-        """Run all items in `splits` parts, or only the last item."""
+        """Run all items in `splits` parts, or only the last item of the last phase."""
         n = Sizes(**sizes)
-        spaces = [np.full(o.shape, np.nan, np.float32) for o in self.source.workspace]
+        shapes = [[dim_value(d, sizes) for d in o.shape] for o in self.source.workspace]
+        spaces = [poisoned(shape) for shape in shapes]
         operands = [*tensors, *spaces]
         addresses = [t.data_ptr() if isinstance(t, Tensor) else t.ctypes.data for t in operands]
         p = (ctypes.c_void_p * len(addresses))(*addresses)
         items = self.items(ctypes.byref(n))
-        self._share(self.run, n, p, [items - 1, items] if last_only else items, splits)
+        two = self.source.finishes and last_only
+        self._share(self.run, n, p, [items - 1, items] if last_only and not two else items, splits)
         if self.source.finishes:
             count = getattr(self.library, f"{self.source.symbol}_finish_items")
             count.restype = ctypes.c_int64
             finish = getattr(self.library, f"{self.source.symbol}_finish")
-            self._share(finish, n, p, count(ctypes.byref(n), p), splits)
+            items = count(ctypes.byref(n), p)
+            last = last_only and items > 0
+            self._share(finish, n, p, [items - 1, items] if last else items, splits)
 
     @staticmethod
     def _share(run: Any, n: Sizes, p: Any, items: int | list[int], splits: int) -> None:
@@ -101,6 +105,14 @@ class Kernel:
         )
         for begin, end in itertools.pairwise(cuts):
             run(ctypes.byref(n), p, ctypes.c_int64(begin), ctypes.c_int64(end))
+
+
+def poisoned(shape: Sequence[int]) -> np.ndarray:
+    """Return float32 NaNs that begin at a multiple of 64 bytes, as the plan's buffers do."""
+    count = int(np.prod(shape))
+    raw = np.full(count + 16, np.nan, np.float32)
+    first = -raw.ctypes.data % 64 // 4
+    return raw[first : first + count].reshape(shape)
 
 
 def sparse(shape: Sequence[int], dtype: np.dtype | type) -> np.ndarray:

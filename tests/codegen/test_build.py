@@ -96,6 +96,10 @@ def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
             {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
             "avx512vnni",
         ),
+        (
+            {*build.TARGETS[1][1], "avx512_bf16"},
+            "avx512bf16",
+        ),
         ({"avx2", "fma", "f16c", "avx_vnni"}, "avxvnni"),
         ({"asimd"}, "neon"),
         ({"asimd", "asimddp"}, "neondot"),
@@ -103,6 +107,7 @@ def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(build, "cpu_features", lambda found=frozenset(features): found)
         assert build.Target.host().name == name
+        assert build.Target.host().bf16_dot == (name == "avx512bf16")
     with pytest.raises(KeyError, match="known: avx512"):
         build.Target.named("sse9")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,38 +12,46 @@ from torch import Tensor
 
 from aios_compile.codegen.cpp import embedding
 from aios_compile.codegen.operand import Operand
-from aios_compile.codegen.packing import pack_rows16
+from aios_compile.codegen.packing import ROW_PACKINGS
 from tests.codegen.kernels import operands_of, run, trace
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
-def packed(table: Tensor) -> Tensor:
-    """Return [ceil(N / 16)][K][16] of a [N, K] table."""
+def packed(table: Tensor, layout: str) -> Tensor:
+    """Return a [N, K] table in a layout of codegen/packing.py."""
     wide = table if table.dtype == torch.float32 else table.view(torch.int16)
-    return torch.from_numpy(np.ascontiguousarray(pack_rows16(wide.numpy()))).view(table.dtype)
+    kind = np.float32 if table.dtype == torch.float32 else np.uint16
+    array = ROW_PACKINGS[layout](wide.numpy().view(kind)).view(wide.numpy().dtype)
+    return torch.from_numpy(np.ascontiguousarray(array)).view(table.dtype)
 
 
-@pytest.mark.parametrize("layout", ["row_major", "rows16"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_equal_eager(dtype: str, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "layout", "width"),
+    [
+        *itertools.product(DTYPES, ["row_major", "rows16"], [50]),
+        ("bf16", "pairs16", 50),
+        ("bf16", "pairs16", 51),
+    ],
+)
+def test_rows_equal_eager(dtype: str, layout: str, width: int) -> None:
     body = trace(
         lambda ids, table: F.embedding(ids, table).float() * 2.5,
         (("T",), torch.int64),
-        ((37, 50), DTYPES[dtype]),
+        ((37, width), DTYPES[dtype]),
     )
     operands = operands_of(body)
-    if layout == "rows16":
+    if layout != "row_major":
         ids, table, out = operands
-        operands = [ids, Operand(table.name, dtype, table.shape, table.strides, "rows16"), out]
+        operands = [ids, Operand(table.name, dtype, table.shape, table.strides, layout), out]
     spec = embedding.spec_of(body, operands)
     assert spec is not None
     source = embedding.emit(spec)
-    table = torch.randn(37, 50).to(DTYPES[dtype])
-    stored = packed(table) if layout == "rows16" else table
+    table = torch.randn(37, width).to(DTYPES[dtype])
+    stored = table if layout == "row_major" else packed(table, layout)
     for tokens in (1, 5):
         ids = torch.randint(0, 37, (tokens,))
-        out = torch.full((tokens, 50), 7.0)
+        out = torch.full((tokens, width), 7.0)
         run(source, [ids, stored, out], {"T": tokens}, split=2)
         want = body(ids, table)
         assert torch.equal(out, want)

@@ -1,4 +1,4 @@
-"""rows16 packing: layout, tails, NaN and Inf by name, time and memory."""
+"""Packing in blocks of 16 rows: layout, tails, NaN and Inf by name, time and memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 
 from aios_compile.codegen.packing import (
     check_finite,
+    pack_pairs16,
     pack_quant16,
     pack_rows16,
+    unpack_pairs16,
     unpack_quant16,
     unpack_rows16,
 )
@@ -33,6 +35,21 @@ def test_layout_and_round_trip(rows, depth, dtype):
         assert np.array_equal(packed[n // 16, :, n % 16], w[n])
     assert not packed[-1, :, (rows - 1) % 16 + 1 :].any()
     assert np.array_equal(unpack_rows16(packed, rows), w)
+
+
+@pytest.mark.parametrize(("rows", "depth"), [(1, 1), (16, 3), (17, 6), (600, 701)])
+def test_pairs_lie_side_by_side(rows, depth):
+    w = (np.arange(rows * depth) % 30000).reshape(rows, depth).astype(np.uint16)
+    packed = pack_pairs16(w)
+    assert packed.shape == (-(-rows // 16), -(-depth // 2), 16, 2) and packed.flags.c_contiguous
+    for n in {0, rows // 2, rows - 1}:
+        for k in {0, depth // 2, depth - 1}:
+            assert packed[n // 16, k // 2, n % 16, k % 2] == w[n, k]
+    assert depth % 2 == 0 or not packed[:, -1, :, 1].any()
+    assert np.array_equal(unpack_pairs16(packed, rows, depth), w)
+    w[rows - 1, depth - 1] = 0x7F80
+    with pytest.raises(CheckpointError, match=rf"mlp\.up: .*first at \[{rows - 1}, {depth - 1}\]"):
+        pack_pairs16(w, "mlp.up")
 
 
 def test_strided_input():

@@ -23,6 +23,7 @@ from aios_compile.codegen.cpp import (
     rope,
     sample,
 )
+from aios_compile.codegen.operand import dim_value
 from aios_compile.codegen.packing import pack_rows16
 from tests.codegen import test_kv_write, test_linear, test_paged_attention, test_sample
 from tests.codegen.harness import make_body
@@ -74,7 +75,8 @@ class Jobs:
             self.data[names[-1]] = np.ascontiguousarray(tensor)
         job = {"symbol": source.symbol, "sizes": sizes, "operands": names, "outs": outs}
         job |= {"out_dtypes": list(dtypes) or ["float32"] * len(outs), "poison": poison}
-        job |= {"workspace": [o.shape for o in source.workspace]}
+        shapes = [[dim_value(d, sizes) for d in o.shape] for o in source.workspace]
+        job |= {"workspace": shapes}
         job |= {"ranges": [source.symbol, *[f"{source.symbol}_finish"] * source.finishes]}
         self.jobs.append(job)
 

@@ -71,6 +71,7 @@ PROGRAMS: dict[str, Callable[[], IRModule]] = {
     "gemma2": lambda: _foreign("gemma2"),
     "quantised": lambda: captured("qwen3"),
     "triton": lambda: captured("qwen3"),
+    "rounded": lambda: captured("qwen3", torch.bfloat16),
     "experts": lambda: _traced(experts),
     "stored": _stored,
     "strided": lambda: _traced(strided),
@@ -78,15 +79,16 @@ PROGRAMS: dict[str, Callable[[], IRModule]] = {
 }
 
 
-QUANTISED = PassOptions(quantization="int8_g32_f16")
-TRITON = PassOptions(target="triton")
+OPTIONS = {
+    "quantised": PassOptions(quantization="int8_g32_f16"),
+    "triton": PassOptions(target="triton"),
+    "rounded": PassOptions(bf16_dot=True),
+}
 
 
 def options_of(name: str) -> PassOptions:
     """Return the options that a program is compiled with."""
-    if name == "triton":
-        return TRITON
-    return QUANTISED if name == "quantised" else PassOptions()
+    return OPTIONS.get(name, PassOptions())
 
 
 @functools.cache

@@ -256,6 +256,18 @@ def unquantised_input_scaled(graph: fx.Graph, context: PassContext) -> int:
     return len(nodes)
 
 
+@plant("round_activations", "rounded")
+def rounded_input_scaled(graph: fx.Graph, context: PassContext) -> int:
+    """Scale by less than the rounding: exact activations while proving leave no room for it."""
+    nodes = calls(graph, aios.bf16_linear.default)
+    for node in nodes:
+        x: Any = node.args[0]
+        with graph.inserting_before(node):
+            new = context.call(graph, aten.mul.Tensor, x, 1.001, source=[node])
+        node.args = (new, *node.args[1:])
+    return len(nodes)
+
+
 @plant("keep_quantized_weights", "stored")
 def stored_rows_of_the_neighbour(graph: fx.Graph, context: PassContext) -> int:
     a, b = calls(graph, aios.quantized_linear.default)

@@ -63,7 +63,9 @@ def _planted(plant: Plant, function: PassFunction) -> PassFunction:
     return plant.apply_to(function) if info_of(function).name == plant.pass_name else function
 
 
-@pytest.mark.parametrize("name", ["half", "wide_window", "huge_window", "dynamic", "quantised"])
+@pytest.mark.parametrize(
+    "name", ["half", "wide_window", "huge_window", "dynamic", "quantised", "rounded"]
+)
 def test_right_passes_are_kept_on_the_same_programs(name: str) -> None:
     module = snapshot.take(programs.level_1(name))
     results = run_pipeline(module, STAGES, programs.options_of(name))

@@ -50,6 +50,11 @@ class Target:
     march_flags: tuple[str, ...]
     vector_bytes: int
 
+    @property
+    def bf16_dot(self) -> bool:
+        """Whether it has dot products of pairs of bf16 (vdpbf16ps)."""
+        return "-mavx512bf16" in self.march_flags
+
     @staticmethod
     def host() -> Target:
         """Return the widest target that this machine runs."""
@@ -76,8 +81,9 @@ def _x86(name: str, vector_bytes: int, *features: str) -> tuple[Target, frozense
 
 
 # From wide to narrow, each with the processor features that it needs. The last needs none. VNNI and
-# dotprod are dot products of bytes.
+# dotprod are dot products of bytes, avx512_bf16 those of bf16.
 TARGETS: tuple[tuple[Target, frozenset[str]], ...] = (
+    _x86("avx512bf16", 64, *_AVX512, "avx512_vnni", "avx512_bf16"),
     _x86("avx512vnni", 64, *_AVX512, "avx512_vnni"),
     _x86("avx512", 64, *_AVX512),
     _x86("avxvnni", 32, *_AVX2, "avx_vnni"),

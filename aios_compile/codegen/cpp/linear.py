@@ -1,23 +1,25 @@
 """y[t, n] = f(sum_k x[t, k] * w[n, k], ...): a linear layer with any pointwise tail.
 
 Layouts: x[T, K] float32 (any row stride), w packed as rows16 ([ceil(N / 16)][K][16], float32, bf16
-or f16, see codegen/packing.py); the tail's operands (bias, residual, ...) and outputs [T, N] as
-they are. A gated tail reads the halves of w[2F, K] (gate rows, then up rows) and writes [T, F]:
-both halves' blocks are computed together. Sums are float32, one chain of fused multiply-adds over k
-ascending an element: the same bits for every T, tile and split.
-Bytes: w once for up to 12 tokens (6 on AVX2), and once for each chunk of tokens whose packed copy
-fits in L2 beyond that; x and the tail's operands once a chunk. Items: (chunk, 32 columns).
-Measured with benchmarks/kernels.py (2 cores of Zen 4, bf16, Qwen3-0.6B shapes): 81-95 % of the read
-bandwidth at one token, 81-87 % of the FMA peak at 256.
+or f16) or, for aios.bf16_linear, as pairs16 (codegen/packing.py); the tail's operands (bias,
+residual, ...) and outputs [T, N] as they are. A gated tail reads the halves of w[2F, K] (gate rows,
+then up rows) and writes [T, F]: both halves' blocks are computed together.
+Sums are float32. rows16: one chain of fused multiply-adds over k ascending an element. pairs16: x
+is rounded to bf16, to nearest even, and the chain takes k + 1, then k, of each pair, one rounding
+each; vdpbf16ps does so and takes denormal bf16 and denormal sums as zeros (processors without it
+keep them). Either way the same bits for every T, tile and split.
+Bytes: w once for up to 12 tokens (6 on AVX2), and once for each chunk of tokens whose prepared copy
+fits in L2 beyond that. Items: 32 columns for one token; else parts of tokens to prepare in the
+workspace, then (chunk, 32 columns).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from aios_compile.codegen.access import Access, outputs
@@ -27,14 +29,16 @@ from aios_compile.codegen.cpp.head_rows import without_leading_ones
 from aios_compile.codegen.cpp.nest import Nest
 from aios_compile.codegen.cpp.template import C_TYPES, constants, kernel, number
 from aios_compile.codegen.cpp.template import pointer as address_function
+from aios_compile.codegen.emit_kernels import LAYOUTS
 from aios_compile.codegen.expression import Const, Expr, Printer, formula
-from aios_compile.codegen.linear_index import Linear
+from aios_compile.codegen.linear_index import Linear, add_dims
 from aios_compile.codegen.linear_tail import inplace_pairs, read_tail
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import Strided, body_lines, resolve
 
 BLOCK = 16
+SLACK_TOKENS = 12  # the last tile may be wider than its tokens
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class LinearSpec:
     """Everything the text depends on.
 
     operands: inputs, outputs, then one pseudo operand a stream: the sums of a row. leaves: what the
-    values read. values, stores: each output's expression and address over (token, column).
+    values read. values, stores: each output's expression and address over (token, column). pairs:
+    x is rounded to bf16, and the weight is packed in pairs.
     """
 
     x: Strided
@@ -54,6 +59,7 @@ class LinearSpec:
     values: tuple[Expr, ...]
     stores: tuple[Linear, ...]
     lines: tuple[str, ...] = ()
+    pairs: bool = False
 
     @property
     def columns(self) -> int:
@@ -61,27 +67,34 @@ class LinearSpec:
         assert isinstance(rows, int)
         return rows // self.streams
 
+    @property
+    def depth(self) -> int:
+        depth = self.x.operand.shape[1]
+        assert isinstance(depth, int)
+        return depth
+
     def outputs(self) -> range:
         end = len(self.operands) - self.streams
         return range(end - self.num_outputs, end)
 
 
 def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> LinearSpec | None:
-    """Return the spec of a body of one aios.linear and a pointwise tail, else None."""
-    targets = (torch.ops.aios.linear.default, torch.ops.aios.linear)
-    nodes = [n for n in body.graph.nodes if n.target in targets]
+    """Return the spec of a body of one linear on floats and a pointwise tail, else None."""
+    nodes = [n for n in body.graph.nodes if LAYOUTS.get(n.target)]
     if len(nodes) != 1 or not all(isinstance(r, fx.Node) for r in outputs(body)):
         return None
     x = without_leading_ones(resolve(nodes[0].args[0], operands), 2)
     weight = resolve(nodes[0].args[1], operands)
-    if x is None or weight is None or weight.operand.packed != "rows16":
+    layout = LAYOUTS[nodes[0].target]
+    if x is None or weight is None or weight.operand.packed != layout:
         return None
     depth, rows = x.operand.shape[1], weight.operand.shape[0]
     dense = x.operand.strides[1] == 1 and x.operand.dtype == "f32"
     if not dense or not isinstance(depth, int) or not isinstance(rows, int):
         return None
     bias = nodes[0].args[2] if len(nodes[0].args) > 2 else nodes[0].kwargs.get("bias")
-    return with_tail(body, operands, nodes[0], bias, x, weight.index)
+    spec = with_tail(body, operands, nodes[0], bias, x, weight.index)
+    return spec and dataclasses.replace(spec, pairs=layout == "pairs16")
 
 
 def with_tail(
@@ -132,25 +145,41 @@ def inplace(spec: LinearSpec) -> tuple[tuple[int, int], ...]:
 
 def emit(spec: LinearSpec) -> KernelSource:
     """Return the kernel's text."""
-    kind = C_TYPES[spec.operands[spec.weight].dtype]
-    text = [f"using Weight = {kind};", *definitions(spec)]
-    count = spec.outputs().stop
-    return kernel("linear", spec, text, count, inplace=inplace(spec), lines=spec.lines)
+    kind = "pair" if spec.pairs else C_TYPES[spec.operands[spec.weight].dtype]
+    types = f"using Weight = {kind};\nusing Element = {'pair' if spec.pairs else 'float'};"
+    text = [types, constants(PER=2 if spec.pairs else 1), *definitions(spec)]
+    source = kernel(
+        "linear",
+        spec,
+        text,
+        spec.outputs().stop,
+        inplace=inplace(spec),
+        lines=spec.lines,
+        headers=("tiles.h", "products.h"),
+        finishes=True,
+    )
+    words = (spec.depth + 1) // 2 if spec.pairs else spec.depth
+    return dataclasses.replace(source, workspace=(workspace(spec, words),))
+
+
+def workspace(spec: LinearSpec, words: int) -> Operand:
+    """Return the buffer of prepared tokens, `words` of 32 bits each."""
+    tokens = add_dims(spec.x.operand.shape[0], SLACK_TOKENS)
+    return Operand("prepared", "f32", (tokens, words), (words, 1))
 
 
 def definitions(spec: LinearSpec) -> list[str]:
     """Return the definitions that the templates of products share: sizes, addresses, epilogue."""
     weight = spec.operands[spec.weight]
-    depth = spec.x.operand.shape[1]
-    assert isinstance(depth, int)
     base = Operand(weight.name, weight.dtype, (), ())
     names = [spec.operands[leaf.operand].name for leaf in spec.leaves]
     return [
         *(f"// out{i} = {formula(v, names)}" for i, v in enumerate(spec.values)),
-        constants(K=depth, COLUMNS=spec.columns, STREAMS=spec.streams),
+        constants(K=spec.depth, COLUMNS=spec.columns, STREAMS=spec.streams),
         number("num_tokens", spec.x.operand.shape[0]),
         address_function("x_row", spec.x.index, spec.x.operand, ("t",), spec.x.offset),
         address_function("weight", spec.weight, base, ()),
+        f"AIOS_INLINE void* workspace(void* const* p) {{ return p[{spec.outputs().stop}]; }}",
         epilogue(spec),
     ]
 

@@ -87,15 +87,16 @@ AIOS_INLINE void quantize_groups(const float* x, int8_t* codes, float* scales, i
   }
 }
 
-// The same for all K values of a token.
-template <int STEP, int64_t K>
-AIOS_INLINE void quantize_row(const float* x, int8_t* codes, float* scales, int32_t* sums) {
-  constexpr int64_t GROUPS = K / 32;
+// The same for `count` values of a token, a multiple of 32.
+template <int STEP>
+AIOS_INLINE void quantize_row(const float* x, int64_t count, int8_t* codes, float* scales,
+                              int32_t* sums) {
+  const int64_t groups = count / 32;
   int64_t g = 0;
-  for (; g + VL <= GROUPS; g += VL)
+  for (; g + VL <= groups; g += VL)
     quantize_groups<STEP, VL>(x + g * 32, codes + g * 32, scales + g, sums + g * (32 / STEP));
-  if constexpr (constexpr int REST = GROUPS % VL; REST > 0)
-    quantize_groups<STEP, REST>(x + g * 32, codes + g * 32, scales + g, sums + g * (32 / STEP));
+  for (; g < groups; ++g)
+    quantize_groups<STEP, 1>(x + g * 32, codes + g * 32, scales + g, sums + g * (32 / STEP));
 }
 
 // ---- codes: unit c holds k = 4 c .. 4 c + 3 of 16 rows, lane by lane ---------------------------

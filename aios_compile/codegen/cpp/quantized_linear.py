@@ -2,15 +2,17 @@
 
 Layouts: x[T, K] float32 (any row stride); w packed as quant16 (codes and scales of 16 rows in one
 stream, codegen/packing.py) in any format of ir/quant_format.py; the tail as in linear.py, gated
-halves included. Each token is quantised to int8 by 32 values when a worker begins, then dot
-products are whole numbers: vpdpbusd (AVX-512, AVX), vpmaddubsw (AVX2; four-bit codes are summed in
-16 bits), sdot (NEON), or shifts and products of plain vectors. Their float part is one chain of
-fused multiply-adds over groups ascending: the same bits for every path, T, tile and split.
-Bytes: w once for up to 12 tokens (4 on AVX2), and once a chunk of tokens beyond.
+halves included. Tokens are quantised to int8 by 32 values, then dot products are whole numbers:
+vpdpbusd (AVX-512, AVX), vpmaddubsw (AVX2; four-bit codes are summed in 16 bits), sdot (NEON), or
+shifts and products of plain vectors. Their float part is one chain of fused multiply-adds over
+groups ascending: the same bits for every path, T, tile and split.
+Bytes: w once for up to 12 tokens (4 on AVX2), and once for each chunk of tokens whose prepared copy
+fits in L2 beyond that. Items: as in linear.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,7 @@ from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import resolve
 from aios_compile.ir.quant_format import QuantFormat
+from aios_compile.ir.quantized import ACTIVATION_GROUP
 
 TYPES = {**C_TYPES, "k": "int8_t", "": "uint8_t", "zero": "uint8_t"}
 
@@ -68,15 +71,28 @@ def emit(spec: QuantizedLinearSpec) -> KernelSource:
     """Return the kernel's text."""
     base = spec.linear
     definitions = [*format_definitions(spec.form), *linear.definitions(base)]
-    return kernel(
+    source = kernel(
         "quantized_linear",
         spec,
         definitions,
         base.outputs().stop,
         inplace=linear.inplace(base),
         lines=base.lines,
-        header="quantized.h",
+        headers=("tiles.h", "quantized.h"),
+        finishes=True,
     )
+    words = prepared_words(spec.form, base.depth)
+    return dataclasses.replace(source, workspace=(linear.workspace(base, words),))
+
+
+def prepared_words(form: QuantFormat, depth: int) -> int:
+    """Return the words of 32 bits that a quantised token of `depth` values takes, at most.
+
+    Codes; a scale a group of activations; where dot products begin (and the codes' sum, for formats
+    with minimums) for each group of the finer of weights and activations; padding of a tile.
+    """
+    step = min(form.group, ACTIVATION_GROUP)
+    return depth // 4 + depth // ACTIVATION_GROUP + depth // step * (1 + bool(form.minimums)) + 64
 
 
 def format_definitions(form: QuantFormat) -> list[str]:

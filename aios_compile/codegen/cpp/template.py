@@ -100,7 +100,7 @@ def kernel(
     template: str | None = None,
     inplace: tuple[tuple[int, int], ...] = (),
     lines: tuple[str, ...] = (),
-    header: str = "prelude.h",
+    headers: Sequence[str] = (),
     finishes: bool = False,
 ) -> KernelSource:
     """Return the kernel whose template defines `<name>_items(n)` and `<name>(n, p, begin, end)`.
@@ -111,7 +111,7 @@ def kernel(
     body = template_text(function)
     sources = "".join(f"//   {line}\n" for line in lines)
     # the prelude first, by itself: that is where a precompiled one is looked for
-    includes = "".join(f'#include "{name}"\n' for name in dict.fromkeys(("prelude.h", header)))
+    includes = "".join(f'#include "{name}"\n' for name in dict.fromkeys(("prelude.h", *headers)))
     text = (
         f"// {symbol}\n{'// computes' + chr(10) + sources if lines else ''}"
         f"{includes}\nnamespace {{\n\n"

@@ -3,28 +3,18 @@
 // The text before this one defines K, COLUMNS (output columns), STREAMS (1, or 2 when row n of the
 // second half of the matrix belongs to row n of the first), BITS, GROUP, LOW, SPAN, HEADER,
 // GROUP_BYTES (of a row), Scale, MINIMUMS, Minimum, SUPER_SCALE, SUPER_MINIMUM, ZERO_POINT,
-// num_tokens(n), x_row(n, p, t), weight(n, p) and epilogue(n, p, i0, begin, end, sum0, sum1).
+// num_tokens(n), x_row(n, p, t), weight(n, p), workspace(p) and
+// epilogue(n, p, i0, begin, end, sum0, sum1).
 //
 // A block is 16 rows: K / SPAN super-blocks of [HEADER][codes, scales, minimums of each group],
 // every field of the 16 rows side by side.
 
-constexpr int BLOCK = 16;
-constexpr int VECTORS = BLOCK / VL;
 constexpr int STEP = GROUP < 32 ? GROUP : 32;        // values under one float operation
 constexpr int UNITS = STEP / 4;
 constexpr int64_t CODE_BYTES = GROUP * BITS / 8 * BLOCK;
 constexpr int64_t SPAN_BYTES = HEADER * BLOCK + SPAN / GROUP * GROUP_BYTES * BLOCK;
 constexpr int64_t BLOCK_BYTES = K / SPAN * SPAN_BYTES;
 constexpr int TILE = VL == 16 ? 12 : VL == 8 ? 4 : 2;  // tokens of a full tile
-constexpr int ITEM = 2;                              // blocks of a work item
-constexpr int64_t NUM_BLOCKS = (COLUMNS + BLOCK - 1) / BLOCK;
-constexpr int64_t ITEMS_N = (NUM_BLOCKS + ITEM - 1) / ITEM;
-// Tokens of a chunk: few, because a worker quantises a chunk's tokens each time it takes items of
-// it, and enough that the weights, which pass by once a chunk, do not have to come from memory
-// faster than they are multiplied.
-constexpr int64_t CHUNK_TILES = 2;
-
-template <int VALUE> struct Constant { static constexpr int value = VALUE; };
 
 // A tile of tokens, token fastest.
 struct Tile {
@@ -34,49 +24,26 @@ struct Tile {
   float sums[MINIMUMS ? K / STEP * TILE : 1];    // [K / STEP][width] sum of the group's values
 };
 
-// Tokens -> tiles of TILE -> chunks of at most CHUNK_TILES tiles, as equal as can be.
-struct Chunks {
-  int64_t tokens, tiles, chunks;
-  explicit Chunks(int64_t t)
-      : tokens(t), tiles((t + TILE - 1) / TILE), chunks((tiles + CHUNK_TILES - 1) / CHUNK_TILES) {}
-  int64_t first_tile(int64_t chunk) const { return tiles * chunk / chunks; }
-  int64_t tokens_of(int64_t tile) const {
-    return tokens - tile * TILE < TILE ? tokens - tile * TILE : TILE;
-  }
-};
+using LinearWork = Work<K, COLUMNS, TILE, (int64_t)sizeof(Tile)>;
+constexpr int64_t NUM_BLOCKS = LinearWork::NUM_BLOCKS;
 
-// The narrowest kernel for so many tokens; the lanes beyond them compute on zeros.
-AIOS_INLINE int width_of(int64_t tokens) {
-  for (int width = 1; width < TILE; width *= 2)
-    if (tokens <= width) return width;
-  return TILE;
-}
-
-template <int WIDTH>
+// Values [begin, end) of a tile's tokens, at most LENGTH; missing tokens are zeros.
+template <int WIDTH, int64_t LENGTH>
 AIOS_NOINLINE void quantize(const Sizes* n, void* const* p, int64_t first, int64_t count,
-                            Tile& out) {
-  alignas(64) int32_t codes[WIDTH][K / 4], sums[WIDTH][K / STEP];
-  alignas(64) float scales[WIDTH][K / 32];
-  if (WIDTH == 1) {
-    quantize_row<STEP, K>(x_row(n, p, first), (int8_t*)out.codes, out.scales, sums[0]);
-  } else {
-    for (int64_t t = 0; t < count; ++t)
-      quantize_row<STEP, K>(x_row(n, p, first + t), (int8_t*)codes[t], scales[t], sums[t]);
-    for (int64_t t = count; t < WIDTH; ++t) {
-      memset(codes[t], 0, sizeof(codes[t]));
-      memset(scales[t], 0, sizeof(scales[t]));
-      memset(sums[t], 0, sizeof(sums[t]));
-    }
-    for (int64_t i = 0; i < K / 4; ++i)
-      AIOS_LOOP (int t = 0; t < WIDTH; ++t) out.codes[i * WIDTH + t] = codes[t][i];
-    for (int64_t i = 0; i < K / 32; ++i)
-      AIOS_LOOP (int t = 0; t < WIDTH; ++t) out.scales[i * WIDTH + t] = scales[t][i];
-  }
-  for (int64_t i = 0; i < K / STEP; ++i)
+                            int64_t begin, int64_t end, Tile& out) {
+  alignas(64) int32_t codes[WIDTH][LENGTH / 4] = {}, sums[WIDTH][LENGTH / STEP] = {};
+  alignas(64) float scales[WIDTH][LENGTH / 32] = {};
+  const int64_t length = end - begin;
+  for (int64_t t = 0; t < count; ++t)
+    quantize_row<STEP>(x_row(n, p, first + t) + begin, length, (int8_t*)codes[t], scales[t],
+                       sums[t]);
+  interleave<WIDTH, LENGTH / 4>(codes[0], length / 4, out.codes + begin / 4 * WIDTH);
+  interleave<WIDTH, LENGTH / 32>(scales[0], length / 32, out.scales + begin / 32 * WIDTH);
+  for (int64_t i = 0; i < length / STEP; ++i)
     AIOS_LOOP (int t = 0; t < WIDTH; ++t) {
-      out.offsets[i * WIDTH + t] = offset_of<BITS>(LOW) * sums[t][i];
-      if (MINIMUMS)
-        out.sums[i * WIDTH + t] = out.scales[i * STEP / 32 * WIDTH + t] * (float)sums[t][i];
+      const int64_t at = (begin / STEP + i) * WIDTH + t;
+      out.offsets[at] = offset_of<BITS>(LOW) * sums[t][i];
+      if (MINIMUMS) out.sums[at] = scales[t][i * STEP / 32] * (float)sums[t][i];
     }
 }
 
@@ -146,43 +113,32 @@ AIOS_NOINLINE void panels(const Sizes* n, void* const* p, int64_t block, int64_t
   }
 }
 
-// Call use(width) with the tile's width as a constant.
-template <class Use> AIOS_INLINE void with_width(int64_t tokens, Use use) {
-  const int width = width_of(tokens);
-  if (width == 1) return use(Constant<1>());
-  if constexpr (TILE > 2)
-    if (width == 2) return use(Constant<2>());
-  if constexpr (TILE > 4) {
-    if (width == 4) return use(Constant<4>());
-    if (width == 8) return use(Constant<8>());
-  }
-  use(Constant<TILE>());
-}
-
 AIOS_INLINE int64_t quantized_linear_items(const Sizes* n) {
-  return Chunks(num_tokens(n)).chunks * ITEMS_N;
+  return LinearWork(num_tokens(n)).items();
 }
 
 AIOS_INLINE void quantized_linear(const Sizes* n, void* const* p, int64_t begin, int64_t end) {
-  const Chunks chunks(num_tokens(n));
-  Tile tiles[CHUNK_TILES];
-  while (begin < end) {
-    const int64_t chunk = begin / ITEMS_N, block = begin % ITEMS_N * ITEM;
-    const int64_t items = min(end - begin, ITEMS_N - begin % ITEMS_N);
-    const int64_t stop = min(block + items * ITEM, NUM_BLOCKS);
-    const int64_t tile0 = chunks.first_tile(chunk), tile1 = chunks.first_tile(chunk + 1);
-    for (int64_t i = tile0; i < tile1; ++i)
-      with_width(chunks.tokens_of(i), [&](auto width) {
-        quantize<width.value>(n, p, i * TILE, chunks.tokens_of(i), tiles[i - tile0]);
-      });
-    // A single tile passes over all its blocks; several share an item's blocks while in L2.
-    const int64_t group = tile1 - tile0 == 1 ? stop - block : ITEM;
-    for (int64_t b = block; b < stop; b += group)
-      for (int64_t i = tile0; i < tile1; ++i)
-        with_width(chunks.tokens_of(i), [&](auto width) {
-          panels<width.value>(n, p, b, min(b + group, stop), i * TILE, chunks.tokens_of(i),
-                              tiles[i - tile0]);
-        });
-    begin += items;
+  const LinearWork work(num_tokens(n));
+  if (work.tokens == 1) {
+    Tile tile;
+    quantize<1, K>(n, p, 0, 1, 0, K, tile);
+    return panels<1>(n, p, begin * ITEM, min(end * ITEM, NUM_BLOCKS), 0, 1, tile);
   }
+  work.for_parts(begin, end, [&](int64_t tile, int64_t k0, int64_t k1, auto width) {
+    quantize<width.value, PART>(n, p, tile * TILE, work.tokens_of(tile), k0, k1,
+                                ((Tile*)workspace(p))[tile]);
+  });
+}
+
+AIOS_INLINE int64_t quantized_linear_finish_items(const Sizes* n, void* const*) {
+  return LinearWork(num_tokens(n)).finish_items();
+}
+
+AIOS_INLINE void quantized_linear_finish(const Sizes* n, void* const* p, int64_t begin,
+                                         int64_t end) {
+  const LinearWork work(num_tokens(n));
+  work.for_panels(begin, end, [&](int64_t block, int64_t stop, int64_t tile, auto width) {
+    panels<width.value>(n, p, block, stop, tile * TILE, work.tokens_of(tile),
+                        ((const Tile*)workspace(p))[tile]);
+  });
 }

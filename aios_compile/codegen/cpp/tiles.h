@@ -1,0 +1,79 @@
+// How the linears share out their work: tokens in tiles and chunks, columns in blocks of 16 rows.
+//
+// One token is one phase: each worker prepares it (rounds, quantises) when it takes items. More
+// tokens are two: workers prepare parts of tiles in the kernel's workspace, then, behind a barrier,
+// multiply. TILE is the tokens of a full register tile; a narrower tile computes on zeros in the
+// lanes beyond its tokens. No choice here changes a bit of a result: each element is one chain of
+// operations over k, whatever tile or item it falls in.
+#pragma once
+#include "prelude.h"
+
+constexpr int BLOCK = 16;                            // rows of a packed block
+constexpr int VECTORS = BLOCK / VL;                  // vectors of a packed block
+constexpr int ITEM = 2;                              // blocks of a work item
+constexpr int PART = 512;                            // values of a token that are prepared together
+constexpr int64_t L2_BYTES = 393216;                 // of a core's, for tokens that are used again
+
+template <int VALUE> struct Constant { static constexpr int value = VALUE; };
+
+// Call use(width) with the narrowest kernel's width for so many tokens, as a constant.
+template <int TILE, class Use> AIOS_INLINE void with_width(int64_t tokens, Use use) {
+  if (tokens == 1) return use(Constant<1>());
+  if constexpr (TILE > 2)
+    if (tokens == 2) return use(Constant<2>());
+  if constexpr (TILE > 4)
+    if (tokens <= 4) return use(Constant<4>());
+  if constexpr (TILE > 8)
+    if (tokens <= 8) return use(Constant<8>());
+  use(Constant<TILE>());
+}
+
+// A linear on K values and COLUMNS columns. Tokens -> tiles of TILE -> chunks of tiles that fit in
+// L2 together (TILE_BYTES each when prepared), as equal as can be: weights pass by once a chunk.
+template <int64_t K, int64_t COLUMNS, int TILE, int64_t TILE_BYTES> struct Work {
+  static constexpr int64_t NUM_BLOCKS = (COLUMNS + BLOCK - 1) / BLOCK;
+  static constexpr int64_t ITEMS = (NUM_BLOCKS + ITEM - 1) / ITEM;
+  static constexpr int64_t PARTS = (K + PART - 1) / PART;
+  static constexpr int64_t CHUNK_TILES = L2_BYTES > TILE_BYTES ? L2_BYTES / TILE_BYTES : 1;
+  int64_t tokens, tiles, chunks;
+  explicit Work(int64_t t)
+      : tokens(t), tiles((t + TILE - 1) / TILE), chunks((tiles + CHUNK_TILES - 1) / CHUNK_TILES) {}
+
+  int64_t items() const { return tokens == 1 ? ITEMS : tiles * PARTS; }
+  int64_t finish_items() const { return tokens == 1 ? 0 : chunks * ITEMS; }
+  int64_t tokens_of(int64_t tile) const { return min(tokens - tile * TILE, (int64_t)TILE); }
+
+  // Call use(tile, k0, k1, width) for each part of the items [begin, end) of the first phase.
+  template <class Use> void for_parts(int64_t begin, int64_t end, Use use) const {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t tile = item / PARTS, k = item % PARTS * PART;
+      with_width<TILE>(tokens_of(tile),
+                       [&](auto width) { use(tile, k, min(k + PART, K), width); });
+    }
+  }
+
+  // Call use(block, stop, tile, width) for each group of blocks and tile of the second phase.
+  template <class Use> void for_panels(int64_t begin, int64_t end, Use use) const {
+    while (begin < end) {
+      const int64_t chunk = begin / ITEMS, block = begin % ITEMS * ITEM;
+      const int64_t items = min(end - begin, ITEMS - begin % ITEMS);
+      const int64_t stop = min(block + items * ITEM, NUM_BLOCKS);
+      const int64_t tile0 = tiles * chunk / chunks, tile1 = tiles * (chunk + 1) / chunks;
+      // A single tile passes over all its blocks; several share an item's blocks while in L2.
+      const int64_t group = tile1 - tile0 == 1 ? stop - block : ITEM;
+      for (int64_t b = block; b < stop; b += group)
+        for (int64_t i = tile0; i < tile1; ++i)
+          with_width<TILE>(tokens_of(i),
+                           [&](auto width) { use(b, min(b + group, stop), i, width); });
+      begin += items;
+    }
+  }
+};
+
+// Rows [WIDTH][count] (STRIDE apart) as out[count][WIDTH], token fastest.
+template <int WIDTH, int STRIDE, class X>
+AIOS_INLINE void interleave(const X* rows, int64_t count, X* out) {
+  for (int64_t i = 0; i < count; ++i)
+#pragma GCC unroll 16
+    for (int t = 0; t < WIDTH; ++t) out[i * WIDTH + t] = rows[t * STRIDE + i];
+}
