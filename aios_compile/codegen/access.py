@@ -174,8 +174,9 @@ def address_of(operand: Operand, coordinates: Coordinates) -> Linear:
     Packed layouts are rows16 and pairs16 (codegen/packing.py). Raises NotExpressible for others.
     """
     if operand.packed == "pairs16":
-        (row, column), pairs = coordinates, (operand.shape[1] + 1) // 2
-        block = divided(row, 16).times(32 * pairs).plus(divided(column, 2).times(32))
+        (row, column), depth = coordinates, operand.shape[1]
+        assert isinstance(depth, int), "weights have fixed sizes"
+        block = divided(row, 16).times((depth + 1) // 2 * 32).plus(divided(column, 2).times(32))
         return block.plus(remainder(row, 16).times(2)).plus(remainder(column, 2))
     if operand.packed == "rows16":
         (row, column), width = coordinates, operand.shape[1]
