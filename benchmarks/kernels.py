@@ -1,6 +1,6 @@
 """Linear, attention and sampling kernels beside this machine's read bandwidth and FMA peak.
 
-    python benchmarks/kernels.py [--threads 2] [--tokens 1,2,4,8,256] [--weights bf16,float,int8,int4]
+    python benchmarks/kernels.py [--threads 2] [--tokens 1,8,256] [--weights bf16,float,int8,int4]
 
 Shapes of Qwen3-0.6B, random data; quantised weights by name or format, `float` for
 bf16 weights with float32 activations where `bf16` rounds them. Weights are streamed from a
