@@ -95,7 +95,7 @@ AIOS_INLINE void quantize_row(const float* x, int64_t count, int8_t* codes, floa
   int64_t g = 0;
   for (; g + VL <= groups; g += VL)
     quantize_groups<STEP, VL>(x + g * 32, codes + g * 32, scales + g, sums + g * (32 / STEP));
-  for (; g < groups; ++g)
+  for (int64_t rest = groups % VL; rest > 0; --rest, ++g)
     quantize_groups<STEP, 1>(x + g * 32, codes + g * 32, scales + g, sums + g * (32 / STEP));
 }
 
@@ -185,29 +185,33 @@ template <int BITS> constexpr int32_t offset_of(int low) {
   return BITS == 8 ? low + SIGN_BIT : low;
 }
 
-// The dot products of UNITS units from `first` on of a block with WIDTH tokens, onto sums.
-// x[unit][WIDTH] are four signed bytes each.
-template <int BITS, int UNITS, int WIDTH>
-AIOS_INLINE void dots(const uint8_t* group, int first, const int32_t* x,
-                      vi (&sums)[WIDTH][16 / VL]) {
+// The dot products of UNITS units from `first` on of COUNT vectors (of blocks `stride` bytes apart)
+// with WIDTH tokens, onto sums. x[unit][STRIDE] are four signed bytes each.
+template <int BITS, int UNITS, int STRIDE, int WIDTH, int COUNT>
+AIOS_INLINE void dots(const uint8_t* group, int64_t stride, int first, const int32_t* x,
+                      vi (&sums)[WIDTH][COUNT]) {
   constexpr int VECTORS = 16 / VL;
 #if AIOS_DOT
-  AIOS_LOOP (int c = 0; c < UNITS; ++c)
-    AIOS_LOOP (int r = 0; r < VECTORS; ++r) {
-      vq u = unit_of<BITS>(group, first + c, r);
-      if (BITS == 8 && SIGN_BIT) u ^= 128;
-      AIOS_LOOP (int t = 0; t < WIDTH; ++t) sums[t][r] = dot4(sums[t][r], u, x[c * WIDTH + t]);
+  AIOS_LOOP (int c = 0; c < UNITS; ++c) {
+    vq u[COUNT];
+    AIOS_LOOP (int r = 0; r < COUNT; ++r) {
+      u[r] = unit_of<BITS>(group + r / VECTORS * stride, first + c, r % VECTORS);
+      if (BITS == 8 && SIGN_BIT) u[r] ^= 128;
     }
+    AIOS_LOOP (int t = 0; t < WIDTH; ++t)
+      AIOS_LOOP (int r = 0; r < COUNT; ++r)
+        sums[t][r] = dot4(sums[t][r], u[r], x[c * STRIDE + t]);
+  }
 #else
   // So many sums of pairs fit in 16 bits: two products of at most (2^BITS - 1) * 127 each.
   constexpr int FIT = BITS == 8 ? 1 : 32767 / (254 * ((1 << BITS) - 1));
-  AIOS_LOOP (int r = 0; r < VECTORS; ++r) {
+  AIOS_LOOP (int r = 0; r < COUNT; ++r) {
     vs pending[WIDTH] = {};
     AIOS_LOOP (int c = 0; c < UNITS; ++c) {
-      vq u = unit_of<BITS>(group, first + c, r);
+      vq u = unit_of<BITS>(group + r / VECTORS * stride, first + c, r % VECTORS);
       if (BITS == 8) u ^= 128;
       AIOS_LOOP (int t = 0; t < WIDTH; ++t) {
-        const int32_t four = x[c * WIDTH + t];
+        const int32_t four = x[c * STRIDE + t];
         pending[t] += BITS == 8 ? signed_pairs(u, four) : pairs(u, four);
         if ((c + 1) % FIT == 0 || c + 1 == UNITS) {
           sums[t][r] += sum_pairs(pending[t]);

@@ -47,9 +47,8 @@ AIOS_NOINLINE void quantize(const Sizes* n, void* const* p, int64_t first, int64
     }
 }
 
-// The scales and minimums of group `g` of the block at w.
-AIOS_INLINE void scales_of(const uint8_t* w, int64_t g, vf (&scale)[VECTORS],
-                           vf (&minimum)[VECTORS]) {
+// The scales and minimums of group `g` of the block at w, VECTORS each.
+AIOS_INLINE void scales_of(const uint8_t* w, int64_t g, vf* scale, vf* minimum) {
   constexpr int64_t PER_SPAN = SPAN / GROUP;
   const uint8_t* span = w + g / PER_SPAN * SPAN_BYTES;
   const uint8_t* end = span + HEADER * BLOCK + g % PER_SPAN * GROUP_BYTES * BLOCK + CODE_BYTES;
@@ -65,52 +64,72 @@ AIOS_INLINE void scales_of(const uint8_t* w, int64_t g, vf (&scale)[VECTORS],
   }
 }
 
-// sums[WIDTH][16] of a tile of tokens and the block at w.
-template <int WIDTH>
+// sums[WIDTH][BLOCKS * 16] of a tile of tokens and BLOCKS consecutive blocks at w.
+//
+// One block after the other is one sequential stream, which one token needs: K = 1024, 8 and 4
+// bits: 88 % and 95 % of the read bandwidth; 70 % and 80 % with two blocks at a time; 44 % and 37 %
+// without the prefetch (2 cores of Zen 4). With more tokens two blocks share each broadcast of
+// activations: loads, one a cycle, would be the limit. The float sums stay in registers, so the
+// whole numbers of a group are those of LANES tokens at a time.
+template <int BLOCKS, int WIDTH>
 AIOS_NOINLINE void tile(const uint8_t* w, const Tile& x, float* out) {
-  vf acc[WIDTH][VECTORS] = {};
+  constexpr int COUNT = BLOCKS * VECTORS, LANES = BLOCKS > 1 && WIDTH > 4 ? 4 : WIDTH;
+  constexpr int64_t AHEAD = BLOCKS > 1 ? BLOCKS * BLOCK_BYTES : 4096;
+  vf acc[WIDTH][COUNT] = {};
   for (int64_t g = 0; g < K / GROUP; ++g) {
     const uint8_t* group = w + g / (SPAN / GROUP) * SPAN_BYTES + HEADER * BLOCK +
                            g % (SPAN / GROUP) * GROUP_BYTES * BLOCK;
-    // A page ahead, into the first cache. One block after the other is one sequential stream: one
-    // token, K = 1024, 8 and 4 bits: 88 % and 95 % of the read bandwidth; 70 % and 80 % with two
-    // blocks at a time; 44 % and 37 % without these lines (2 cores of Zen 4).
-    AIOS_LOOP (int line = 0; line < GROUP_BYTES * BLOCK; line += 64)
-      __builtin_prefetch(group + 4096 + line, 0, 3);
-    vf scale[VECTORS], minimum[VECTORS];
-    scales_of(w, g, scale, minimum);
-    AIOS_LOOP (int s = 0; s < GROUP / STEP; ++s) {
-      const int64_t step = g * (GROUP / STEP) + s;
-      vi sums[WIDTH][VECTORS];
-      AIOS_LOOP (int t = 0; t < WIDTH; ++t)
-        AIOS_LOOP (int r = 0; r < VECTORS; ++r) sums[t][r] = splat(x.offsets[step * WIDTH + t]);
-      dots<BITS, UNITS>(group, s * UNITS, x.codes + step * UNITS * WIDTH, sums);
-      AIOS_LOOP (int t = 0; t < WIDTH; ++t) {
-        const vf factor = splat(x.scales[step * STEP / 32 * WIDTH + t]);
-        AIOS_LOOP (int r = 0; r < VECTORS; ++r) {
-          acc[t][r] = fma(to_float(sums[t][r]), factor * scale[r], acc[t][r]);
-          if constexpr (MINIMUMS)
-            acc[t][r] = fma(-splat(x.sums[step * WIDTH + t]), minimum[r], acc[t][r]);
+    AIOS_LOOP (int b = 0; b < BLOCKS; ++b)
+      AIOS_LOOP (int line = 0; line < GROUP_BYTES * BLOCK; line += 64)
+        __builtin_prefetch(group + b * BLOCK_BYTES + AHEAD + line, 0, BLOCKS > 1 ? 2 : 3);
+    vf scale[COUNT], minimum[COUNT];
+    AIOS_LOOP (int b = 0; b < BLOCKS; ++b)
+      scales_of(w + b * BLOCK_BYTES, g, scale + b * VECTORS, minimum + b * VECTORS);
+    AIOS_LOOP (int s = 0; s < GROUP / STEP; ++s)
+      AIOS_LOOP (int first = 0; first < WIDTH; first += LANES) {
+        const int64_t step = g * (GROUP / STEP) + s, at = step * WIDTH + first;
+        vi sums[LANES][COUNT];
+        AIOS_LOOP (int t = 0; t < LANES; ++t)
+          AIOS_LOOP (int r = 0; r < COUNT; ++r) sums[t][r] = splat(x.offsets[at + t]);
+        asm("" : "+r"(group));  // read the codes again: kept ones would be spilled
+        const int32_t* codes = x.codes + step * UNITS * WIDTH + first;
+        dots<BITS, UNITS, WIDTH>(group, BLOCK_BYTES, s * UNITS, codes, sums);
+        AIOS_LOOP (int t = 0; t < LANES; ++t) {
+          const vf factor = splat(x.scales[step * STEP / 32 * WIDTH + first + t]);
+          AIOS_LOOP (int r = 0; r < COUNT; ++r) {
+            vf& total = acc[first + t][r];
+            total = fma(to_float(sums[t][r]), factor * scale[r], total);
+            if constexpr (MINIMUMS) total = fma(-splat(x.sums[at + t]), minimum[r], total);
+          }
         }
       }
-    }
   }
   AIOS_LOOP (int t = 0; t < WIDTH; ++t)
-    AIOS_LOOP (int r = 0; r < VECTORS; ++r) store(out + t * BLOCK + r * VL, acc[t][r]);
+    AIOS_LOOP (int r = 0; r < COUNT; ++r) store(out + t * BLOCKS * BLOCK + r * VL, acc[t][r]);
 }
 
-// Blocks [block, stop) for the tokens [first, first + count) of a tile.
+// BLOCKS blocks from `block` on for the tokens [first, first + count) of a tile.
+template <int BLOCKS, int WIDTH>
+AIOS_INLINE void panel(const Sizes* n, void* const* p, int64_t block, int64_t first, int64_t count,
+                       const Tile& x) {
+  alignas(64) float sums[STREAMS][WIDTH * BLOCKS * BLOCK];
+  for (int s = 0; s < STREAMS; ++s)
+    tile<BLOCKS, WIDTH>(weight(n, p) + (s * NUM_BLOCKS + block) * BLOCK_BYTES, x, sums[s]);
+  const int64_t column = block * BLOCK, end = min(column + BLOCKS * BLOCK, COLUMNS);
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t at = t * BLOCKS * BLOCK;
+    epilogue(n, p, first + t, column, end, sums[0] + at, sums[STREAMS - 1] + at);
+  }
+}
+
+// Blocks [block, stop) for one tile of tokens: two at a time for 4 and 8 tokens, whose sums fit in
+// registers then.
 template <int WIDTH>
 AIOS_NOINLINE void panels(const Sizes* n, void* const* p, int64_t block, int64_t stop,
                           int64_t first, int64_t count, const Tile& x) {
-  alignas(64) float sums[STREAMS][WIDTH * BLOCK];
-  for (; block < stop; ++block) {
-    for (int s = 0; s < STREAMS; ++s)
-      tile<WIDTH>(weight(n, p) + (s * NUM_BLOCKS + block) * BLOCK_BYTES, x, sums[s]);
-    const int64_t column = block * BLOCK, end = min(column + BLOCK, COLUMNS);
-    for (int64_t t = 0; t < count; ++t)
-      epilogue(n, p, first + t, column, end, sums[0] + t * BLOCK, sums[STREAMS - 1] + t * BLOCK);
-  }
+  if constexpr (VECTORS == 1 && (WIDTH == 4 || WIDTH == 8))
+    for (; stop - block >= 2; block += 2) panel<2, WIDTH>(n, p, block, first, count, x);
+  for (; block < stop; ++block) panel<1, WIDTH>(n, p, block, first, count, x);
 }
 
 AIOS_INLINE int64_t quantized_linear_items(const Sizes* n) {
