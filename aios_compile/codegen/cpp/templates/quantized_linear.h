@@ -127,9 +127,11 @@ AIOS_INLINE void panel(const Sizes* n, void* const* p, int64_t block, int64_t fi
 template <int WIDTH>
 AIOS_NOINLINE void panels(const Sizes* n, void* const* p, int64_t block, int64_t stop,
                           int64_t first, int64_t count, const Tile& x) {
-  if constexpr (VECTORS == 1 && (WIDTH == 4 || WIDTH == 8))
+  constexpr bool TWO = VECTORS == 1 && (WIDTH == 4 || WIDTH == 8);
+  if constexpr (TWO)
     for (; stop - block >= 2; block += 2) panel<2, WIDTH>(n, p, block, first, count, x);
-  for (; block < stop; ++block) panel<1, WIDTH>(n, p, block, first, count, x);
+  if constexpr (!TWO || NUM_BLOCKS % 2)  // items begin at even blocks
+    for (; block < stop; ++block) panel<1, WIDTH>(n, p, block, first, count, x);
 }
 
 AIOS_INLINE int64_t quantized_linear_items(const Sizes* n) {
