@@ -23,6 +23,9 @@ class OpenStream(Protocol):
     @property
     def request_id(self) -> int: ...
 
+    @property
+    def is_over(self) -> bool: ...
+
     def is_admitted(self) -> bool: ...
 
     def take_nowait(self) -> StreamChunk | None: ...
@@ -62,7 +65,7 @@ Opener = Callable[[Callable[[], None]], OpenStream]
 
 
 class AsyncStream:
-    """Async iterator over the chunks of one request; one task reads it.
+    """Async iterator over the chunks of one request, `chunk.index` of n; one task reads it.
 
     The request is submitted by the first `__anext__`, or before by `submit`, which is where a
     refusal is raised. Cancelling the task that waits, `aclose`, or dropping the stream aborts it.
@@ -137,7 +140,7 @@ class AsyncStream:
         except BaseException:
             self.abort()
             raise
-        self.is_ended = chunk.finish_reason is not None
+        self.is_ended = self._open.is_over
         return chunk
 
     async def result(self) -> RequestOutput:

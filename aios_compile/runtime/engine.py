@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from aios_compile.runtime.engine_stats import EngineStats
 from aios_compile.runtime.health import Health, judge, now_us
 from aios_compile.runtime.metrics import MetricsSnapshot
 from aios_compile.runtime.output_text import Tokenizer
-from aios_compile.runtime.outputs import RequestOutput, StreamChunk
+from aios_compile.runtime.outputs import CompletionOutput, RequestOutput, StreamChunk
 from aios_compile.runtime.request import Progress, Request
 from aios_compile.runtime.schedule_state import SchedulerOptions
 from aios_compile.runtime.speculator import SpeculationStats, Speculator
@@ -129,7 +130,7 @@ class Engine:
     ) -> TextStream:
         """Do what `stream` does; on_change is called in the engine's thread when there is news.
 
-        progress: the tokens that it has already; its chunks go on after them.
+        progress: the tokens that one completion has already; its chunks go on after them.
         Raises QueueFullError, before anything is done, when more than max_waiting requests wait.
         """
         self._check_alive()
@@ -137,10 +138,11 @@ class Engine:
             if max_waiting is not None:
                 self._core.inbox.check_queue(1, max_waiting)
             ((prompt, given),) = self._pairs([prompt], params, fields)
-            if given.n != 1:
-                raise RequestError(f"n={given.n} is out of range: a stream has one completion")
+            if progress is not None:
+                given = replace(given, n=1)
+            first = 0 if progress is None else progress.index
             admitted = self.admission.admit(prompt, given)
-            request = Request(admitted, self.tokenizer, True, on_change)
+            request = Request(admitted, self.tokenizer, True, on_change, first)
             if progress is not None:
                 request.resume(progress)
             self._core.inbox.submit([request], max_waiting)
@@ -280,7 +282,10 @@ class Engine:
 
 
 class TextStream:
-    """Iterator over the chunks of one request. Not closed is aborted when it is dropped."""
+    """Iterator over the chunks of one request. Not closed is aborted when it is dropped.
+
+    The chunks of its n completions come as they are made; `chunk.index` says whose each is.
+    """
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self._engine = engine
@@ -299,6 +304,20 @@ class TextStream:
         """Return whether it was checked and queued; in this process it always is."""
         return True
 
+    @property
+    def is_over(self) -> bool:
+        """Return whether the last chunk of every completion was taken."""
+        return self._request.delivery.is_over
+
+    @property
+    def indices(self) -> list[int]:
+        """The completions: 0 to n - 1, or the one that goes on."""
+        return [sequence.index for sequence in self._request.sequences]
+
+    def completion(self, index: int) -> CompletionOutput:
+        """Return one completion; only after its last chunk."""
+        return self._request.sequences[self.indices.index(index)].output()
+
     def output(self) -> RequestOutput:
         """Return the whole result; only after the last chunk."""
         assert self._ended, "the stream has not ended"
@@ -310,24 +329,24 @@ class TextStream:
     def __next__(self) -> StreamChunk:
         if self._ended:
             raise StopIteration
-        self._engine._check_alive()
         try:
+            self._engine._check_alive()
             chunk = self._request.delivery.take(self._engine.tokenizer is not None)
         except BaseException:
             self.close()
             raise
-        self._ended = chunk.finish_reason is not None
+        self._ended = self._request.delivery.is_over
         return chunk
 
     def take_nowait(self) -> StreamChunk | None:
         """Return the next chunk if there is one; raises what the request ended with."""
         chunk = self._request.delivery.take_nowait(self._engine.tokenizer is not None)
-        self._ended = self._ended or (chunk is not None and chunk.finish_reason is not None)
+        self._ended = self._ended or self._request.delivery.is_over
         return chunk
 
     def fail(self, error: Exception) -> None:
         """End it with an error now, whatever the engine's thread is doing."""
-        self._request.delivery.finish(StreamChunk(""), error)
+        self._request.delivery.finish(error=error)
         self.close()
 
     def close(self) -> None:

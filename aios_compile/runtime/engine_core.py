@@ -31,7 +31,6 @@ from aios_compile.runtime.health import Pulse, now_us
 from aios_compile.runtime.inbox import Inbox
 from aios_compile.runtime.metrics import MetricsSnapshot
 from aios_compile.runtime.output_text import Tokenizer
-from aios_compile.runtime.outputs import StreamChunk
 from aios_compile.runtime.page_moves import PageMover, TokenCost
 from aios_compile.runtime.replay import header_record
 from aios_compile.runtime.request import Request, Sequence
@@ -230,7 +229,7 @@ class EngineCore:
         if not request.num_unfinished:
             self._finish(request, None)
         elif request.streams:
-            request.delivery.put(request.next_chunk())
+            request.delivery.put(request.next_chunks())
 
     def _finish(self, request: Request, error: Exception | None) -> None:
         del self.requests[request.request_id]
@@ -241,7 +240,7 @@ class EngineCore:
         if request.started_us is None:
             self.inbox.left_queue()
         self._meter.ended(request, error)
-        request.delivery.finish(request.next_chunk(), error)
+        request.delivery.finish(request.next_chunks(), error)
 
     def snapshot(self) -> MetricsSnapshot:
         """Return all metrics; while running they may be a step old."""
@@ -281,7 +280,7 @@ class EngineCore:
             end_request(request, "abort")
             error = EngineClosedError(reason, advice="load the model again")
             error.__cause__ = failure
-            request.delivery.finish(StreamChunk(""), error)
+            request.delivery.finish(error=error)
         self.requests.clear()
         self.sequences.clear()
         self.log.close()

@@ -38,7 +38,7 @@ from aios_compile.runtime.engine_child import POLL_S, EngineChild
 from aios_compile.runtime.front_request import FrontRequest, FrontStream
 from aios_compile.runtime.health import Health, Pulse, judge, now_us
 from aios_compile.runtime.metrics import EngineMetrics, Family, MetricsSnapshot, counter
-from aios_compile.runtime.outputs import RequestOutput, StreamChunk
+from aios_compile.runtime.outputs import RequestOutput
 from aios_compile.runtime.request import mix_seed
 from aios_compile.runtime.suspects import Suspects
 from aios_compile.sampling_params import SamplingParams
@@ -100,7 +100,7 @@ class EngineFront:
         with self._lock:
             if self._closing:
                 raise EngineClosedError(self._reason, advice="load the model again")
-            waiting = sum(not r.token_ids for r in self._requests.values())
+            waiting = sum(not r.has_begun for r in self._requests.values())
             if max_waiting is not None and waiting >= max_waiting:
                 raise QueueFullError(
                     f"{waiting} requests wait, expected at most {max_waiting - 1}",
@@ -156,7 +156,7 @@ class EngineFront:
             self._send("abort", request.request_id)
             self._clear(request.request_id)
             if error is None:
-                request.finish(StreamChunk("", [], "abort"), {})
+                request.abort()
             else:
                 request.fail(error)
 
@@ -309,7 +309,7 @@ class EngineFront:
             elif request is None:
                 return True  # it was aborted meanwhile
             elif kind == "admitted":
-                request.admit(message["prompt_token_ids"])
+                request.admit(message["prompt_token_ids"], message["indices"])
             elif kind == "end":
                 self._end(request, message)
             elif kind == "error":
@@ -317,16 +317,19 @@ class EngineFront:
                 if isinstance(error, EngineClosedError):
                     return False  # the engine is at its end; the request is not
                 del self._requests[number]
+                self._send("abort", number)  # its other completions, if they go on on their own
                 request.fail(error)
                 self._clear(number)
         return True
 
     def _end(self, request: FrontRequest, message: dict[str, Any]) -> None:
         self._has_given = True
-        del self._requests[request.request_id]
         chunk = wire.chunk_in(message["chunk"])
-        request.finish(chunk, message["output"])
+        request.end(chunk, message["output"])
         self._clear(request.request_id)
+        if not request.has_ended:
+            return
+        del self._requests[request.request_id]
         total_us = now_us() - request.submitted_us
         self._ends.on_end(now_us(), total_us, chunk.finish_reason or "error")
 

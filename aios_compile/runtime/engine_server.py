@@ -13,7 +13,7 @@ from typing import Any
 from aios_compile.errors import AiosError
 from aios_compile.runtime import wire
 from aios_compile.runtime.engine import Engine, TextStream
-from aios_compile.runtime.outputs import RequestOutput
+from aios_compile.runtime.outputs import StreamChunk
 from aios_compile.runtime.request import Progress
 from aios_compile.sampling_params import SamplingParams
 
@@ -28,7 +28,8 @@ class EngineServer:
         self._connection = connection
         self._epoch = epoch
         self._send_lock = threading.Lock()
-        self._streams: dict[int, TextStream] = {}  # guarded by _news, as is _changed
+        # by request: one stream, or one a completion that goes on; guarded by _news, as is _changed
+        self._streams: dict[int, list[TextStream]] = {}
         self._news = threading.Condition()
         self._changed: dict[int, None] = {}
         self._is_over = False
@@ -61,28 +62,33 @@ class EngineServer:
                 self._send("error", number, error=wire.error_out(error))
         elif kind == "abort":
             with self._news:
-                stream = self._streams.get(number)
-            if stream is not None:
+                streams = list(self._streams.get(number, ()))
+            for stream in streams:
                 stream.close()
         elif kind == "probe":
             self._engine.probe()
 
     def _start(self, number: int, message: dict[str, Any]) -> None:
         params = message["params"]
-        progress = None
-        if message["token_ids"]:
-            logprobs = wire.logprobs_in(message["logprobs"])
-            progress = Progress(message["token_ids"], message["num_chars"], logprobs)
-        stream = self._engine.open_stream(
-            message["prompt"],
-            None if params is None else SamplingParams(**params),
-            message["fields"],
-            on_change=lambda: self._notify(number),
-            progress=progress,
-        )
-        self._send("admitted", number, prompt_token_ids=stream.prompt_token_ids)
+        going_on: list[Progress | None] = [
+            Progress(token_ids, num_chars, wire.logprobs_in(logprobs), index)
+            for index, token_ids, num_chars, logprobs in message["progress"]
+        ]
+        streams = [
+            self._engine.open_stream(
+                message["prompt"],
+                None if params is None else SamplingParams(**params),
+                message["fields"],
+                on_change=lambda: self._notify(number),
+                progress=progress,
+            )
+            for progress in going_on or [None]
+        ]
+        indices = [index for stream in streams for index in stream.indices]
+        ids = streams[0].prompt_token_ids
+        self._send("admitted", number, prompt_token_ids=ids, indices=indices)
         with self._news:
-            self._streams[number] = stream
+            self._streams[number] = streams
         self._notify(number)  # what came before it was known here
 
     def _notify(self, number: int) -> None:
@@ -97,7 +103,7 @@ class EngineServer:
                 with self._news:
                     self._news.wait_for(lambda: self._changed or self._is_over, PULSE_S)
                     changed, self._changed = self._changed, {}
-                    streams = [(i, self._streams[i]) for i in changed if i in self._streams]
+                    streams = [(i, s) for i in changed for s in self._streams.get(i, ())]
                 self._send_chunks(streams)
                 if time.monotonic() >= next_pulse:
                     next_pulse = time.monotonic() + PULSE_S
@@ -109,26 +115,28 @@ class EngineServer:
         chunks, ended = [], []
         for number, stream in streams:
             try:
-                chunk = stream.take_nowait()
+                while (chunk := stream.take_nowait()) is not None:
+                    if chunk.finish_reason is None:
+                        chunks.append((number, wire.chunk_out(chunk)))
+                    else:
+                        ended.append((number, wire.chunk_out(chunk), output_out(stream, chunk)))
+                    if stream.is_over:
+                        self._forget(number, stream)
+                        break
             except Exception as error:  # noqa: BLE001 - it belongs to that request's reader
-                self._forget(number)
+                self._forget(number, stream)
                 self._send("error", number, error=wire.error_out(error))
-                continue
-            if chunk is None:
-                continue
-            if chunk.finish_reason is None:
-                chunks.append((number, wire.chunk_out(chunk)))
-            else:
-                self._forget(number)
-                ended.append((number, wire.chunk_out(chunk), output_out(stream.output())))
         if chunks:
             self._send("chunks", 0, chunks=chunks)
         for number, last, output in ended:
             self._send("end", number, chunk=last, output=output)
 
-    def _forget(self, number: int) -> None:
+    def _forget(self, number: int, stream: TextStream) -> None:
         with self._news:
-            self._streams.pop(number, None)
+            left = [s for s in self._streams.get(number, ()) if s is not stream]
+            self._streams[number] = left
+            if not left:
+                del self._streams[number]
 
     def _send_pulse(self) -> None:
         pulse = self._engine.pulse_ages_us()
@@ -141,14 +149,23 @@ class EngineServer:
             self._connection.send(frame)
 
 
-def output_out(output: RequestOutput) -> dict[str, Any]:
-    """Return what the front cannot know by itself; it has kept tokens, text and log-probs."""
-    (one,) = output.outputs
+def output_out(stream: TextStream, last: StreamChunk) -> dict[str, Any]:
+    """Return what the front cannot know by itself; it has kept tokens, text and log-probs.
+
+    What is one for all completions goes with the one that ends last.
+    """
+    one = stream.completion(last.index)
+    found: dict[str, Any] = {
+        "stop_reason": one.stop_reason,
+        "cumulative_logprob": one.cumulative_logprob,
+    }
+    if not stream.is_over:
+        return found
+    output = stream.output()
     rows = output.prompt_logprobs
     prompt = None if rows is None else [row for row in rows if row is not None]
     return {
-        "stop_reason": one.stop_reason,
-        "cumulative_logprob": one.cumulative_logprob,
+        **found,
         "prompt_logprobs": None if prompt is None else wire.logprobs_out(prompt),
         "queue_us": output.metrics.queue_us,
         "num_preemptions": output.metrics.num_preemptions,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from aios_compile.errors import AiosError
 from aios_compile.runtime import wire
 from aios_compile.runtime.admission import Prompt
+from aios_compile.runtime.delivery import Delivery
 from aios_compile.runtime.health import now_us
 from aios_compile.runtime.outputs import (
     CompletionOutput,
@@ -18,8 +20,34 @@ from aios_compile.runtime.outputs import (
     StreamChunk,
     TokenLogprobs,
 )
-from aios_compile.runtime.request import Delivery
 from aios_compile.sampling_params import SamplingParams
+
+
+@dataclass
+class _Completion:
+    """What the reader of one completion has got."""
+
+    index: int
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    cumulative_logprob: float | None = None
+
+    def take(self, chunk: StreamChunk) -> None:
+        self.token_ids += chunk.token_ids
+        self.text += chunk.text
+        if chunk.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + chunk.logprobs
+        self.finish_reason = chunk.finish_reason
+
+    def progress(self) -> tuple[Any, ...]:
+        logprobs = wire.logprobs_out(self.logprobs)
+        return self.index, self.token_ids, len(self.text), logprobs
+
+    def output(self) -> CompletionOutput:
+        return CompletionOutput(**vars(self) | {"finish_reason": self.finish_reason or "error"})
 
 
 class FrontRequest:
@@ -42,18 +70,27 @@ class FrontRequest:
         self.params = params
         self.fields = fields
         self.delivery = Delivery(on_change)
-        self.token_ids: list[int] = []
-        self.text = ""
-        self.logprobs: list[TokenLogprobs] | None = None
+        self.completions = [_Completion(0)]
         self.refusal: AiosError | None = None
         self.output: RequestOutput | None = None
         self.submitted_us = now_us()
         self.first_token_us: int | None = None
+        self._told: dict[str, Any] = {}  # by the engine, of the whole request
         self._on_change = on_change
+
+    @property
+    def has_begun(self) -> bool:
+        return self.first_token_us is not None
+
+    @property
+    def has_ended(self) -> bool:
+        return all(one.finish_reason is not None for one in self.completions)
 
     def start_message(self, epoch: int) -> bytes:
         """Return the frame that starts it, or takes it up after what is known."""
-        known = self.prompt_token_ids
+        known, goes_on = self.prompt_token_ids, []
+        if self.has_begun:
+            goes_on = [one.progress() for one in self.completions if one.finish_reason is None]
         return wire.pack(
             {
                 "kind": "start",
@@ -62,74 +99,87 @@ class FrontRequest:
                 "prompt": self.prompt if known is None else known,
                 "params": None if self.params is None else wire.params_fields(self.params),
                 "fields": self.fields,
-                "token_ids": self.token_ids,
-                "num_chars": len(self.text),
-                "logprobs": wire.logprobs_out(self.logprobs),
+                "progress": goes_on,
             }
         )
 
-    def admit(self, prompt_token_ids: list[int]) -> None:
+    def admit(self, prompt_token_ids: list[int], indices: list[int]) -> None:
+        """Take in that the engine has checked it, and which completions it will give."""
         if self.prompt_token_ids is None:
             self.prompt_token_ids = prompt_token_ids
+            self.completions = [_Completion(index) for index in indices]
+            self.delivery.expect(indices)
             if self._on_change is not None:
                 self._on_change()
 
-    def take(self, chunk: StreamChunk) -> None:
-        """Keep what goes to the reader."""
-        if chunk.token_ids and self.first_token_us is None:
-            self.first_token_us = now_us()
-        self.token_ids += chunk.token_ids
-        self.text += chunk.text
-        if chunk.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + chunk.logprobs
-
     def put(self, chunk: StreamChunk) -> None:
-        self.take(chunk)
-        self.delivery.put(chunk)
+        """Keep a chunk and give it to the reader."""
+        self._take(chunk)
+        self.delivery.put([chunk])
 
-    def finish(self, chunk: StreamChunk, values: dict[str, Any]) -> None:
-        """End it with its last chunk and what the engine says of the whole (none: an abort)."""
-        self.take(chunk)
-        first = self.first_token_us
-        metrics = RequestMetrics(
-            queue_us=values.get("queue_us"),
-            ttft_us=None if first is None else first - self.submitted_us,
-            total_us=now_us() - self.submitted_us,
-            num_preemptions=values.get("num_preemptions", 0),
-            num_cached_tokens=values.get("num_cached_tokens", 0),
-        )
-        completion = CompletionOutput(
-            index=0,
-            text=self.text,
-            token_ids=self.token_ids,
-            finish_reason=chunk.finish_reason or "error",
-            stop_reason=values.get("stop_reason"),
-            logprobs=self.logprobs,
-            cumulative_logprob=values.get("cumulative_logprob"),
-        )
-        prompt_logprobs = wire.logprobs_in(values.get("prompt_logprobs"))
-        self.output = RequestOutput(
-            self.request_id,
-            self.prompt if isinstance(self.prompt, str) else None,
-            self.prompt_token_ids or [],
-            [completion],
-            metrics,
-            None if prompt_logprobs is None else [None, *prompt_logprobs],
-        )
-        self.delivery.finish(chunk)
+    def end(self, chunk: StreamChunk, values: dict[str, Any]) -> None:
+        """End a completion with its last chunk and what the engine says; maybe it was the last."""
+        self._take(chunk)
+        one = self.completions[chunk.index]
+        one.stop_reason = values["stop_reason"]
+        one.cumulative_logprob = values["cumulative_logprob"]
+        self._told |= values
+        if not self.has_ended:
+            self.delivery.put([chunk])
+            return
+        self._finish([chunk])
+
+    def abort(self) -> None:
+        """End it with what there is."""
+        chunks = [
+            StreamChunk("", [], "abort", index=one.index)
+            for one in self.completions
+            if one.finish_reason is None
+        ]
+        for chunk in chunks:
+            self._take(chunk)
+        self._finish(chunks)
 
     def fail(self, error: AiosError) -> None:
         """End it with an error; one before the first token and admission is a refusal."""
         if self.prompt_token_ids is None:
             self.refusal = error
-        self.delivery.finish(StreamChunk(""), error)
+        self.delivery.finish(error=error)
+
+    def _take(self, chunk: StreamChunk) -> None:
+        if chunk.token_ids and self.first_token_us is None:
+            self.first_token_us = now_us()
+        self.completions[chunk.index].take(chunk)
+
+    def _finish(self, chunks: list[StreamChunk]) -> None:
+        first, told = self.first_token_us, self._told
+        metrics = RequestMetrics(
+            queue_us=told.get("queue_us"),
+            ttft_us=None if first is None else first - self.submitted_us,
+            total_us=now_us() - self.submitted_us,
+            num_preemptions=told.get("num_preemptions", 0),
+            num_cached_tokens=told.get("num_cached_tokens", 0),
+        )
+        prompt_logprobs = wire.logprobs_in(told.get("prompt_logprobs"))
+        self.output = RequestOutput(
+            self.request_id,
+            self.prompt if isinstance(self.prompt, str) else None,
+            self.prompt_token_ids or [],
+            [one.output() for one in self.completions],
+            metrics,
+            None if prompt_logprobs is None else [None, *prompt_logprobs],
+        )
+        self.delivery.finish(chunks)
 
 
 End = Callable[[FrontRequest, AiosError | None], None]
 
 
 class FrontStream:
-    """Iterator over the chunks of one request of a front. Closing or dropping it aborts."""
+    """Iterator over the chunks of one request of a front, `chunk.index` of n.
+
+    Closing or dropping it aborts.
+    """
 
     def __init__(self, request: FrontRequest, end: End) -> None:
         self._request = request
@@ -140,6 +190,11 @@ class FrontStream:
     @property
     def request_id(self) -> int:
         return self._request.request_id
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether the last chunk of every completion was taken."""
+        return self._request.delivery.is_over
 
     def is_admitted(self) -> bool:
         """Return whether the engine has checked and queued it; raise what it was refused with."""
@@ -171,7 +226,7 @@ class FrontStream:
         return chunk
 
     def _note(self, chunk: StreamChunk | None) -> StreamChunk | None:
-        self._ended = self._ended or (chunk is not None and chunk.finish_reason is not None)
+        self._ended = self._ended or self._request.delivery.is_over
         return chunk
 
     def fail(self, error: AiosError) -> None:

@@ -64,9 +64,13 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class StreamChunk:
-    """What came since the last chunk: never half a character, nothing that a stop string cuts."""
+    """What came since the last chunk: never half a character, nothing that a stop string cuts.
+
+    index: which of the n completions; the last chunk of each has its finish_reason.
+    """
 
     text: str
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     logprobs: list[TokenLogprobs] | None = None  # one a token, if the request asked for them
+    index: int = 0

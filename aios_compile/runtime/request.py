@@ -1,13 +1,13 @@
-"""A request from admission to its output. Owner: the engine thread, but for `Delivery`."""
+"""A request from admission to its output. Owner: the engine thread, but for its `Delivery`."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from aios_compile.runtime.batch import Floats, Ints
+from aios_compile.runtime.delivery import Delivery
 from aios_compile.runtime.output_text import OutputText, Tokenizer
 from aios_compile.runtime.outputs import (
     CompletionOutput,
@@ -85,6 +85,9 @@ class Sequence:
         self.stop_reason: str | int | None = None
         self.num_preemptions = 0
         self.num_cached_tokens = 0
+        self.num_sent_chars = 0
+        self.num_sent_tokens = 0
+        self.has_sent_all = False
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -110,6 +113,17 @@ class Sequence:
         can_stop = self.num_output_tokens > self.admitted.params.min_tokens
         return self.text.append(token_id, can_stop)
 
+    def next_chunk(self) -> StreamChunk:
+        """Return what a stream has not sent yet."""
+        text = ""
+        ids = self.tokens[self.num_prompt_tokens + self.num_sent_tokens :]
+        logprobs = None if self.logprobs is None else self.logprobs[self.num_sent_tokens :]
+        self.num_sent_tokens += len(ids)
+        if self.text is not None:
+            text = self.text.text[self.num_sent_chars : self.text.num_released]
+            self.num_sent_chars = self.text.num_released
+        return StreamChunk(text, ids, self.finish_reason, logprobs, self.index)
+
     def output(self) -> CompletionOutput:
         """Return what the caller sees of it."""
         assert self.finish_reason is not None
@@ -126,84 +140,15 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a request's reader has already, from an engine that is gone: it goes on after that."""
+    """What a completion's reader has already, from an engine that is gone: it goes on after that.
+
+    index: which of the n completions it is; it goes on as a request of its own.
+    """
 
     token_ids: Seq[int]
     num_chars: int
     logprobs: Seq[TokenLogprobs] | None = None
-
-
-class Delivery:
-    """Where the engine thread leaves results and one caller's thread waits for them.
-
-    Bounded: what a slow reader has not taken is merged into one chunk. on_change: called in the
-    engine's thread after each change, for a reader that does not block.
-    """
-
-    def __init__(self, on_change: Callable[[], None] | None = None) -> None:
-        self._changed = threading.Condition(threading.Lock())
-        self._on_change = on_change
-        self._text: list[str] = []
-        self._token_ids: list[int] = []
-        self._logprobs: list[TokenLogprobs] | None = None
-        self._finish_reason: str | None = None
-        self._error: Exception | None = None
-        self._done = False
-
-    def put(self, chunk: StreamChunk) -> None:
-        """Add a chunk of a stream that goes on."""
-        with self._changed:
-            self._add(chunk)
-        if self._on_change is not None:
-            self._on_change()
-
-    def finish(self, chunk: StreamChunk, error: Exception | None = None) -> None:
-        """Add the last chunk and end: with its finish_reason, or with an error."""
-        with self._changed:
-            if self._done:
-                return
-            self._finish_reason, self._error, self._done = chunk.finish_reason, error, True
-            self._add(chunk)
-        if self._on_change is not None:
-            self._on_change()
-
-    def _add(self, chunk: StreamChunk) -> None:
-        self._text.append(chunk.text)
-        self._token_ids += chunk.token_ids
-        if chunk.logprobs is not None:
-            self._logprobs = (self._logprobs or []) + chunk.logprobs
-        self._changed.notify_all()
-
-    def wait(self) -> None:
-        """Wait for the end; raise the error if there is one."""
-        with self._changed:
-            while not self._done:
-                self._changed.wait()
-        if self._error is not None:
-            raise self._error
-
-    def take(self, with_text: bool) -> StreamChunk:
-        """Wait for new text (or just tokens, when there is no tokenizer) or the end; return it."""
-        with self._changed:
-            while not self._has_news(with_text):
-                self._changed.wait()
-            return self._take()
-
-    def take_nowait(self, with_text: bool) -> StreamChunk | None:
-        """Return what `take` would without waiting, None if it would wait."""
-        with self._changed:
-            return self._take() if self._has_news(with_text) else None
-
-    def _has_news(self, with_text: bool) -> bool:
-        return self._done or any(self._text) or (bool(self._token_ids) and not with_text)
-
-    def _take(self) -> StreamChunk:
-        if self._error is not None:
-            raise self._error
-        reason = self._finish_reason if self._done else None
-        chunk = StreamChunk("".join(self._text), self._token_ids, reason, self._logprobs)
-        self._text, self._token_ids, self._logprobs = [], [], None
-        return chunk
+    index: int = 0
 
 
 class Request:
@@ -215,17 +160,17 @@ class Request:
         tokenizer: Tokenizer | None,
         streams: bool,
         on_change: Callable[[], None] | None = None,
+        first_index: int = 0,
     ) -> None:
         self.request_id = -1  # given by the engine when it is submitted
         self.admitted = admitted
         count = admitted.params.n
-        self.sequences = [Sequence(admitted, i, tokenizer) for i in range(count)]
+        indices = range(first_index, first_index + count)
+        self.sequences = [Sequence(admitted, i, tokenizer) for i in indices]
         self.num_unfinished = count
         self.streams = streams
         self.is_probe = False  # the watchdog's own, not counted in the metrics
-        self.delivery = Delivery(on_change)
-        self.num_sent_chars = 0
-        self.num_sent_tokens = 0
+        self.delivery = Delivery(on_change, indices)
         self.logits: Floats | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         if admitted.params.prompt_logprobs is not None:
@@ -245,12 +190,12 @@ class Request:
             seed = mix_seed(engine_seed, request_id)
         self.request_id = request_id
         self.submitted_us = now_us
-        if self.num_sent_tokens:  # resumed: its first token was long ago
+        if self.sequences[0].num_sent_tokens:  # resumed: its first token was long ago
             self.first_token_us = self.last_token_us = now_us
         if self.admitted.params.timeout_s is not None:
             self.deadline_us = now_us + int(self.admitted.params.timeout_s * 1e6)
-        for sequence in self.sequences:
-            sequence.sequence_id = sequence_id + sequence.index
+        for place, sequence in enumerate(self.sequences):
+            sequence.sequence_id = sequence_id + place
             sequence.seed = as_int64(mix_seed(seed, sequence.index))
 
     def resume(self, progress: Progress) -> None:
@@ -261,21 +206,19 @@ class Request:
             entry = None if progress.logprobs is None else progress.logprobs[place]
             sequence.append(token_id, entry)
             assert sequence.append_text(token_id) is None, "it had ended already"
-        self.num_sent_tokens = len(progress.token_ids)
-        self.num_sent_chars = progress.num_chars
+        sequence.num_sent_tokens = len(progress.token_ids)
+        sequence.num_sent_chars = progress.num_chars
 
-    def next_chunk(self) -> StreamChunk:
-        """Return what a stream has not sent yet; empty for a request that does not stream."""
-        sequence, text = self.sequences[0], ""
+    def next_chunks(self) -> list[StreamChunk]:
+        """Return what a stream has not sent yet of each completion, and the ends of them."""
         if not self.streams:
-            return StreamChunk("", [], sequence.finish_reason)
-        ids = sequence.tokens[sequence.num_prompt_tokens + self.num_sent_tokens :]
-        logprobs = None if sequence.logprobs is None else sequence.logprobs[self.num_sent_tokens :]
-        self.num_sent_tokens += len(ids)
-        if sequence.text is not None:
-            text = sequence.text.text[self.num_sent_chars : sequence.text.num_released]
-            self.num_sent_chars = sequence.text.num_released
-        return StreamChunk(text, ids, sequence.finish_reason, logprobs)
+            return []
+        chunks = []
+        for sequence in self.sequences:
+            if not sequence.has_sent_all:
+                chunks.append(sequence.next_chunk())
+                sequence.has_sent_all = sequence.finish_reason is not None
+        return chunks
 
     def output(self) -> RequestOutput:
         """Return the result; every sequence has finished."""

@@ -117,12 +117,13 @@ def logprobs_in(rows: list[Any] | None) -> list[TokenLogprobs] | None:
 
 
 def chunk_out(chunk: StreamChunk) -> list[Any]:
-    return [chunk.text, chunk.token_ids, chunk.finish_reason, logprobs_out(chunk.logprobs)]
+    logprobs = logprobs_out(chunk.logprobs)
+    return [chunk.text, chunk.token_ids, chunk.finish_reason, logprobs, chunk.index]
 
 
 def chunk_in(values: list[Any]) -> StreamChunk:
-    text, token_ids, finish_reason, logprobs = values
-    return StreamChunk(text, token_ids, finish_reason, logprobs_in(logprobs))
+    text, token_ids, finish_reason, logprobs, index = values
+    return StreamChunk(text, token_ids, finish_reason, logprobs_in(logprobs), index)
 
 
 def error_out(error: BaseException) -> list[Any]:

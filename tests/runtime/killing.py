@@ -36,6 +36,7 @@ def requests(count: int, seed: int) -> list[tuple[list[int], dict[str, Any]]]:
                 prompt,
                 {
                     "seed": i,
+                    "n": rng.choice([1, 1, 3]),
                     "temperature": rng.choice([0.0, 0.8, 1.4]),
                     "max_tokens": rng.randint(5, 30),
                     "repetition_penalty": rng.choice([1.0, 1.3]),
@@ -83,9 +84,11 @@ def run_while_killing(
                 prompt, fields = asked[i]
                 stream = front.stream(prompt, **fields)
                 chunks = list(stream)
-                want = expected[i].outputs[0]
-                assert [t for c in chunks for t in c.token_ids] == want.token_ids
-                assert "".join(c.text for c in chunks) == want.text
+                for want in expected[i].outputs:
+                    own = [c for c in chunks if c.index == want.index]
+                    assert [t for c in own for t in c.token_ids] == want.token_ids
+                    assert "".join(c.text for c in own) == want.text
+                    assert [c.finish_reason for c in own if c.finish_reason] == [want.finish_reason]
                 assert stream.output().outputs == expected[i].outputs
                 assert stream.output().prompt_logprobs == expected[i].prompt_logprobs
                 done.append(i)

@@ -116,8 +116,6 @@ def test_wrong_calls(text_engine: Engine) -> None:
         text_engine.generate(["a"], [SamplingParams()] * 2)
     with pytest.raises(RequestError, match="expected one"):
         text_engine.generate(["a"], SamplingParams(), top_k=3)
-    with pytest.raises(RequestError, match="a stream has one completion"):
-        text_engine.stream("a", n=2)
     assert text_engine.generate([]) == []
 
 
