@@ -37,7 +37,13 @@ from aios_compile.runtime.admission import Prompt
 from aios_compile.runtime.engine_child import POLL_S, EngineChild
 from aios_compile.runtime.front_request import FrontRequest, FrontStream
 from aios_compile.runtime.health import Health, Pulse, judge, now_us
-from aios_compile.runtime.metrics import EngineMetrics, Family, MetricsSnapshot, counter
+from aios_compile.runtime.metrics import (
+    EngineMetrics,
+    Family,
+    MetricsSnapshot,
+    accumulated,
+    counter,
+)
 from aios_compile.runtime.outputs import RequestOutput
 from aios_compile.runtime.request import mix_seed
 from aios_compile.runtime.suspects import Suspects
@@ -71,7 +77,8 @@ class EngineFront:
         self._ends = EngineMetrics()
         # of the reader thread
         self._pulse = Pulse()
-        self._families: tuple[Family, ...] = ()
+        self._families: tuple[Family, ...] = ()  # of this process; guarded by _lock, as _counted
+        self._counted: tuple[Family, ...] = ()  # by those that are gone
         self._heard = 0.0
         self._has_given = False  # a token since this process started
         self._suspects = Suspects()
@@ -177,9 +184,15 @@ class EngineFront:
         return Health(alive, health.ready, False, health.reason)
 
     def metrics(self) -> MetricsSnapshot:
-        """Return the engine's metrics of its last pulse, and how often it was started again."""
+        """Return the engine's metrics of its last pulse, and how often it was started again.
+
+        Counters and histograms go on over restarts; what an engine counted between its last pulse
+        and its death, a tenth of a second at most, is lost.
+        """
         restarts = counter("engine_restarts_total", "engine processes lost", max(0, self.epoch - 1))
-        return MetricsSnapshot((*self._families, restarts))
+        with self._lock:
+            families = accumulated(self._counted, self._families)
+        return MetricsSnapshot((*families, restarts))
 
     @property
     def num_requests(self) -> int:
@@ -336,6 +349,8 @@ class EngineFront:
     def _note_death(self) -> None:
         """Find out whether a request is the reason; the others go on in the next process."""
         with self._lock:
+            self._counted = accumulated(self._counted, self._families)
+            self._families = ()
             gave_or_idle = self._has_given or not self._requests
             guilty = self._suspects.note_death(gave_or_idle, self._requests)
             request = None if guilty is None else self._requests.pop(guilty)

@@ -124,6 +124,26 @@ def by_label(name: str, help_text: str, label: str, values: Mapping[str, int]) -
     return Family(name, "counter", help_text, tuple(Sample(v, ((label, k),)) for k, v in rows))
 
 
+def accumulated(before: tuple[Family, ...], now: tuple[Family, ...]) -> tuple[Family, ...]:
+    """Return `now` on top of what an engine that is gone had counted; gauges are those of `now`.
+
+    A counter must not fall when an engine is started again: a scraper would take that for a reset.
+    """
+    old = {family.name: family for family in before if family.kind != "gauge"}
+    found = []
+    for family in now:
+        known = old.pop(family.name, None)
+        if known is None or family.kind == "gauge":
+            found.append(family)
+            continue
+        values = {(s.labels, s.suffix): s.value for s in known.samples}
+        for s in family.samples:
+            values[s.labels, s.suffix] = values.get((s.labels, s.suffix), 0.0) + s.value
+        samples = tuple(Sample(value, *key) for key, value in values.items())
+        found.append(Family(family.name, family.kind, family.help, samples))
+    return (*found, *old.values())
+
+
 @dataclass(frozen=True)
 class MetricsSnapshot:
     """All families at one moment."""

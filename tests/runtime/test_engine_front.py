@@ -76,6 +76,35 @@ def test_a_request_that_kills_every_engine_ends_alone() -> None:
         assert front.num_requests == 0 and front._suspects.on_trial is None
 
 
+def test_counters_go_on_over_a_restart() -> None:
+    names = ("generation_tokens_total", "steps_total", "requests_finished_total")
+    fields = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+    with fake_front() as front:
+        for epoch in (1, 2, 3):
+            front.wait_until_ready()
+            front.generate([[1, 2], [3]], **fields)
+            end = time.monotonic() + 20  # the pulse comes a little later
+            while front.metrics().value("generation_tokens_total") < 16 * epoch:
+                assert time.monotonic() < end, front.metrics().prometheus_text()
+                time.sleep(0.005)
+            before = front.metrics()
+            assert front.epoch == epoch and front.child is not None
+            os.kill(front.child.process.pid, signal.SIGKILL)
+            while front.epoch == epoch:
+                assert time.monotonic() < end
+                time.sleep(0.005)
+            after = front.metrics()
+            assert after.value("generation_tokens_total") == 16 * epoch
+            assert after.value(names[2], reason="length") == 2 * epoch
+            ttft = "time_to_first_token_seconds"
+            assert after.value(ttft, "_count") == 2 * epoch
+            assert after.value(ttft, "_bucket", le="+Inf") == 2 * epoch
+            for name in names[:2]:
+                assert after.value(name) >= before.value(name) > 0
+        front.wait_until_ready()
+        assert front.metrics().value("engine_restarts_total") == 3
+
+
 def test_suspects() -> None:
     suspects = Suspects()
     assert suspects.note_death(False, [1, 2, 3]) is None and suspects.on_trial is None

@@ -8,7 +8,15 @@ import pytest
 
 from aios_compile.errors import EngineError, PromptTooLongError, error_code
 from aios_compile.runtime.health import Pulse, judge
-from aios_compile.runtime.metrics import Histogram, MetricsSnapshot, by_label, counter
+from aios_compile.runtime.metrics import (
+    Family,
+    Histogram,
+    MetricsSnapshot,
+    accumulated,
+    by_label,
+    counter,
+    gauge,
+)
 from tests.runtime.conftest import MakeEngine
 from tests.runtime.test_lifecycle import fake
 
@@ -117,3 +125,25 @@ def test_live_and_ready(pulse: Pulse, alive: bool, expected: tuple[bool, bool, b
     health = judge(pulse, alive=alive, at_us=100, stall_us=10, probe_us=20)
     assert (health.live, health.ready, health.stalled) == expected
     assert bool(health.reason) != health.ready
+
+
+def test_what_an_engine_that_is_gone_counted_is_added() -> None:
+    def families(tokens: int, running: int, **ends: int) -> tuple[Family, ...]:
+        histogram = Histogram((1.0, 2.0))
+        histogram.observe(1.5, tokens)
+        return (
+            counter("tokens", "", tokens),
+            gauge("running", "", running),
+            by_label("ends", "", "reason", ends),
+            Family("times", "histogram", "", histogram.samples()),
+        )
+
+    found = MetricsSnapshot(
+        accumulated(families(5, 3, stop=2, abort=1), families(7, 1, stop=1, length=4))
+    )
+    assert (found.value("tokens"), found.value("running")) == (12, 1)
+    assert [found.value("ends", reason=r) for r in ("stop", "abort", "length")] == [3, 1, 4]
+    assert found.value("times", "_bucket", le="1") == 0 < found.value("times", "_bucket", le="2")
+    assert found.value("times", "_count") == 12 and found.value("times", "_sum") == 18
+    alone = accumulated(families(5, 3, stop=2), ())  # the next one has not said anything yet
+    assert [family.name for family in alone] == ["tokens", "ends", "times"]
