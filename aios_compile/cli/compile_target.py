@@ -50,7 +50,13 @@ def _kernels(model: str, target: str, out: str, options: dict[str, Any], as_json
     report = compile_for(model, target, folder, options)
     index = write_pages(report, folder)
     if as_json:
-        print_json({"index": index, "kernels": [k.as_dict() for k in report.kernels]})
+        print_json(
+            {
+                "index": index,
+                "memory": report.memory,
+                "kernels": [k.as_dict() for k in report.kernels],
+            }
+        )
         return
     rows = [
         (
@@ -65,5 +71,6 @@ def _kernels(model: str, target: str, out: str, options: dict[str, Any], as_json
     print_table(head, rows)
     print(
         f"{report.target} ({report.card}), decode of one sequence: {report.launches} launches, "
-        f"floor {report.floor_us:.0f} us, predicted {report.predicted_us:.0f} us\n{index}"
+        f"floor {report.floor_us:.0f} us, predicted {report.predicted_us:.0f} us"
     )
+    print(f"memory of one {report.card}:\n{report.memory}\n{index}")

@@ -15,9 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from aios_compile.codegen.program import Program
 from aios_compile.codegen.triton.cards import LATENCY_US, LAUNCH_US, Card, card_of
 from aios_compile.codegen.triton.compile_ahead import CACHE, Binary, compile_ahead
 from aios_compile.config import CompileOptions
+from aios_compile.errors import DeviceMemoryError
+from aios_compile.runtime.batch import Limits
+from aios_compile.runtime.gpu_executor import token_buckets
+from aios_compile.runtime.gpu_memory import plan_card
 from aios_compile.study.kernel_table import KernelRow, kernel_rows
 from aios_compile.study.plan_model import Planned, open_without_weights, plan_model
 
@@ -61,13 +66,15 @@ class KernelReport:
 class StepReport:
     """All kernels for a card, the one with the longest time in a step first.
 
-    floor_us: every weight and KV entry once, over the bandwidth.
+    floor_us: every weight and KV entry once, over the bandwidth. memory: the plan of the card, or
+    why the model does not fit.
     """
 
     target: str
     card: str
     kernels: tuple[KernelReport, ...]
     floor_us: float
+    memory: str = ""
 
     @property
     def predicted_us(self) -> float:
@@ -104,7 +111,25 @@ def compile_for(
     rows = kernel_rows(planned.module, planned.emitted, planned.program)
     reports = [report_of(row, by_symbol[row.symbol], card) for row in rows]
     reports.sort(key=lambda report: -report.predicted_us * report.calls)
-    return StepReport(target, card.name, tuple(reports), floor_us(rows, card))
+    options = CompileOptions.parse({**keywords, "device": "cuda"})
+    memory = memory_table(planned.program, card, options.gpu_memory_utilization)
+    return StepReport(target, card.name, tuple(reports), floor_us(rows, card), memory)
+
+
+def memory_table(program: Program, card: Card, utilization: float) -> str:
+    """Return who needs what of a card that runs nothing else, or the error that says so."""
+    settings, sizes = program.settings, program.sizes
+    limits = Limits(
+        max_num_batched_tokens=sizes["T"], max_num_seqs=sizes["S"], max_num_logit_rows=sizes["R"],
+        max_pages_per_sequence=settings["max_pages_per_sequence"], num_pages=2,
+        page_size=settings["page_size"], max_model_len=settings["max_model_len"],
+        vocab_size=settings["vocab_size"],
+    )  # fmt: skip
+    buckets, total = token_buckets(sizes["T"]), card.memory_bytes
+    try:
+        return plan_card(program, limits, buckets, total, total, utilization).table()
+    except DeviceMemoryError as error:
+        return str(error)
 
 
 def report_of(row: KernelRow, binaries: tuple[Binary, ...], card: Card) -> KernelReport:

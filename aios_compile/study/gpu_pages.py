@@ -32,10 +32,10 @@ SASS_LINE = re.compile(r'//## File "([^"]*)", line (\d+)')
 def write_pages(report: StepReport, out: Path) -> Path:
     """Write index.html, a page a kernel and report.json below `out`; return the index."""
     for kernel in report.kernels:
-        (out / f"{kernel.row.symbol}.html").write_text(_kernel_page(kernel, out), encoding="utf-8")
+        (out / f"{kernel.row.name}.html").write_text(_kernel_page(kernel, out), encoding="utf-8")
     data = {
         "target": report.target, "card": report.card, "launches": report.launches,
-        "floor_us": report.floor_us, "predicted_us": report.predicted_us,
+        "floor_us": report.floor_us, "predicted_us": report.predicted_us, "memory": report.memory,
         "kernels": [k.as_dict() for k in report.kernels],
     }  # fmt: skip
     (out / "report.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
@@ -49,13 +49,14 @@ def _index(report: StepReport) -> str:
         f"<h1>{escape(report.target)} ({escape(report.card)})</h1><p>Decode of one sequence: "
         f"{report.launches} launches, floor {report.floor_us:.0f} us, predicted "
         f"{report.predicted_us:.0f} us ({report.floor_us / report.predicted_us:.0%}).</p>"
+        f"<pre>{escape(report.memory)}</pre>"
     )
     names = "kernel calls launches bytes floor_us predicted_us roofline registers spills shared"
     rows = ["".join(f"<th>{n}</th>" for n in [*names.split(), "model"])]
     for kernel in report.kernels:
         used = kernel.decode_binaries()
         cells = [
-            f"<a href='{kernel.row.symbol}.html'>{escape(kernel.row.name)}</a>",
+            f"<a href='{kernel.row.name}.html'>{escape(kernel.row.name)}</a>",
             kernel.calls, kernel.launches, f"{kernel.bytes:,}", f"{kernel.floor_us:.2f}",
             f"{kernel.predicted_us:.2f}", f"{kernel.share:.0%}",
             "/".join(str(b.registers) for b in used), "/".join(str(b.spill_bytes) for b in used),
@@ -116,7 +117,10 @@ def ptx_lines(binary: Binary) -> list[str]:
 
 
 def sass_lines(binary: Binary) -> list[str]:
-    """Return the lines of SASS, each with a link to its source line. Raises BuildError."""
+    """Return the lines of SASS, each with a link to its source line, and write them beside the PTX.
+
+    Raises BuildError when nvdisasm fails.
+    """
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -124,6 +128,7 @@ def sass_lines(binary: Binary) -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(f"nvdisasm of {binary.kernel}: {done.stderr.strip()[-500:]}")
+    Path(binary.text).with_suffix(".sass").write_text(done.stdout, encoding="utf-8")
     lines, at = [], 0
     for text in done.stdout.split("\n"):
         found = SASS_LINE.search(text)

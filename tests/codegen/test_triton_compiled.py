@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -71,13 +72,14 @@ def test_attention_streams_pages_in_16_byte_copies_and_spills_nothing(tmp_path: 
     assert report.floor_us < report.predicted_us and report.bytes == 1 << 20
     step = gpu_compile.StepReport("cuda:90", "H200", (report,), report.floor_us * 28)
     index = gpu_pages.write_pages(step, tmp_path)
-    page = (tmp_path / f"{source.symbol}.html").read_text()
+    page = (tmp_path / f"{source.name}.html").read_text()
     last = len(source.text.split("\n"))
     for lines in (gpu_pages.ptx_lines(split), gpu_pages.sass_lines(split)):
         linked = {int(x.split("#L")[1].split("'")[0]) for x in lines if "#L" in x}
         assert len(linked) > 30 and max(linked) <= last
     assert f"id='L{last}'" in page and "decoder.py:1" in page and "HGMMA" in page
-    assert source.symbol in index.read_text()
+    assert f"{source.name}.html" in index.read_text()
+    assert "HGMMA" in Path(whole.text).with_suffix(".sass").read_text()
     assert json.loads((tmp_path / "report.json").read_text())["launches"] == 28
 
 
@@ -89,6 +91,10 @@ def test_launches_a_layer_and_bytes_a_step_are_pinned(config, tmp_path: Path) ->
     moved = sum(row.bytes_a_token for row in rows)
     floor = sum(row.weight_bytes + row.kv_bytes for row in rows)
     assert moved <= 1.01 * floor  # the goal is 1.05
+    card = card_of("cuda:90")
+    assert "KV cache" in gpu_compile.memory_table(planned.program, card, 0.9)
+    small = dataclasses.replace(card, memory_bytes=10**9)
+    assert "does not fit" in gpu_compile.memory_table(planned.program, small, 0.9)
     layer = planned.program.function("layer")
     used = [load(planned.emitted.sources[item.kernel]) for item in layer.items]
     launches = {}

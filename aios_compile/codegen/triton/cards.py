@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from aios_compile.errors import CodegenError
 
 LAUNCH_US = 1.3  # a kernel in a CUDA graph on Hopper
+GB = 10**9
 LATENCY_US = 0.7  # from a load to its data, and as much again to start a program
 
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU. Bytes and operations a microsecond; shared memory and registers a multiprocessor.
+    """One GPU. Bytes and operations a microsecond; shared memory and registers a multiprocessor;
+    `memory_bytes` of the whole card.
 
     `sums`: float32 sums of a tile that a thread holds without spilling, tail included.
     `dependent_launch`: a kernel may start before the one before it has ended (dependent_launch.py).
@@ -32,6 +34,7 @@ class Card:
     shared_bytes: int
     sums: int
     async_dots: bool
+    memory_bytes: int
     registers: int = 65536
     threads: int = 2048
     warp: int = 32
@@ -46,16 +49,19 @@ class Card:
 CARDS = {
     card.target: card
     for card in (
-        Card("cuda:80", "A100", 108, 1.73e6, 234e6, 164 << 10, 64, False),
+        Card("cuda:80", "A100", 108, 1.73e6, 234e6, 164 << 10, 64, False, 80 * GB),
         Card(
-            "cuda:90", "H200", 132, 4.3e6, 790e6, 228 << 10, 128, True, dependent_launch=True,
-            fp8=True,
+            "cuda:90", "H200", 132, 4.3e6, 790e6, 228 << 10, 128, True, 141 * GB,
+            dependent_launch=True, fp8=True,
         ),
         Card(
-            "cuda:100", "B200", 148, 6.8e6, 1690e6, 228 << 10, 64, True, dependent_launch=True,
-            fp8=True,
+            "cuda:100", "B200", 148, 6.8e6, 1690e6, 228 << 10, 64, True, 180 * GB,
+            dependent_launch=True, fp8=True,
         ),
-        Card("hip:gfx942", "MI300X", 304, 4.5e6, 980e6, 64 << 10, 64, False, 131072, 2048, 64),
+        Card(
+            "hip:gfx942", "MI300X", 304, 4.5e6, 980e6, 64 << 10, 64, False, 192 * GB,
+            registers=131072, threads=2048, warp=64,
+        ),
     )
 }  # fmt: skip
 DEFAULT = CARDS["cuda:90"]
