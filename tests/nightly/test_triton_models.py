@@ -1,0 +1,77 @@
+"""Every kernel of planned models, plain and quantised, compiled for four targets: no spills.
+
+The decode kernels that stream weights or pages do so 16 bytes at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from aios_compile.codegen.triton import expert_linear, topk
+from aios_compile.codegen.triton.cards import CARDS
+from aios_compile.codegen.triton.compile_ahead import compile_ahead
+from aios_compile.errors import CodegenError
+from aios_compile.study import gpu_compile
+from tests.codegen import test_expert_linear as experts
+from tests.codegen.kernels import operands_of, trace
+from tests.codegen.test_triton_compiled import QWEN3
+
+LLAMA_8B = {
+    **QWEN3, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
+    "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False,
+}  # fmt: skip
+WIDE = ("v4.b32", "cp.async.cg.shared.global", "global_load_dwordx4")  # 16 bytes
+
+
+def sources_of(config: Any, target: str, quantization: str | None, folder: Path) -> list[Any]:
+    """Return the kernels of a layer, and of a model that is not quantised all of them."""
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    options = {"max_model_len": 4096}
+    options |= {"quantization": quantization} if quantization else {}  # type: ignore[dict-item]
+    planned = gpu_compile.plan_for(folder, target, options)
+    layer = planned.program.function("layer")
+    used = dict.fromkeys(item.kernel for item in layer.items)
+    every = planned.emitted.sources
+    return [every[i] for i in used] if quantization else list(every)
+
+
+@pytest.mark.parametrize("target", CARDS)
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "fp8"])
+@pytest.mark.parametrize("config", [QWEN3, LLAMA_8B], ids=["qwen3", "llama"])
+def test_kernels_of_a_model(
+    config: Any, quantization: str | None, target: str, tmp_path: Path
+) -> None:
+    if quantization == "fp8" and not CARDS[target].fp8:
+        with pytest.raises(CodegenError, match=f"{target} .* does not multiply e4m3"):
+            sources_of(config, target, quantization, tmp_path)
+        return
+    sources = sources_of(config, target, quantization, tmp_path)
+    for source, binaries in zip(sources, compile_ahead(sources, target, tmp_path)):
+        assert all(b.spill_bytes == 0 for b in binaries), binaries
+        if "linear" in source.name or "attention" in source.name:
+            assert any(x in binaries[0].assembly() for x in WIDE), source.name
+
+
+@pytest.mark.parametrize("target", CARDS)
+def test_experts_and_their_choice(target: str, tmp_path: Path) -> None:
+    """Qwen3-30B-A3B: 128 experts of 768 inner features, eight a token."""
+    inputs = [(("T", 2048), torch.float32), ((128, 1536, 2048), torch.bfloat16)]
+    body = trace(experts.product(False), *inputs, (("T", 8), torch.int64))
+    router = trace(lambda x: tuple(torch.topk(x, 8)), (("T", 128), torch.float32))
+    made = [(expert_linear, body), (topk, router)]
+    sources = [e.emit(e.spec_of(b, operands_of(b))) for e, b in made]  # type: ignore[attr-defined]
+    for source, binaries in zip(sources, compile_ahead(sources, target, tmp_path)):
+        assert all(b.spill_bytes == 0 for b in binaries), (source.name, binaries)
+    if "cuda" in target:
+        assert (
+            "cp.async.cg.shared.global"
+            in compile_ahead(sources[:1], target, tmp_path)[0][0].assembly()
+        )
