@@ -26,7 +26,7 @@ def made(name: str):
     spec = expert_linear.spec_of(body, operands_of(body))
     assert spec is not None
     with pytest.MonkeyPatch.context() as patch:  # both variants, on few pairs
-        patch.setattr(expert_linear, "VARIANTS", ((6, 16, 32, 32), (None, 16, 16, 16)))
+        patch.setattr(expert_linear, "VARIANTS", ((6, 16, 64, 32), (None, 16, 32, 16)))
         return spec, Kernel(expert_linear.emit(spec))
 
 
