@@ -54,7 +54,7 @@ class CompileOptions:
 
     device: str = _option("auto", "auto, cpu, cuda, or interpreter: Triton kernels on a CPU")
     dtype: str = _option("auto", "auto (the checkpoint's), float32, bfloat16 or float16")
-    quantization: str | None = _option(None, "int8, int4 or a format such as uint4_g64_f16_min_f16")
+    quantization: str | None = _option(None, "int8, int4, fp8, or a format: uint4_g64_f16_min_f16")
     kv_cache_dtype: str = _option("auto", "auto, float32 or bfloat16")
     max_model_len: int | None = _option(None, "longest prompt + output, in tokens")
     max_num_seqs: int | None = _option(None, "sequences in one step")
@@ -150,7 +150,7 @@ class CompileOptions:
                 )
 
     def _check_quantization(self, name: object) -> None:
-        expected = "int8, int4, or int4_g64_f16, uint4_g32_bf16_min_bf16 and their like"
+        expected = "int8, int4, fp8, or int4_g64_f16, uint4_g32_bf16_min_bf16 and their like"
         try:
             usable = isinstance(name, str) and QuantFormat.parse(_form(name)).can_quantize
         except ValueError:

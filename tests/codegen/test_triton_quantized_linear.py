@@ -9,7 +9,9 @@ import torch
 
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.planar import PREFIX, pack_planar, plane_of
-from aios_compile.errors import CodegenError
+from aios_compile.compiler import pass_options
+from aios_compile.config import CompileOptions
+from aios_compile.errors import CodegenError, ConfigError
 from aios_compile.ir import ops  # noqa: F401  (registers the ops)
 from aios_compile.ir.quant_format import QuantFormat
 from aios_compile.ir.quantize_rows import quantize_rows
@@ -219,3 +221,10 @@ def test_rows_of_a_quantised_table_are_the_formats_own_bits(name: str) -> None:
     run(source, load(source), [pack_planar(packed, form), ids, out], T=5)
     want = quantized_embedding.reference(spec, packed, ids.clamp(0, rows - 1))
     assert torch.equal(out, want)
+
+
+def test_a_cpu_refuses_8_bit_floats() -> None:
+    options = CompileOptions.parse({"device": "cpu", "quantization": "fp8"})
+    sizes = options.resolve_sizes(64)
+    with pytest.raises(ConfigError, match="no CPU multiplies 8-bit floats"):
+        pass_options(options, None, sizes, torch.nn.Linear(2, 2))  # type: ignore[arg-type]
