@@ -21,6 +21,7 @@ from aios_compile.codegen.triton.binary_cache import Compilations
 from aios_compile.errors import ConfigError, EngineError
 from aios_compile.runtime.device import Bytes, Graph, Memory
 
+SCRATCH_BYTES = 1 << 20  # 128 for each descriptor of each program: more than any kernel takes
 DTYPES = {
     "*fp32": "float32", "*bf16": "bfloat16", "*fp16": "float16", "*fp64": "float64",
     "*i64": "int64", "*i32": "int32", "*i16": "int16", "*i8": "int8", "*u8": "uint8", "*i1": "bool",
@@ -139,6 +140,19 @@ class CudaDevice(TorchDevice):
         self.torch.cuda.set_device(self.torch.device(name if ":" in name else "cuda:0"))
         self._pool = self.torch.cuda.graph_pool_handle()
         self._compilations = Compilations()
+        self._scratch = self.allocate(SCRATCH_BYTES)
+        self._set_scratch()
+
+    def _set_scratch(self) -> None:
+        """Give tensor descriptors a fixed place: kernels run one behind the other."""
+        import triton
+
+        def take(size: int, alignment: int, stream: int | None) -> Any:
+            if size > SCRATCH_BYTES:
+                raise EngineError(f"a kernel's tensor descriptors take {size} bytes")
+            return self._scratch
+
+        triton.set_allocator(take)
 
     @property
     def num_compiled(self) -> int:

@@ -73,6 +73,19 @@ def test_dependent_launches_prefetch_then_wait_then_read(target: str, tmp_path: 
             assert 0 < text.find("prefetch.global.L2") < wait and binary.spill_bytes == 0
 
 
+@pytest.mark.parametrize("target", ["cuda:90", "cuda:100"])
+def test_descriptors_become_bulk_copies(target: str, tmp_path: Path) -> None:
+    spec = linear_spec("Qwen3-0.6B", "down")
+    chosen = ((None, Config("descriptor", 128, 64, 64, 8, 3)),)
+    source = with_dependent_launch(linear.emit(spec, card_of(target), chosen))
+    ((binary,),) = compile_ahead([source], target, tmp_path)
+    text = binary.assembly()
+    assert "cp.async.bulk.tensor.2d" in text and binary.spill_bytes == 0, binary
+    assert ("wgmma.mma_async" if target == "cuda:90" else "tcgen05.mma") in text
+    with pytest.raises(CodegenError, match="cuda:80 has no tensor descriptors"):
+        linear.emit(spec, card_of("cuda:80"), chosen)
+
+
 def test_the_sampler_reads_16_bytes_and_fuses_nothing_itself(tmp_path: Path) -> None:
     """Noise is two logarithms an element, each of five fma: a sixth would change tokens."""
     spec = sample.spec_of(*body_of(8192))

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from aios_compile.codegen.triton import configs, linear
 from aios_compile.codegen.triton.cards import CARDS, DEFAULT
 from aios_compile.codegen.triton.configs import Config
+from aios_compile.errors import CodegenError
 
 aios, aten = torch.ops.aios, torch.ops.aten
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
@@ -24,6 +25,7 @@ ROWS = Config("rows", 4, 4, 64, 2)
 DOT = Config("dot", 16, 16, 32, 4)
 SPLIT = Config("dot", 16, 16, 32, 4, 3, split=3)
 TILE = Config("tile", 16, 32, 32, 4)
+DESCRIPTOR = Config("descriptor", 16, 32, 32, 4)
 
 
 def plain(x, w):
@@ -99,6 +101,23 @@ def test_plain_at_borders(config: Config, dtypes: Any) -> None:
         x, out = merged[:tokens, :depth], poisoned((tokens, rows), dtypes[0])
         run(source, module, [x, w, out], T=tokens)
         close(out, widened(body, x, w)[0], depth, dtypes[0])
+
+
+def test_descriptors_at_borders_and_with_tails() -> None:
+    """42 columns and 56 inputs fill no block: what lies beyond comes as zeros."""
+    for tokens in (1, 37):
+        _, body, source, module = made(plain, 42, 56, (f32, bf16), DESCRIPTOR)
+        x, w, out = torch.randn(tokens, 56), torch.randn(42, 56).bfloat16(), poisoned((tokens, 42))
+        run(source, module, [x, w, out], T=tokens)
+        close(out, widened(body, x, w)[0], 56)
+    _, body, source, module = made(
+        normed_and_gated, 40, 64, config=DESCRIPTOR, extra=(("g", (64,)),)
+    )
+    x, w, g, out = torch.randn(19, 64), torch.randn(40, 64), torch.randn(64), poisoned((19, 20))
+    run(source, module, [x, w, g, out], T=19)
+    close(out, widened(body, x, w, g)[0], 64)
+    with pytest.raises(CodegenError, match="no tensor descriptors"):
+        made(plain, 42, 51, (f32, bf16), DESCRIPTOR)
 
 
 def test_float32_activations_keep_their_precision_beside_half_weights() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -24,6 +25,7 @@ from aios_compile.codegen.operand import BYTES, Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton import (
     configs,
+    descriptor_linear,
     linear_spec,
     norm_prologue,
     skinny_linear,
@@ -36,6 +38,7 @@ from aios_compile.codegen.triton.linear_spec import LinearSpec
 from aios_compile.codegen.triton.linear_text import PRODUCT
 
 spec_of = linear_spec.spec_of
+TILED = ("tile", "descriptor")  # kinds for many tokens
 
 
 def reference(spec: LinearSpec, body: fx.GraphModule, *tensors: Tensor) -> Any:
@@ -66,7 +69,7 @@ def emit(
     chosen = [(most, replace(c, prefetch=card.dependent_launch)) for most, c in chosen]
     used = [config for _, config in chosen]
     workspace = skinny_linear.workspace(spec, used)
-    if spec.norm is not None and any(config.kind == "tile" for config in used):
+    if spec.norm is not None and any(config.kind in TILED for config in used):
         workspace.append(norm_prologue.normed_operand(spec))
     counters = skinny_linear.counters(spec, used)
     operands: list[Operand] = [*spec.operands, *workspace]
@@ -74,7 +77,7 @@ def emit(
     kernels, variants = [PRODUCT], []
     for most, config in chosen:
         name = f"{symbol}_{config.kind}_{'any' if most is None else most}"
-        texts, launches = _variant(spec, operands, config, name)
+        texts, launches = _variant(spec, operands, config, name, card)
         kernels += [text for text in texts if text not in kernels]
         variants.append(Variant(most, launches))
     names = [o.name for o in spec.operands]
@@ -92,14 +95,17 @@ def emit(
 
 
 def _variant(
-    spec: LinearSpec, operands: list[Operand], config: Config, name: str
+    spec: LinearSpec, operands: list[Operand], config: Config, name: str, card: Card
 ) -> tuple[list[str], tuple[Launch, ...]]:
     """Return the kernel functions of a configuration and their launches."""
-    if config.kind != "tile":
+    if config.kind not in TILED:
         return skinny_linear.kernels(spec, operands, config, name)
+    build = tile_linear.kernels
+    if config.kind == "descriptor":
+        build = partial(descriptor_linear.kernels, card=card)
     if spec.norm is None:
-        return tile_linear.kernels(spec, operands, config, name)
+        return build(spec, operands, config, name)
     text, launch = norm_prologue.rows_kernel(spec, operands, f"{name.rpartition('_')[0]}_norm")
     normed = norm_prologue.after_norm(spec, operands)
-    texts, launches = tile_linear.kernels(normed, operands, config, name)
+    texts, launches = build(normed, operands, config, name)
     return [text, *texts], (launch, *launches)
