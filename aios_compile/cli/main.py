@@ -21,6 +21,7 @@ from aios_compile.cli import (
     generate,
     kernels,
     ladder,
+    quantize,
     simulate,
 )
 from aios_compile.cli.options import COMPILE, SAMPLING, command
@@ -71,6 +72,7 @@ def _options(
 command(app, COMPILE, SAMPLING)(generate.generate)
 command(app, COMPILE, SAMPLING)(generate.chat)
 command(app, COMPILE, name="compile")(compile_target.compile_model)
+command(app)(quantize.quantize)
 command(app, COMPILE)(artefacts.report)
 command(app, COMPILE)(artefacts.dump)
 command(app, COMPILE)(doctor.doctor)

@@ -1,0 +1,1 @@
+"""Quantise a checkpoint offline with calibration text: GPTQ and AWQ, written as a model folder."""
