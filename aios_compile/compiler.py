@@ -21,15 +21,16 @@ from aios_compile.codegen.artefact import ArtefactWriter
 from aios_compile.codegen.cpp import build
 from aios_compile.codegen.cpp.step import emit_step
 from aios_compile.codegen.emit_kernels import Emitted
-from aios_compile.codegen.pack_weights import pack_weights
+from aios_compile.codegen.pack_weights import CheckpointTensors, pack_weights
 from aios_compile.codegen.program import Program
-from aios_compile.codegen.quantized_weights import QuantizedWeight, remarks
+from aios_compile.codegen.quantized_weights import QuantizedWeight, kv_remarks, remarks
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.targets import SUFFIXES, emit, family, lower_for
 from aios_compile.config import CompileOptions, ResolvedSizes
 from aios_compile.errors import ConfigError
 from aios_compile.ir.attention_window import window_tokens
-from aios_compile.ir.module import IRModule
+from aios_compile.ir.module import IRModule, placeholders
+from aios_compile.ir.quantization_error import Measured, measure
 from aios_compile.ir.random_weights import RandomWeights
 from aios_compile.ir.refresh import refresh
 from aios_compile.ir.stored_weights import bind_stored_weights
@@ -77,11 +78,13 @@ def compile_model(
         if env.VERIFY.get_int(0, 2):
             compare_with_eager(model, module, seed=options.seed)
         bind_stored_weights(module, source.stored_forms())
+    with progress.stage("measure"):
+        measured = measure_weights(module, source, options)
     with progress.stage("passes"):
         results = run_pipeline(
             module,
             STAGES,
-            pass_options(options, source, sizes, model),
+            pass_options(options, source, sizes, model, measured),
             disabled=options.disable_passes,
             verify=env.VERIFY.get_int(0, 2),
             seed=options.seed,
@@ -123,7 +126,9 @@ def compile_model(
                 quantized = pack_weights(program, module, source.read, writer)
             with progress.stage("build"):
                 library.result()
-    notes = [*edits, *remarks(program, quantized), *source.notes]
+    told = measured.remarks() if measured is not None else []
+    told += [*remarks(program, quantized), *kv_remarks(program)]
+    notes = [*edits, *told, *source.notes]
     _write_texts(writer, program, emitted.sources, step, results, notes)
     if quantized:
         writer.write_json(artefact.QUANTIZATION, [asdict(w) for w in quantized])
@@ -137,22 +142,65 @@ def compile_model(
     return Compiled(module, program)
 
 
+def measure_weights(
+    module: IRModule, source: ModelSource, options: CompileOptions
+) -> Measured | None:
+    """Return what quantising each weight would lose; None when nothing is to be quantised."""
+    if options.quantization is None:
+        return None
+    tensors = CheckpointTensors(module, source.read)
+    names = dict[str, None]()
+    for holder in placeholders(module.root.graph):
+        recipe = module.weights.get(holder.name)
+        looked_up = all(u.target is torch.ops.aten.embedding.default for u in holder.users)
+        wanted = holder.users and (options.quantize_embeddings or not looked_up)
+        if wanted and recipe is not None and recipe.is_identity():
+            names.update(dict.fromkeys(recipe.names))
+    return measure(((name, tensors[name]) for name in names), options.quantization_format())
+
+
 def pass_options(
-    options: CompileOptions, source: ModelSource, sizes: ResolvedSizes, model: torch.nn.Module
+    options: CompileOptions,
+    source: ModelSource,
+    sizes: ResolvedSizes,
+    model: torch.nn.Module,
+    measured: Measured | None = None,
 ) -> PassOptions:
-    """Return what the passes need to know of a model and its options."""
+    """Return what the passes need to know of a model and its options.
+
+    measured: what quantising its weights loses; without it, all are quantised. Raises ConfigError
+    for a KV cache that the target has no kernels for.
+    """
     stored = next((p.dtype for p in model.parameters()), torch.float32)
-    name = options.kv_cache_dtype
-    kv_dtype = stored if name == "auto" else getattr(torch, name)
+    name, target = options.kv_cache_dtype, family(options.device)
+    in_codes = name == "int8"
+    if in_codes and target != "cpp":
+        raise ConfigError(
+            f"kv_cache_dtype='int8' on device {options.device!r}: its attention kernels read float "
+            "caches only",
+            advice="use device='cpu', or kv_cache_dtype='auto'",
+        )
+    kv_dtype = stored if name == "auto" or in_codes else getattr(torch, name)
     width = _page_table_width(sizes)
-    form, target = options.quantization_format(), family(options.device)
+    form = options.quantization_format()
     if form.startswith("e4m3") and target == "cpp":
         raise ConfigError(
             f"quantization={options.quantization!r}: no CPU multiplies 8-bit floats",
             advice="quantization='int8' or 'int4' on the CPU; fp8 with device='cuda'",
         )
     bf16_dot = target == "cpp" and build.Target.host().bf16_dot
-    return PassOptions(target, PAGE_SIZE, kv_dtype, 64, width, form, bf16_dot)
+    return PassOptions(
+        target,
+        PAGE_SIZE,
+        kv_dtype,
+        64,
+        width,
+        form,
+        bf16_dot,
+        quantize_kv=in_codes,
+        quantize_embeddings=options.quantize_embeddings,
+        kept_weights=() if measured is None else measured.kept_weights(),
+    )
 
 
 def _page_table_width(sizes: ResolvedSizes) -> int:

@@ -18,7 +18,7 @@ from aios_compile.errors import ConfigError
 from aios_compile.ir.quant_format import SHORT_NAMES, QuantFormat
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-KV_CACHE_DTYPES = ("auto", "float32", "bfloat16")
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 SCHEDULING_POLICIES = ("fcfs", "priority", "fair_share", "shortest_remaining")
 # The names that vLLM and torch use for the same thing.
 _DTYPE_ALIASES = {"float": "float32", "half": "float16", "fp32": "float32", "bf16": "bfloat16"}
@@ -55,7 +55,10 @@ class CompileOptions:
     device: str = _option("auto", "auto, cpu, cuda, or interpreter: Triton kernels on a CPU")
     dtype: str = _option("auto", "auto (the checkpoint's), float32, bfloat16 or float16")
     quantization: str | None = _option(None, "int8, int4, fp8, or a format: uint4_g64_f16_min_f16")
-    kv_cache_dtype: str = _option("auto", "auto, float32 or bfloat16")
+    quantize_embeddings: bool = _option(
+        False, "with quantization: the embedding table too; one tied to the head is stored once"
+    )
+    kv_cache_dtype: str = _option("auto", "auto, float32, bfloat16 or int8")
     max_model_len: int | None = _option(None, "longest prompt + output, in tokens")
     max_num_seqs: int | None = _option(None, "sequences in one step")
     max_num_batched_tokens: int | None = _option(None, "tokens in one step")
@@ -109,12 +112,19 @@ class CompileOptions:
             raise _bad("dtype", self.dtype, ", ".join(DTYPES))
         if self.quantization is not None:
             self._check_quantization(self.quantization)
+        if self.quantize_embeddings is True and self.quantization is None:
+            raise _bad("quantize_embeddings", True, "quantization to say how")
         if self.scheduling_policy not in SCHEDULING_POLICIES:
             raise _bad("scheduling_policy", self.scheduling_policy, ", ".join(SCHEDULING_POLICIES))
-        known = (*KV_CACHE_DTYPES, "int8", "fp8", "fp8_e4m3", "fp8_e5m2")
+        known = (*KV_CACHE_DTYPES, "fp8", "fp8_e4m3", "fp8_e5m2")
         if self.kv_cache_dtype not in known:
             raise _bad("kv_cache_dtype", self.kv_cache_dtype, ", ".join(KV_CACHE_DTYPES))
-        for name in ("enable_prefix_caching", "local_files_only", "progress"):
+        for name in (
+            "enable_prefix_caching",
+            "local_files_only",
+            "progress",
+            "quantize_embeddings",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "True or False")
 
@@ -138,7 +148,7 @@ class CompileOptions:
 
     def _check_not_built(self) -> None:
         missing = {
-            "kv_cache_dtype": self.kv_cache_dtype not in KV_CACHE_DTYPES and "a quantised KV cache",
+            "kv_cache_dtype": self.kv_cache_dtype not in KV_CACHE_DTYPES and "an fp8 KV cache",
             "tensor_parallel_size": self.tensor_parallel_size > 1 and "tensor parallelism",
             "pipeline_parallel_size": self.pipeline_parallel_size > 1 and "pipeline parallelism",
         }

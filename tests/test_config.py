@@ -14,6 +14,7 @@ from aios_compile.errors import ConfigError
 # A second valid value for every field that is part of the key.
 OTHER_VALUES = {
     "quantization": "int8",
+    "quantize_embeddings": True,
     "device": "cpu",
     "dtype": "bfloat16",
     "kv_cache_dtype": "float32",
@@ -35,11 +36,16 @@ def test_every_field_is_in_the_key_or_named_with_a_reason() -> None:
     assert set(OTHER_VALUES) | NOT_BUILT | set(NOT_IN_KEY) == names
 
 
+ALSO_NEEDED = {"quantize_embeddings": {"quantization": "int8"}}
+
+
 @pytest.mark.parametrize("name", sorted(OTHER_VALUES))
 def test_each_field_of_the_key_changes_it(name: str) -> None:
     """A cache key that forgot the dtype once served a wrong kernel elsewhere (vllm#53366)."""
-    changed = CompileOptions.parse({name: OTHER_VALUES[name]})
-    assert json.dumps(changed.key_fields()) != json.dumps(CompileOptions().key_fields())
+    other = ALSO_NEEDED.get(name, {})
+    changed = CompileOptions.parse({name: OTHER_VALUES[name], **other})
+    plain = CompileOptions.parse(other)
+    assert json.dumps(changed.key_fields()) != json.dumps(plain.key_fields())
 
 
 def test_an_unknown_option_lists_the_known_ones() -> None:
@@ -60,6 +66,8 @@ def test_an_unknown_option_lists_the_known_ones() -> None:
         ("gpu_memory_utilization", 1.5, "at most 1"),
         ("progress", 1, "True or False"),
         ("kv_cache_dtype", "int3", "bfloat16"),
+        ("quantize_embeddings", 1, "True or False"),
+        ("quantize_embeddings", True, "quantization to say how"),
         ("disable_passes", ("not a name",), "names of passes"),
         ("cache_dir", 3, "a path"),
         ("scheduling_policy", "lifo", "fcfs, priority, fair_share, shortest_remaining"),
@@ -78,7 +86,7 @@ def test_a_bad_value_names_field_value_and_range(name: str, value: object, expec
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("kv_cache_dtype", "fp8"),
+        ("kv_cache_dtype", "fp8_e4m3"),
         ("tensor_parallel_size", 2),
         ("pipeline_parallel_size", 2),
     ],

@@ -70,6 +70,19 @@ def source_of(recipe: Recipe) -> Recipe | None:
     return recipe.until(result.args[0])
 
 
+def kv_remarks(program: Program) -> list[str]:
+    """Return what the report says of an int8 KV cache: bytes a token, bits a value."""
+    codes = sum(prod(s.page_shape) for s in program.states if s.dtype == "i8")
+    if not codes:
+        return []
+    scales = sum(4 * prod(s.page_shape) for s in program.states if s.dtype == "f32")
+    page = program.settings["page_size"]
+    return [
+        f"KV cache in int8, a scale a token and head: {(codes + scales) // page:,} bytes a token, "
+        f"{8 * (codes + scales) / codes:.2f} bits a value; its error: pass quantize_kv"
+    ]
+
+
 def remarks(program: Program, weights: Sequence[QuantizedWeight]) -> list[str]:
     """Return what the report says: bits a weight of all linears, those kept too, and errors."""
     if not weights:

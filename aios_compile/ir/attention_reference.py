@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aios_compile.ir.quantized import quantize_groups
+
 
 def visible(
     query_positions: Tensor, num_keys: int, window: int | None, chunk: int | None
@@ -126,6 +128,8 @@ def paged_attention(
     chunk: int | None = None,
     sinks: Tensor | None = None,
     alibi: list[float] | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     page_size = v_cache.shape[2]
     out = q.new_zeros(*q.shape[:-1], v_cache.shape[-1])
@@ -134,8 +138,11 @@ def paged_attention(
         if begin == end:
             continue
         pages = page_tables[s, : -(-length // page_size)]
-        k = k_cache[pages].permute(0, 3, 1, 2).flatten(0, 1)[:length]
-        v = v_cache[pages].permute(0, 2, 1, 3).flatten(0, 1)[:length]
+        k, v = k_cache[pages], v_cache[pages]
+        if k_scales is not None and v_scales is not None:
+            k, v = k * k_scales[pages].unsqueeze(2), v * v_scales[pages].unsqueeze(3)
+        k = k.permute(0, 3, 1, 2).flatten(0, 1)[:length]
+        v = v.permute(0, 2, 1, 3).flatten(0, 1)[:length]
         positions = torch.arange(length - (end - begin), length, device=q.device)
         mask = visible(positions, length, window, chunk)
         bias = falling(alibi, positions, length)
@@ -152,3 +159,22 @@ def kv_write(
     new_k[pages, :, :, offsets] = k.to(k_cache.dtype)
     new_v[pages, :, offsets, :] = v.to(v_cache.dtype)
     return new_k, new_v
+
+
+def quantized_kv_write(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor,
+    v_scales: Tensor,
+    slots: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    exact = k_cache.is_floating_point()  # while a pass is proven: rounding would hide what it does
+    page_size = v_cache.shape[2]
+    pages, offsets = slots // page_size, slots % page_size
+    new_k_scales, new_v_scales = k_scales.clone(), v_scales.clone()
+    k_codes, new_k_scales[pages, :, offsets] = quantize_groups(k.to(k_scales.dtype), exact=exact)
+    v_codes, new_v_scales[pages, :, offsets] = quantize_groups(v.to(v_scales.dtype), exact=exact)
+    new_k, new_v = kv_write(k_codes, v_codes, k_cache, v_cache, slots)
+    return new_k, new_v, new_k_scales, new_v_scales

@@ -160,6 +160,16 @@ def random_tensor(name: str, shape: Sequence[int], dtype: torch.dtype, seed: int
     return values.reshape(tuple(shape))
 
 
+def random_state(name: str, shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
+    """Return a cache full of values of about 1: floats, or int8 codes and their scales."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, tuple(shape), generator=generator).to(dtype)
+    if "_scales" in name:
+        return ((0.5 + torch.rand(tuple(shape), generator=generator)) / 64).to(dtype)
+    return random_tensor(name, shape, dtype, seed) * 20
+
+
 def summary(name: str, value: Any) -> str:
     """Return one line with the shape and a checksum of a result."""
     if isinstance(value, (tuple, list)):
@@ -184,8 +194,8 @@ def sample(values: Iterable[Value], step: Step, seed: int) -> dict[str, Tensor]:
             found[value.name] = runtime[value.source].to(value.dtype)
             continue
         shape = [size(s, sizes) for s in value.shape]
-        tensor = random_tensor(value.name, shape, value.dtype, seed)
-        found[value.name] = tensor * 10 if value.kind == "state" else tensor
+        make = random_state if value.kind == "state" else random_tensor
+        found[value.name] = make(value.name, shape, value.dtype, seed)
     return found
 
 

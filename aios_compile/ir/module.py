@@ -206,9 +206,10 @@ def drop_dead(module: IRModule) -> None:
         _drop_dead_inputs(module, name, region)
     module.root.graph.eliminate_dead_code(_is_impure)
     for node in placeholders(module.root.graph):
-        if not node.users and (node.name in module.weights or node.name in module.inputs):
-            module.weights.pop(node.name, None)
-            module.inputs.pop(node.name, None)
+        bound = node.name in module.weights or node.name in module.inputs
+        if not node.users and (bound or module.states.get(node.name) == -1):
+            for table in (module.weights, module.inputs, module.states):
+                table.pop(node.name, None)
             module.root.graph.erase_node(node)
     for graph_module in module.graphs().values():
         graph_module.delete_all_unused_submodules()

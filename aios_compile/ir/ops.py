@@ -142,6 +142,13 @@ def _fake_kv_write(
     return k_cache.new_empty(k_cache.shape), v_cache.new_empty(v_cache.shape)
 
 
+def _fake_quantized_kv_write(
+    k: Tensor, v: Tensor, *states_and_slots: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    new = [state.new_empty(state.shape) for state in states_and_slots[:4]]
+    return new[0], new[1], new[2], new[3]
+
+
 _MASK = (
     "float scale, int? window=None, float? softcap=None, int? chunk=None, Tensor? sinks=None, "
     "float[]? alibi=None"
@@ -220,11 +227,11 @@ OPS: tuple[Op, ...] = (
     Op(
         "paged_attention",
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor query_starts, Tensor context_lengths, "
-        f"Tensor page_tables, {_MASK}) -> Tensor",
+        f"Tensor page_tables, {_MASK}, Tensor? k_scales=None, Tensor? v_scales=None) -> Tensor",
         attention_reference.paged_attention,
         _fake_paged_attention,
         "causal attention of a flat batch over pages: k_cache[N, G, D, page], v_cache[N, G, page, "
-        "Dv]; the keys of this step are in the caches already",
+        "Dv]; the keys of this step are in the caches already; int8 caches have scales[N, G, page]",
     ),
     Op(
         "kv_write",
@@ -232,6 +239,15 @@ OPS: tuple[Op, ...] = (
         attention_reference.kv_write,
         _fake_kv_write,
         "write k[T, G, D], v[T, G, Dv] to slots[T] = page * page_size + offset",
+    ),
+    Op(
+        "quantized_kv_write",
+        "(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_scales, Tensor v_scales, "
+        "Tensor slots) -> (Tensor, Tensor, Tensor, Tensor)",
+        attention_reference.quantized_kv_write,
+        _fake_quantized_kv_write,
+        "kv_write to int8 caches: code = round(x * 127 / max|x|) over a head of a token, its scale "
+        "max|x| / 127 in scales[N, G, page]",
     ),
     Op(
         "quantize_rows",

@@ -132,13 +132,24 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 
     scale = max|x| / 127 of 32 consecutive values, code = x * (127 / max|x|), rounded half to even.
     """
-    groups = x.reshape(*x.shape[:-1], -1, ACTIVATION_GROUP)
+    codes, scales = quantize_groups(x.reshape(*x.shape[:-1], -1, ACTIVATION_GROUP))
+    return codes.reshape(x.shape), scales
+
+
+def quantize_groups(groups: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """Return codes int8 [..., D] and scales [...] of floats [..., D]: x = code * scale.
+
+    scale = max|x| / 127, code = x * (127 / max|x|), rounded half to even; what cannot be told from
+    zeros has scale 0, what has a NaN has scale NaN. exact: codes as floats that are not rounded.
+    """
     largest = groups.abs().amax(-1)
     live = ~(largest < SMALLEST)  # NaN is live: it must reach the result
     scales = torch.where(live, largest / 127, 0.0)
     inverse = torch.where(live, 127 / largest, 0.0)
-    codes = (groups * inverse.unsqueeze(-1)).round().nan_to_num(0.0, 0.0, 0.0)
-    return codes.to(torch.int8).reshape(x.shape), scales
+    codes = groups * inverse.unsqueeze(-1)
+    if exact:
+        return codes, scales
+    return codes.round().nan_to_num(0.0, 0.0, 0.0).to(torch.int8), scales
 
 
 def quantized_linear(x: Tensor, weight: Tensor, form: str, bias: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from aios_compile.errors import PassError
-from aios_compile.ir import provenance
+from aios_compile.ir import ops, provenance
 from aios_compile.ir.module import (
     IRModule,
     Level,
@@ -27,6 +27,7 @@ from aios_compile.ir.module import (
 )
 
 aten = torch.ops.aten
+assert ops.TABLE, "the op table registers the aios operators"
 aios = torch.ops.aios
 VIEW_NAMES = frozenset(
     [
@@ -44,7 +45,10 @@ VIEW_NAMES = frozenset(
         "alias",
     ]
 )
-WRITTEN = {2: 0, 3: 1}  # argument of kv_write -> its result
+WRITTEN = {  # argument of a write -> its result
+    aios.kv_write.default: {2: 0, 3: 1},
+    aios.quantized_kv_write.default: {2: 0, 3: 1, 4: 2, 5: 3},
+}
 
 
 def verify(module: IRModule) -> None:
@@ -209,11 +213,12 @@ def _next_values(holder: fx.Node) -> list[fx.Node]:
         readers = ", ".join(u.name for u in holder.users) or "nothing"
         raise fail(f"the old cache is used by {readers}, expected one write", holder)
     (user,) = holder.users
-    if user.op == "call_function" and user.target is aios.kv_write.default:
+    if user.op == "call_function" and user.target in WRITTEN:
         position = next(i for i, a in enumerate(user.args) if a is holder)
-        if position not in WRITTEN:
+        parts = WRITTEN[user.target]
+        if position not in parts:
             raise fail(f"the cache is written to another cache by {user.name}", holder)
-        return _items(user, WRITTEN[position])
+        return _items(user, parts[position])
     if user.op != "call_module":
         raise fail(f"the cache is read by {user.name} before it is written", holder)
     body = body_of(user)

@@ -29,6 +29,9 @@ class PassOptions:
 
     quantization: the name of a format (ir/quant_format.py) for the weights of linears, or "".
     bf16_dot: whether the processor multiplies pairs of bf16 (passes/round_activations.py).
+    quantize_kv: keep keys and values as int8 with a scale a token and head. quantize_embeddings:
+    quantise tables that are looked up as well. kept_weights: (checkpoint name, reason) of weights
+    that are not quantised because they would lose too much.
     """
 
     target: str = "cpp"
@@ -38,6 +41,9 @@ class PassOptions:
     max_pages_per_sequence: int = 8
     quantization: str = ""
     bf16_dot: bool = False
+    quantize_kv: bool = False
+    quantize_embeddings: bool = False
+    kept_weights: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -157,6 +163,20 @@ class PassContext:
             holder = call.args[position]
             assert isinstance(holder, fx.Node)
             self._set_root_output(holder.name, item)
+
+    def drop_state(self, graph: fx.Graph, state: fx.Node) -> None:
+        """Forget a state that the graph no longer writes, and its next values."""
+        position = placeholders(graph).index(state)
+        for call in self.module.calls(self.region) if self.region else (None,):
+            holder = state if call is None else call.args[position]
+            assert isinstance(holder, fx.Node)
+            index = self.module.states[holder.name]
+            output = self.module.root.graph.output_node()
+            values = outputs(self.module.root.graph)
+            output.args = ((*values[:index], *values[index + 1 :]),)
+            for name, other in self.module.states.items():
+                self.module.states[name] = other - 1 if other > index else other
+            self.module.states[holder.name] = -1  # drop_dead removes it when nothing reads it
 
     def _set_root_output(self, state_name: str, value: fx.Node) -> None:
         root = self.module.root.graph

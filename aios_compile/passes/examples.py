@@ -46,10 +46,11 @@ DTYPES = {
     "f16": torch.float16,
     "i64": torch.int64,
     "i32": torch.int32,
+    "i8": torch.int8,
     "u8": torch.uint8,
     "b8": torch.bool,
 }
-OPTIONS = PassOptions(quantization="int8_g32_f16")  # what the examples assume
+OPTIONS = PassOptions(quantization="int8_g32_f16", quantize_kv=True)  # what the examples assume
 _ANNOTATION = re.compile(r"(?:(weight|input|state)\s+)?(\w+)\[(.*)\]")
 
 

@@ -39,6 +39,7 @@ KINDS = {
     aios.quantized_embedding.default: "quantized_embedding",
     aios.rope.default: "rope",
     aios.kv_write.default: "kv_write",
+    aios.quantized_kv_write.default: "kv_write",
     aios.paged_attention.default: "paged_attention",
     aios.attention.default: "attention",
     aios.sample.default: "sample",

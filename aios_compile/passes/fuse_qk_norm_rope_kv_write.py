@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from aios_compile.ir import provenance
+from aios_compile.ir import ops, provenance
 from aios_compile.ir.fusion import fuse_nodes, is_convex
 from aios_compile.passes.context import PassContext, Refusal
 from aios_compile.passes.fusion_groups import (
@@ -23,7 +23,9 @@ from aios_compile.passes.fusion_groups import (
 from aios_compile.passes.graph_pass import graph_pass
 from aios_compile.passes.head_views import sink_views
 
+assert ops.TABLE, "the op table registers the aios operators"
 aios = torch.ops.aios
+WRITES = (aios.kv_write.default, aios.quantized_kv_write.default)
 
 
 class Chain(NamedTuple):
@@ -127,7 +129,7 @@ def fuse_qk_norm_rope_kv_write(graph: fx.Graph, context: PassContext) -> int:
             return out, new_k, new_v
     """
     hits = 0
-    for write in graph.find_nodes(op="call_function", target=aios.kv_write.default):
+    for write in [n for n in graph.nodes if is_call(n, *WRITES)]:
         sink_views(graph, write, context)
         match = match_write(write)
         if isinstance(match, Refusal):
@@ -139,7 +141,7 @@ def fuse_qk_norm_rope_kv_write(graph: fx.Graph, context: PassContext) -> int:
 
 
 def _rewrite(graph: fx.Graph, match: Match) -> None:
-    """Fuse with the results in the order q, k_cache, v_cache."""
+    """Fuse with the results in the order q, then the caches and their scales."""
     order = {n: i for i, n in enumerate(graph.nodes)}
     items = sorted(getitems(match.write), key=lambda n: int(n.args[1]))  # type: ignore[arg-type]
     anchor = match.write

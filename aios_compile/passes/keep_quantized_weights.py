@@ -38,7 +38,7 @@ class Match(NamedTuple):
 
 
 def _match(node: fx.Node, context: PassContext) -> Match | Refusal | None:
-    x, weight, bias = _operands(node)
+    x, weight, bias = operands_of(node)
     if weight.target is DEQUANTIZE and context.is_weight(weight.args[0]):
         rows, form = weight.args
         assert isinstance(rows, fx.Node)
@@ -61,7 +61,7 @@ def _match(node: fx.Node, context: PassContext) -> Match | Refusal | None:
     return Match(node, x, weight, bias, forms[0], [name for name, _ in found])
 
 
-def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+def operands_of(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     """Return the input (or ids), the weight (or table) and the bias."""
     x, weight = node.args[:2]
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
@@ -99,19 +99,22 @@ def keep_quantized_weights(graph: fx.Graph, context: PassContext) -> int:
         elif match is not None:
             if match.weight not in made:
                 made[match.weight] = match.rows or _rows(graph, match, context)
-            _rewrite(graph, match, made[match.weight], context)
+            read_rows(graph, node, made[match.weight], match.form, context)
             hits += 1
     return hits
 
 
-def _rewrite(graph: fx.Graph, match: Match, rows: fx.Node, context: PassContext) -> None:
-    node = match.node
+def read_rows(
+    graph: fx.Graph, node: fx.Node, rows: fx.Node, form: str, context: PassContext
+) -> None:
+    """Replace a linear or an embedding by one that reads quantised rows."""
+    x, _, bias = operands_of(node)
     with graph.inserting_before(node):
         if node.target is aten.embedding.default:
-            values: tuple[Any, ...] = (rows, match.x, match.form)
+            values: tuple[Any, ...] = (rows, x, form)
             new = context.call(graph, aios.quantized_embedding.default, *values, source=[node])
         else:
-            values = (match.x, rows, match.form, match.bias)
+            values = (x, rows, form, bias)
             new = context.call(graph, aios.quantized_linear.default, *values, source=[node])
     if new.meta["val"].dtype != node.meta["val"].dtype:
         new = _narrowed(graph, node, new, context)

@@ -137,12 +137,14 @@ def run_steps(
     sampled: bool = False,
     prompt: Sequence[int] = (),
     watch: evaluate.Observe | None = None,
+    rounds_kv: bool = False,
 ) -> Run:
     """Run a program over its steps, states going from one to the next.
 
     computed_in: the dtype of all floating-point values; None leaves the program's own. sampled: add
     what the sampler's reference makes of the logits, as sample_tokens should. prompt: token ids
-    instead of random ones. watch: is told the value of every node.
+    instead of random ones. watch: is told the value of every node. rounds_kv: int8 caches hold
+    int8, see _first_state.
     """
     values = inputs.describe(module)
     used = _weights_in_use(module, skips)
@@ -156,7 +158,8 @@ def run_steps(
     for v in values:
         if v.kind == "state":
             live = v.name in used
-            states[v.name] = _first_state(v, steps, seed, computed_in) if live else _UNUSED
+            first = _first_state(v, steps, seed, computed_in, rounds_kv) if live else _UNUSED
+            states[v.name] = first
     found: list[dict[str, Tensor]] = []
     rows: list[int] | None = []
     offset = 0
@@ -228,18 +231,25 @@ def _weight(weights: RandomWeights, recipe: Recipe, dtype: torch.dtype | None) -
 
 
 def _first_state(
-    value: inputs.Value, steps: Sequence[Step], seed: int, dtype: torch.dtype | None
+    value: inputs.Value,
+    steps: Sequence[Step],
+    seed: int,
+    dtype: torch.dtype | None,
+    rounds_kv: bool,
 ) -> Tensor:
     """Return a cache: random where batches have a past, zeros where the sequence starts here.
 
-    A half-precision cache is held in float32 while measuring: how keys are stored is an option of
-    the user, and its rounding would hide what the pass does.
+    A half-precision or int8 cache is held in float32 while measuring: how keys are stored is an
+    option of the user, and its rounding would hide what the pass does. rounds_kv: int8 stays.
     """
     shape = [inputs.size(s, {}) for s in value.shape]
     past = any(step.total == 0 for step in steps)
-    tensor = inputs.random_tensor(value.name, shape, torch.float32, seed) * (20 if past else 0)
-    tensor = tensor.to(value.dtype)
-    return tensor.to(wide(value.dtype)) if dtype is None else _cast(tensor, dtype)
+    tensor = inputs.random_state(value.name, shape, value.dtype, seed)
+    tensor = tensor if past else torch.zeros_like(tensor)
+    codes = value.dtype == torch.int8
+    if codes and rounds_kv:
+        return tensor
+    return tensor.to(dtype or (torch.float32 if codes else wide(value.dtype)))
 
 
 def _free_values(

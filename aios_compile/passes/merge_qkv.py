@@ -15,10 +15,10 @@ from aios_compile.passes.context import PassContext, Refusal
 from aios_compile.passes.fusion_groups import is_call
 from aios_compile.passes.graph_pass import graph_pass
 from aios_compile.passes.merge_linears import LINEARS, merge, refusal_to_merge
+from aios_compile.passes.token_mixing import ATTENTION
 
 aten = torch.ops.aten
 aios = torch.ops.aios
-ATTENTION = (aios.attention.default, aios.paged_attention.default, aios.kv_write.default)
 BORDERS = (*LINEARS, aten.mm.default, aten.addmm.default, aten.bmm.default)
 
 

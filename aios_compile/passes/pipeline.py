@@ -20,6 +20,7 @@ from aios_compile.passes.merge_gate_up import merge_gate_up
 from aios_compile.passes.merge_qkv import merge_qkv
 from aios_compile.passes.own_outputs import own_outputs
 from aios_compile.passes.page_attention import page_attention
+from aios_compile.passes.quantize_kv import quantize_kv
 from aios_compile.passes.quantize_weights import quantize_weights
 from aios_compile.passes.raise_attention import raise_attention
 from aios_compile.passes.raise_expert_linear import raise_expert_linear
@@ -57,6 +58,7 @@ REWRITE = Stage(
     Level.SEMANTIC,
     (
         page_attention,
+        quantize_kv,  # at once: later passes see one kind of cache
         gather_last_tokens,  # before sampling: it cuts the head to the rows that are needed
         sample_tokens,
         keep_quantized_weights,  # before the merges: rows of one format are merged, others not

@@ -4,9 +4,11 @@ Pays in bytes: a decode step at batch 1 reads every weight once and is bound by 
 1,192 MB in bf16, 633 MB at 8.5 bits, 335 MB at 4.5). Products of int8 activations with codes are
 also several times cheaper than float ones in prefill. The loader quantises (a weight recipe), layer
 by layer, searching each group's scale for the least squared error; the report says what error each
-matrix has. Embedding tables are gathered, a row a token, and stay as they are: they cost memory
-and no time. What stays too, each with its reason: rows that are no multiple of a group, and
-matrices of a few rows (routers), whose error counts and whose bytes do not.
+matrix has. Embedding tables are gathered, a row a token: they cost memory and no time, and are
+quantised by choice (quantize_embeddings); one that is tied to the head is then stored once. What
+stays as it is, each with its reason: weights that lose more than a bit's worth against normal ones
+(measured before the passes, ir/quantization_error.py), rows that are no multiple of a group, and
+matrices of a few rows (routers), whose bytes do not count.
 
 What is proven is the rewrite: the program after, on dequantised weights and exact activations,
 against the program before on the same dequantised weights (passes/certificate.py). How large the
@@ -23,24 +25,22 @@ from torch import Tensor, fx
 from aios_compile.ir import provenance
 from aios_compile.ir.quant_format import QuantFormat
 from aios_compile.passes.context import PassContext, Refusal
+from aios_compile.passes.fusion_groups import is_call
 from aios_compile.passes.graph_pass import graph_pass
+from aios_compile.passes.keep_quantized_weights import operands_of, read_rows
 
-aios = torch.ops.aios
+aten, aios = torch.ops.aten, torch.ops.aios
 MIN_ROWS = 64
 
 
 class Match(NamedTuple):
-    x: fx.Node
+    node: fx.Node
     weight: fx.Node
-    bias: fx.Node | None
 
 
 def _match(node: fx.Node, form: QuantFormat, context: PassContext) -> Match | Refusal:
     line = provenance.source_line(node)
-    x, weight = node.args[:2]
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
-    assert bias is None or isinstance(bias, fx.Node)
+    x, weight, _ = operands_of(node)
     if not context.is_weight(weight):
         return Refusal("a weight is computed in the graph, not loaded", line)
     value = weight.meta["val"]
@@ -54,12 +54,20 @@ def _match(node: fx.Node, form: QuantFormat, context: PassContext) -> Match | Re
         return Refusal(f"rows of {depth} values, no multiple of 32 activations", line)
     if rows < MIN_ROWS:
         return Refusal(f"a matrix of {rows} rows is too small to gain from quantisation", line)
-    return Match(x, weight, bias)
+    if node.target is aten.embedding.default and x.meta["val"].dim() != 1:
+        return Refusal("ids that are no list", line)
+    names = {name for recipe in context.recipes(weight) for name in recipe.names}
+    for name, reason in context.options.kept_weights:
+        if name in names:
+            return Refusal(reason, line)
+    return Match(node, weight)
 
 
 @graph_pass(numerics="lossy")
 def quantize_weights(graph: fx.Graph, context: PassContext) -> int:
     """Replace a linear by one on quantised rows, which the loader makes of the weight.
+
+    With quantize_embeddings also a lookup in a table, which may be the head's weight as well.
 
     Before::
 
@@ -76,19 +84,15 @@ def quantize_weights(graph: fx.Graph, context: PassContext) -> int:
     form = QuantFormat.parse(context.options.quantization)
     made: dict[fx.Node, fx.Node] = {}
     hits = 0
-    for node in graph.find_nodes(op="call_function", target=aios.linear.default):
+    targets = (aios.linear.default, *[aten.embedding.default] * context.options.quantize_embeddings)
+    for node in [n for n in graph.nodes if is_call(n, *targets)]:
         match = _match(node, form, context)
         if isinstance(match, Refusal):
             context.refuse(match)
             continue
         if match.weight not in made:
             made[match.weight] = _quantized(graph, match.weight, form, context)
-        rows = made[match.weight]
-        with graph.inserting_before(node):
-            target = aios.quantized_linear.default
-            new = context.call(graph, target, match.x, rows, form.name, match.bias, source=[node])
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        read_rows(graph, node, made[match.weight], form.name, context)
         hits += 1
     return hits
 

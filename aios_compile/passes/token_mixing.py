@@ -28,7 +28,12 @@ aios = torch.ops.aios
 assert ops.TABLE
 
 ATTENTION_PASS = "raise_attention"
-ATTENTION = (aios.attention.default, aios.paged_attention.default, aios.kv_write.default)
+ATTENTION = (
+    aios.attention.default,
+    aios.paged_attention.default,
+    aios.kv_write.default,
+    aios.quantized_kv_write.default,
+)
 ROWWISE = (
     aios.linear.default,
     aios.bf16_linear.default,

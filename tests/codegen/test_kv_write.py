@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from aios_compile.codegen.cpp import kv_write, qk_norm_rope_kv_write
+from aios_compile.codegen.cpp import build, kv_write, qk_norm_rope_kv_write
 from aios_compile.ir import ops  # noqa: F401  (registers the ops)
 from tests.codegen.harness import Kernel, make_body, sparse
 
@@ -49,6 +49,50 @@ def test_kv_write(shape, dtype):
         expected = kv_write.reference(spec, k, v, k_cache, v_cache, slots)
         built({"T": tokens}, k, v, k_cache, v_cache, slots, k_cache, v_cache, splits=2)
         assert torch.equal(k_cache, expected[0]) and torch.equal(v_cache, expected[1])
+
+
+def write_codes(k, v, k_cache, v_cache, k_scales, v_scales, slots):
+    op = aios.quantized_kv_write.default
+    written = op(k, v, k_cache, v_cache, k_scales, v_scales, slots)
+    return written[0], written[1], written[2], written[3]
+
+
+@pytest.mark.parametrize("target", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("shape", [(2, 64, 64, 16), (1, 7, 19, 32)])
+def test_codes_are_those_of_the_definition(shape, target):
+    """Heads of zeros, tiny, huge, infinite and NaN values among them."""
+    if build.Target.named(target).vector_bytes > build.Target.host().vector_bytes:
+        pytest.skip("the processor lacks the instructions")
+    kv_heads, width, v_width, page = shape
+    scales = ((PAGES, kv_heads, page), torch.float32)
+    inputs = {
+        "k": (("T", kv_heads, width), torch.float32),
+        "v": (("T", kv_heads, v_width), torch.float32),
+        "k_cache": ((PAGES, kv_heads, width, page), torch.int8),
+        "v_cache": ((PAGES, kv_heads, page, v_width), torch.int8),
+        "k_scales": scales,
+        "v_scales": scales,
+        "slots": (("T",), torch.int64),
+    }
+
+    body, operands = make_body(write_codes, inputs)
+    spec = kv_write.spec_of(body, operands)
+    assert spec is not None
+    source = kv_write.emit(spec)
+    assert source.inplace == ((0, 2), (1, 3), (2, 4), (3, 5))
+    built = Kernel(source, build.Target.named(target))
+    for tokens in (1, 33):
+        k, v = torch.randn(tokens, kv_heads, width), torch.randn(tokens, kv_heads, v_width)
+        if tokens > 1:
+            k[1], k[2], k[3], v[4] = 0.0, k[2] * 1e-32, k[3] * 1e30, v[4] * 1e-20
+            k[5, 0, 0], v[6, 0, 1] = float("nan"), float("inf")
+        states = [torch.randint(-127, 128, inputs[n][0]).to(torch.int8) for n in list(inputs)[2:4]]
+        states += [torch.rand(scales[0]), torch.rand(scales[0])]
+        slots = torch.randperm(PAGES * page)[:tokens]
+        expected = kv_write.reference(spec, k, v, *states, slots)
+        built({"T": tokens}, k, v, *states, slots, *states, splits=2)
+        for found, wanted in zip(states, expected):
+            assert torch.equal(found.nan_to_num(7), wanted.nan_to_num(7))
 
 
 def fused_body(norms, rotated, views):

@@ -10,6 +10,7 @@ import torch
 
 from aios_compile.codegen.cpp import build, paged_attention
 from aios_compile.ir import ops  # noqa: F401  (registers the ops)
+from aios_compile.ir.quantized import quantize_groups
 from tests.codegen.harness import Kernel, make_body, sparse
 
 PAGE, POOL = 16, 200
@@ -20,11 +21,13 @@ SLOPES = (0.5, 0.17677669, 0.0625, -0.01)
 def kernel(
     heads, kv_heads, width, v_width, dtype, target=None, sinks=False, page=PAGE, pages=6, **options
 ):
+    codes = dtype == torch.int8
+
     def body(q, k_cache, v_cache, starts, lengths, tables, *rest):
         return torch.ops.aios.paged_attention.default(
             q, k_cache, v_cache, starts, lengths, tables, 0.3,
             options.get("window"), options.get("softcap"), options.get("chunk"),
-            rest[0] if sinks else None, options.get("alibi"),
+            rest[0] if sinks else None, options.get("alibi"), *(rest[-2:] if codes else ()),
         )  # fmt: skip
 
     def plain(q, k_cache, v_cache, starts, lengths, tables):
@@ -32,6 +35,12 @@ def kernel(
 
     def with_sinks(q, k_cache, v_cache, starts, lengths, tables, sinks):
         return body(q, k_cache, v_cache, starts, lengths, tables, sinks)
+
+    def scaled(q, k_cache, v_cache, starts, lengths, tables, k_scales, v_scales):
+        return body(q, k_cache, v_cache, starts, lengths, tables, k_scales, v_scales)
+
+    def both(q, k_cache, v_cache, starts, lengths, tables, sinks, k_scales, v_scales):
+        return body(q, k_cache, v_cache, starts, lengths, tables, sinks, k_scales, v_scales)
 
     row = (heads + 2 * kv_heads) * width
     inputs = {
@@ -44,7 +53,10 @@ def kernel(
     }
     if sinks:
         inputs["sinks"] = ((heads,), torch.float32)
-    graph, operands = make_body(with_sinks if sinks else plain, inputs, {"q": (row, width, 1)})
+    if codes:
+        inputs |= dict.fromkeys(("ks", "vs"), ((POOL, kv_heads, page), torch.float32))
+    function = {(0, 0): plain, (1, 0): with_sinks, (0, 1): scaled, (1, 1): both}[sinks, codes]
+    graph, operands = make_body(function, inputs, {"q": (row, width, 1)})
     spec = paged_attention.spec_of(graph, operands)
     assert spec is not None
     return spec, Kernel(paged_attention.emit(spec), target and build.Target.named(target))
@@ -61,8 +73,11 @@ class Batch:
         row = (heads + 2 * kv_heads) * width
         merged = torch.randn(total + 1, row, generator=g)
         self.q = merged[:total].as_strided((total, heads, width), (row, width, 1))
-        self.k = torch.full((POOL, kv_heads, width, page), float("nan"), dtype=dtype)
-        self.v = torch.full((POOL, kv_heads, page, v_width), float("nan"), dtype=dtype)
+        unused = -128 if dtype == torch.int8 else float("nan")
+        self.k = torch.full((POOL, kv_heads, width, page), unused, dtype=dtype)
+        self.v = torch.full((POOL, kv_heads, page, v_width), unused, dtype=dtype)
+        shape = (POOL, kv_heads, page)
+        self.scales = [torch.full(shape, float("nan")) for _ in range(2 * (dtype == torch.int8))]
         self.starts = torch.zeros(len(sequences) + 1, dtype=torch.int64)
         self.starts[1:] = torch.tensor([new for new, _ in sequences]).cumsum(0)
         self.lengths = torch.tensor([context for _, context in sequences])
@@ -73,14 +88,19 @@ class Batch:
                 self.tables[s, i] = order.pop()
             for t in range(context):
                 at = self.tables[s, t // page]
-                self.k[at, :, :, t % page] = torch.randn(kv_heads, width, generator=g).to(dtype)
-                self.v[at, :, t % page] = torch.randn(kv_heads, v_width, generator=g).to(dtype)
+                k = torch.randn(kv_heads, width, generator=g)
+                v = torch.randn(kv_heads, v_width, generator=g)
+                if self.scales:
+                    k, self.scales[0][at, :, t % page] = quantize_groups(k)
+                    v, self.scales[1][at, :, t % page] = quantize_groups(v)
+                self.k[at, :, :, t % page] = k.to(dtype)
+                self.v[at, :, t % page] = v.to(dtype)
         self.sinks = torch.randn(heads, generator=g)
         self.shape = (total, heads, v_width)
 
     def arguments(self, sinks=False):
         tensors = [self.q, self.k, self.v, self.starts, self.lengths, self.tables]
-        return [*tensors, self.sinks] if sinks else tensors
+        return [*tensors, *([self.sinks] if sinks else []), *self.scales]
 
     def run(self, built, sinks=False, splits=1):
         out = torch.full(self.shape, float("nan"))
@@ -101,6 +121,8 @@ MIXED = ((1, 1), (1, 37), (16, 16), (21, 50), (1, 90))
         ((4, 2, 32, 32), torch.float16, "avx2"),
         ((16, 8, 128, 128), torch.bfloat16, "avx512"),
         ((16, 8, 128, 128), torch.bfloat16, "avx2"),
+        *(((3, 1, 20, 13), torch.int8, t) for t in ("avx512", "avx2", "portable")),
+        ((16, 8, 128, 128), torch.int8, "avx512"),
     ],
 )
 def test_mixed_batch_matches_the_reference(shape, dtype, target):
@@ -116,31 +138,39 @@ def test_mixed_batch_matches_the_reference(shape, dtype, target):
     "options",
     [{"window": 1}, {"window": 16}, {"window": 19}, {"chunk": 8}, {"chunk": 32}, {"softcap": 5.0},
      {"sinks": True}, {"window": 20, "softcap": 2.0, "sinks": True}, {"page": 32},
-     {"alibi": SLOPES}, {"alibi": SLOPES, "window": 19, "softcap": 2.0}],
+     {"alibi": SLOPES}, {"alibi": SLOPES, "window": 19, "softcap": 2.0},
+     {"dtype": torch.int8, "window": 20, "softcap": 2.0, "sinks": True, "page": 32}],
     ids=str,
 )  # fmt: skip
 def test_masks_softcap_sinks(options):
     shape = (4, 2, 24, 40)
-    spec, built = kernel(*shape, torch.float32, **options)
-    batch = Batch(MIXED, *shape, torch.float32, page=options.get("page", PAGE))
+    options = {"dtype": torch.float32, **options}
+    spec, built = kernel(*shape, **options)
+    batch = Batch(MIXED, *shape, options["dtype"], page=options.get("page", PAGE))
     sinks = options.get("sinks", False)
     expected = paged_attention.reference(spec, *batch.arguments(sinks))
     torch.testing.assert_close(batch.run(built, sinks), expected, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 19}, {"chunk": 24}, {"alibi": SLOPES}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 19}, {"chunk": 24}, {"alibi": SLOPES}, {"dtype": torch.int8, "window": 19}],
+    ids=str,
+)
 def test_a_row_does_not_depend_on_batch_chunk_or_split(options):
     shape = (4, 2, 24, 40)
-    _, built = kernel(*shape, torch.bfloat16, **options)
-    batch = Batch(MIXED, *shape, torch.bfloat16)
+    options = {"dtype": torch.bfloat16, **options}
+    _, built = kernel(*shape, **options)
+    batch = Batch(MIXED, *shape, options["dtype"])
     whole = batch.run(built)
     for splits in (2, 3, 7, 80):
         assert torch.equal(whole, batch.run(built, splits=splits))
     for s, (new, context) in enumerate(MIXED):  # alone, and each token as a step of its own
         first = int(batch.starts[s])
         for t in range(new):
-            alone = Batch(((1, 1),), *shape, torch.bfloat16)
+            alone = Batch(((1, 1),), *shape, options["dtype"])
             alone.q, alone.k, alone.v = batch.q[first + t :][:1], batch.k, batch.v
+            alone.scales = batch.scales
             alone.tables = batch.tables[s : s + 1]
             alone.lengths = torch.tensor([context - new + t + 1])
             assert torch.equal(alone.run(built)[0], whole[first + t])
@@ -151,16 +181,18 @@ LONG = ((1, 1300), (3, 514), (1, 40), (2, 1025))  # several spans of 512 tokens,
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"window": 530}, {"chunk": 600}, {"sinks": True}, {"page": 32}, {"alibi": SLOPES}],
+    [{}, {"window": 530}, {"chunk": 600}, {"sinks": True}, {"page": 32}, {"alibi": SLOPES},
+     {"dtype": torch.int8, "sinks": True}],
     ids=str,
-)
+)  # fmt: skip
 def test_long_contexts_are_shared_out_by_spans(options):
     """A few tokens: their spans go side by side. The same bits as in a step of many tokens."""
     shape, sinks = (4, 2, 24, 40), options.get("sinks", False)
     pages = 96 * PAGE // options.get("page", PAGE)
-    spec, built = kernel(*shape, torch.float32, pages=pages, **options)
+    options = {"dtype": torch.float32, **options}
+    spec, built = kernel(*shape, pages=pages, **options)
     assert paged_attention.max_spans(spec) == 3 and built.source.finishes
-    batch = Batch(LONG, *shape, torch.float32, page=options.get("page", PAGE), pages=pages)
+    batch = Batch(LONG, *shape, options["dtype"], page=options.get("page", PAGE), pages=pages)
     few = batch.run(built, sinks)
     expected = paged_attention.reference(spec, *batch.arguments(sinks))
     torch.testing.assert_close(few, expected, atol=2e-5, rtol=2e-5)

@@ -17,6 +17,7 @@ import torch
 
 from aios_compile.codegen.cpp import (
     build,
+    kv_write,
     linear,
     paged_attention,
     qk_norm_rope_kv_write,
@@ -112,13 +113,13 @@ def add_attention(jobs):
         source = paged_attention.emit(spec)
         jobs.add(source, sizes, inputs, [list(batch.shape)], poison=dtype == torch.float32)
     shape, pages = (4, 2, 24, 40), 96
-    spec, _ = test_paged_attention.kernel(*shape, torch.bfloat16, pages=pages)
-    batch = test_paged_attention.Batch(
-        test_paged_attention.LONG, *shape, torch.bfloat16, pages=pages
-    )
-    inputs, sizes = batch.arguments(), {"T": batch.shape[0], "S": 4, "R": 1, "P": pages}
-    inputs[0] = torch.randn((batch.shape[0] - 1) * 8 * 24 + 4 * 24)
-    jobs.add(paged_attention.emit(spec), sizes, inputs, [list(batch.shape)])
+    for dtype in (torch.bfloat16, torch.int8):
+        spec, _ = test_paged_attention.kernel(*shape, dtype, pages=pages)
+        batch = test_paged_attention.Batch(test_paged_attention.LONG, *shape, dtype, pages=pages)
+        inputs, sizes = batch.arguments(), {"T": batch.shape[0], "S": 4, "R": 1, "P": pages}
+        inputs[0] = torch.randn((batch.shape[0] - 1) * 8 * 24 + 4 * 24)
+        poison = dtype == torch.int8  # scales of unused slots are NaN
+        jobs.add(paged_attention.emit(spec), sizes, inputs, [list(batch.shape)], poison=poison)
 
 
 def add_rope_and_writes(jobs):
@@ -145,6 +146,24 @@ def add_rope_and_writes(jobs):
     values += [torch.randn(3, 16), torch.randn(3, 16)]
     values += [torch.zeros(2, 2, 24, page).bfloat16(), torch.zeros(2, 2, page, 24).bfloat16()]
     jobs.add(source, {"T": 3}, [*values, torch.tensor([0, 17, 31])], [(3, 4, 24), 5, 6])
+
+
+def add_write_of_codes(jobs):
+    scales = ((2, 1, 32), torch.float32)
+    inputs = {
+        "k": (("T", 1, 7), torch.float32),
+        "v": (("T", 1, 19), torch.float32),
+        "k_cache": ((2, 1, 7, 32), torch.int8),
+        "v_cache": ((2, 1, 32, 19), torch.int8),
+        "k_scales": scales,
+        "v_scales": scales,
+        "slots": (("T",), torch.int64),
+    }
+    body, operands = make_body(test_kv_write.write_codes, inputs)
+    source = kv_write.emit(kv_write.spec_of(body, operands))
+    values = [torch.randn(3, 1, 7), torch.randn(3, 1, 19)]
+    values += [torch.zeros(shape, dtype=dtype) for shape, dtype in list(inputs.values())[2:6]]
+    jobs.add(source, {"T": 3}, [*values, torch.tensor([0, 17, 63])], [2, 3, 4, 5])
 
 
 def add_sample(jobs):
@@ -183,7 +202,7 @@ def run_sanitized(jobs, folder: Path) -> subprocess.CompletedProcess:
 
 def test_no_kernel_touches_memory_that_is_not_its_own(tmp_path: Path):
     jobs = Jobs()
-    for add in (add_linear, add_attention, add_rope_and_writes, add_sample):
+    for add in (add_linear, add_attention, add_rope_and_writes, add_write_of_codes, add_sample):
         add(jobs)
     run = run_sanitized(jobs, tmp_path)
     assert run.returncode == 0 and run.stdout == "done\n", run.stderr[-3000:]

@@ -75,6 +75,22 @@ def test_formats_by_name_and_what_is_refused(load: Load) -> None:
             load(SHAKESPEARE, quantization=bad)
 
 
+def test_a_tied_table_is_stored_once_by_choice(load: Load) -> None:
+    """The bf16 table beside the head's codes goes; logits stay near those with it."""
+    options = {"quantization": "int8", "quantize_embeddings": True}
+    model, plain = load("llama_tied", **options), load("llama_tied", quantization="int8")
+    assert len(model.program.weights) == len(plain.program.weights) - 1
+    assert not any(
+        "embed" in w.recipe and "quantize" not in w.recipe for w in model.program.weights
+    )
+    ids = torch.arange(3, 60)
+    want = plain(ids)
+    assert 0 < (model(ids) - want).abs().max() < 0.02 * want.abs().max()
+    assert "measured before quantising" in " ".join(model.report().notes)
+    with pytest.raises(ConfigError, match="quantize_embeddings=True"):
+        load("llama_tied", quantize_embeddings=True)
+
+
 def test_a_request_does_not_depend_on_its_batch(load: Load) -> None:
     model = load(SHAKESPEARE, quantization="int4", num_threads=2)
     prompts = ["ROMEO:\n", "To be, or not to be", "First Citizen:\nBefore we proceed any further,"]

@@ -47,6 +47,10 @@ EXAMPLES: dict[str, tuple[Any, ...]] = {
     "sdpa": (rand(2, 3, 8), rand(2, 3, 8), rand(2, 3, 4), None, True, None, False),
     "attention": (rand(3, 4, 8), rand(3, 2, 8), rand(3, 2, 4), 0.3, 2, 5.0, None, rand(4)),
     "paged_attention": (rand(4, 4, 8), *caches(), *steps(), 0.3, None, None, 4, None),
+    "quantized_kv_write": (
+        *(rand(3, 2, 8), rand(3, 2, 4), *(c.to(torch.int8) for c in caches())),
+        *(rand(6, 2, 16), rand(6, 2, 16), torch.tensor([35, 16, 90])),
+    ),
     "kv_write": (rand(3, 2, 8), rand(3, 2, 4), *caches(), torch.tensor([35, 16, 90])),
     "quantize_rows": (rand(5, 64, dtype=torch.bfloat16), "int4_g32_f16"),
     "dequantize_rows": (aios.quantize_rows(rand(5, 64), "int8_g32_f16"), "int8_g32_f16"),

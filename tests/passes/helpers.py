@@ -107,13 +107,16 @@ class Applied:
 
 
 def apply(
-    function: Callable[[fx.Graph, PassContext], int], module: IRModule, target: str = "cpp"
+    function: Callable[[fx.Graph, PassContext], int],
+    module: IRModule,
+    target: str = "cpp",
+    options: PassOptions | None = None,
 ) -> Applied:
     """Run a pass on every graph as the runner does, without its proofs."""
     hits: dict[str, int] = {}
     refusals: list[str] = []
     for name in module.graphs():
-        context = PassContext(module, name, PassOptions(target=target))
+        context = PassContext(module, name, options or PassOptions(target=target))
         hits[name] = function(context.graph_module.graph, context)
         refusals += [r.reason for r in context.refusals]
         drop_dead(module)

@@ -12,6 +12,7 @@ from torch import fx
 from aios_compile.ir import snapshot
 from aios_compile.ir.module import IRModule, placeholders
 from aios_compile.ir.quant_format import QuantFormat
+from aios_compile.ir.quantization_error import limit_of, measure, relative_error
 from aios_compile.ir.quantized import dequantize
 from aios_compile.passes.context import PassContext, PassOptions
 from aios_compile.passes.graph_pass import graph_pass
@@ -106,6 +107,62 @@ def level2_model(**changes: Any) -> IRModule:
     module = helpers.captured("llama", torch.bfloat16, **{**WIDE, **changes})
     run_pipeline(module, [RAISE], PassOptions(), verify=0)
     return module
+
+
+def test_a_tied_table_is_stored_once_by_choice() -> None:
+    module = level2_model(tie_word_embeddings=True)
+    options = PassOptions(quantization=INT8, quantize_embeddings=True)
+    stage = Stage(module.level, (merge_qkv, merge_gate_up, quantize_weights))
+    result = run_pipeline(module, [stage], options)[-1]
+    assert result.hits == 6 and result.kept and result.max_error is not None, result
+    tables = [r for r in module.weights.values() if any("embed" in n for n in r.names)]
+    assert len(tables) == 1 and "quantize_rows" in tables[0].text()
+    nodes = module.root.graph.find_nodes(
+        op="call_function", target=aios.quantized_embedding.default
+    )
+    assert len(nodes) == 1 and nodes[0].meta["val"].dtype == torch.float32
+
+
+def test_weights_that_lose_too_much_stay_with_the_reason() -> None:
+    kept = (("model.layers.1.mlp.down_proj.weight", "model.layers.*.mlp.down_proj would lose 20%"),)
+    module = level2_model()
+    options = PassOptions(quantization=INT8, kept_weights=kept)
+    stage = Stage(module.level, (merge_qkv, merge_gate_up, quantize_weights))
+    result = run_pipeline(module, [stage], options, verify=0)[-1]
+    assert result.hits == 4 and "would lose 20%" in result.refusals[0]
+    texts = [r.text() for r in module.weights.values()]
+    assert all("quantize" not in text for text in texts if "down_proj" in text)
+
+
+@pytest.mark.parametrize("form", [INT8, "int4_g32_f16", "uint4_g64_f16_min_f16"])
+def test_the_measure_is_the_error_of_a_layer_s_outputs(form: str) -> None:
+    """Of independent inputs that are alike; the limit: what a bit less costs normal weights."""
+    generator = torch.Generator().manual_seed(3)
+    normal = torch.randn(32, 512, generator=generator)
+    x = torch.randn(4096, 512, generator=generator)
+    lost = dequantize(aios.quantize_rows(normal, form), QuantFormat.parse(form)) - normal
+    outputs = float((x @ lost.T).norm() / (x @ normal.T).norm())
+    assert relative_error(normal, form) == pytest.approx(outputs, rel=0.05)
+    assert limit_of(form) == pytest.approx(2 * outputs, rel=0.1)
+    named = {f"model.layers.{i}.mlp.up_proj.weight": normal * 10.0**i for i in range(3)}
+    found = measure({**named, "norm": normal[0], "nan": normal * torch.nan}.items(), form)
+    assert set(found.errors) == set(named) and not found.kept_weights()
+    assert "none is kept" in found.remarks()[0]
+
+
+def test_groups_that_one_value_rules_are_kept() -> None:
+    """Whatever the layer: the layers of a place are one region. Another place is not touched."""
+    generator = torch.Generator().manual_seed(4)
+    normal = torch.randn(64, 512, generator=generator)
+    ruled = normal.clone()
+    ruled[:, ::32] *= 100
+    weights = {f"model.layers.{i}.mlp.down_proj.weight": ruled for i in range(3)}
+    weights["model.layers.3.mlp.down_proj.weight"] = normal
+    weights["model.layers.3.mlp.up_proj.weight"] = normal
+    found = measure(weights.items(), INT8)
+    assert set(found.kept) == {"model.layers.*.mlp.down_proj.weight"}
+    assert {name for name, _ in found.kept_weights()} == set(list(weights)[:4])
+    assert "one bit fewer" in found.kept_weights()[3][1] and "down_proj" in found.remarks()[0]
 
 
 @graph_pass(numerics="lossy")

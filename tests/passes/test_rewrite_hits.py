@@ -11,6 +11,7 @@ import torch
 from aios_compile.ir.module import IRModule, Level, is_kernel_call
 from aios_compile.ir.refresh import refresh
 from aios_compile.ir.verifier import verify
+from aios_compile.passes.context import PassOptions
 from aios_compile.passes.graph_pass import info_of
 from aios_compile.passes.pipeline import FUSE, RAISE, REWRITE
 from tests.passes import helpers, level2
@@ -48,14 +49,17 @@ ON_TRITON = {  # five kernels a layer
 }
 TRITON_LAYER = ["linear", "kv_write_attention", "linear", "linear", "linear"]
 IDS = list(range(3, 43))
+STATES = ("k_cache_int8", "k_scales", "v_cache_int8", "v_scales")
 
 
-def lowered(module: IRModule, target: str = "cpp") -> dict[str, tuple[int, int]]:
+def lowered(
+    module: IRModule, target: str = "cpp", options: PassOptions | None = None
+) -> dict[str, tuple[int, int]]:
     """Take a program to level 3, verifying after each pass; return (layer, outer) hits a pass."""
     hits = {}
     for stage in (RAISE, REWRITE, FUSE):
         for function in [p for p in stage.passes if info_of(p).target in ("", target)]:
-            applied = helpers.apply(function, module, target).hits
+            applied = helpers.apply(function, module, target, options).hits
             refresh(module)
             verify(module)
             layers = [n for name, n in applied.items() if name]
@@ -70,9 +74,11 @@ def kinds(module: IRModule, region: str) -> list[str]:
     return [n.meta["kernel"] for n in nodes if is_kernel_call(n)]
 
 
-def paged_logits(module: IRModule) -> torch.Tensor:
-    """Run a sequence in chunks through permuted pages."""
+def paged_logits(module: IRModule, *, codes: bool = False) -> torch.Tensor:
+    """Run a sequence in chunks through permuted pages. codes: int8 caches hold rounded codes."""
     caches = level2.empty_caches(module)
+    if codes:
+        caches |= {n: c.mul(0).to(torch.int8) for n, c in caches.items() if n.endswith("_int8")}
     cuts = (0, 17, 18, 40)
     parts = [
         level2.step(module, [(IDS[a:b], a, [9, 2, 5])], caches)["logits"]
@@ -93,6 +99,21 @@ def test_hits_are_pinned_and_level_3_computes_what_was_captured(family: str, tar
     assert module.level is Level.KERNELS
     assert kinds(module, "layer") == (LAYER if target == "cpp" else TRITON_LAYER)
     helpers.assert_same([want], [paged_logits(module)])
+
+
+def test_an_int8_cache_changes_no_other_pass() -> None:
+    """The same hits and kernels; logits within what half a step of 254 can make of them."""
+    module = helpers.captured("mistral", torch.bfloat16, sliding_window=9)
+    values = {"token_ids": torch.tensor(IDS), "positions": torch.arange(len(IDS))}
+    (want,) = helpers.evaluate(module, values, len(IDS))
+    hits = lowered(module, options=PassOptions(quantize_kv=True))
+    assert {name: hits[name] for name in HITS} == HITS and hits["quantize_kv"] == (1, 0)
+    assert kinds(module, "layer") == LAYER
+    names = [name.removeprefix("layer_") for name in module.states]
+    assert sorted(names) == [f"{i}_{n}" for i in (0, 1) for n in STATES]
+    helpers.assert_same([want], [paged_logits(module)])
+    lost = (paged_logits(module, codes=True) - want).abs().max() / want.abs().max()
+    assert 1e-5 < lost < 0.02, lost
 
 
 def foreign(name: str) -> Any:

@@ -72,6 +72,7 @@ PROGRAMS: dict[str, Callable[[], IRModule]] = {
     "quantised": lambda: captured("qwen3"),
     "triton": lambda: captured("qwen3"),
     "rounded": lambda: captured("qwen3", torch.bfloat16),
+    "int8_kv": lambda: captured("mistral", sliding_window=9),
     "experts": lambda: _traced(experts),
     "stored": _stored,
     "strided": lambda: _traced(strided),
@@ -83,6 +84,7 @@ OPTIONS = {
     "quantised": PassOptions(quantization="int8_g32_f16"),
     "triton": PassOptions(target="triton"),
     "rounded": PassOptions(bf16_dot=True),
+    "int8_kv": PassOptions(quantize_kv=True),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tests.planted.plants import calls, input_named, plant, rebuild, set_argumen
 
 aten, aios = torch.ops.aten, torch.ops.aios
 WRITE, PAGED = aios.kv_write.default, aios.paged_attention.default
+QUANTIZED_WRITE = aios.quantized_kv_write.default
 
 
 def _shifted(graph: fx.Graph, node: fx.Node, context: PassContext, by: int) -> fx.Node:
@@ -92,6 +94,54 @@ def reads_the_old_cache(graph: fx.Graph, context: PassContext) -> int:
     node = calls(graph, PAGED)[0]
     old_k, old_v = write.args[2], write.args[3]
     node.args = (node.args[0], old_k, old_v, *node.args[3:])
+    return 1
+
+
+def _change_scales(graph: fx.Graph, change: Callable[[Any, Any], tuple[Any, Any]]) -> int:
+    node = calls(graph, PAGED)[0]
+    k, v = change(node.kwargs["k_scales"], node.kwargs["v_scales"])
+    node.kwargs = {**node.kwargs, "k_scales": k, "v_scales": v}
+    return 1
+
+
+@plant("quantize_kv", "int8_kv")
+def scales_swapped_where_they_are_read(graph: fx.Graph, context: PassContext) -> int:
+    return _change_scales(graph, lambda k, v: (v, k))
+
+
+@plant("quantize_kv", "int8_kv")
+def scales_not_read(graph: fx.Graph, context: PassContext) -> int:
+    return _change_scales(graph, lambda k, v: (None, None))
+
+
+@plant("quantize_kv", "int8_kv")
+def scales_of_the_step_before(graph: fx.Graph, context: PassContext) -> int:
+    write = calls(graph, QUANTIZED_WRITE)[0]
+    return _change_scales(graph, lambda k, v: (write.args[4], v))
+
+
+@plant("quantize_kv", "int8_kv")
+def quantised_keys_and_values_swapped(graph: fx.Graph, context: PassContext) -> int:
+    return swap(calls(graph, QUANTIZED_WRITE)[0], 0, 1)
+
+
+@plant("quantize_kv", "int8_kv")
+def quantised_slot_shifted(graph: fx.Graph, context: PassContext) -> int:
+    return _shift_input(graph, "slots", context, 1)
+
+
+@plant("quantize_kv", "int8_kv")
+def window_lost_with_the_scales(graph: fx.Graph, context: PassContext) -> int:
+    return set_argument(calls(graph, PAGED), 7, lambda window: None)
+
+
+@plant("quantize_kv", "int8_kv")
+def keys_a_hundredth_too_large(graph: fx.Graph, context: PassContext) -> int:
+    """Within what rounding to int8 may change: only the exact comparison sees it."""
+    node = calls(graph, QUANTIZED_WRITE)[0]
+    with graph.inserting_before(node):
+        larger = context.call(graph, aten.mul.Tensor, node.args[0], 1.01, source=[node])
+    node.args = (larger, *node.args[1:])
     return 1
 
 

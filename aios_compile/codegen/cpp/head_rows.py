@@ -2,10 +2,12 @@
 
 out[t, h] = rotate(norm(q[t, h])); k_cache[page, g, :, offset] = rotate(norm(k[t, g]));
 v_cache[page, g, offset, :] = v[t, g] with page, offset = slots[t] divided by the page size. Norm
-and rotation are each optional, and so is q or the pair k, v.
+and rotation are each optional, and so is q or the pair k, v. Int8 caches get rint(x * 127 / max|x|)
+of a head and their scales max|x| / 127 (ir/quantized.py: quantize_groups).
 Layouts: q[T, H, D], k[T, G, D], v[T, G, Dv] float32, elements of a head dense, any token and head
 stride (slices of the merged projection); cos, sin [T, R] float32, R <= D; norm weights [D] of any
-float dtype; slots i64[T]; k_cache[N, G, D, page], v_cache[N, G, page, Dv] in float32, bf16 or f16.
+float dtype; slots i64[T]; k_cache[N, G, D, page], v_cache[N, G, page, Dv] in float32, bf16, f16 or
+int8 with k_scales, v_scales f32[N, G, page].
 Bytes a token: each head read and written once. Items: (token, head).
 """
 
@@ -13,7 +15,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aios_compile.codegen.cpp.template import C_TYPES, constants, kernel, number, pointer
+from aios_compile.codegen.cpp.template import (
+    C_TYPES,
+    constants,
+    kernel,
+    number,
+    pointer,
+    template_text,
+)
 from aios_compile.codegen.operand import Dim, Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import Strided
@@ -42,14 +51,36 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Write:
-    """The values, the slots and the caches of a KV write, and its outputs' positions."""
+    """The values, the slots and the caches of a KV write, and its outputs' positions.
+
+    states: k cache, v cache and, of int8 caches, k scales and v scales; outputs: in that order.
+    """
 
     value: Strided
     slots: Strided
-    k_cache: Strided
-    v_cache: Strided
-    k_output: int
-    v_output: int
+    states: tuple[Strided, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def k_cache(self) -> Strided:
+        return self.states[0]
+
+    @property
+    def v_cache(self) -> Strided:
+        return self.states[1]
+
+    @property
+    def k_output(self) -> int:
+        return self.outputs[0]
+
+    @property
+    def v_output(self) -> int:
+        return self.outputs[1]
+
+    @property
+    def in_codes(self) -> bool:
+        """Return whether the caches are int8, with scales."""
+        return len(self.states) == 4
 
 
 @dataclass(frozen=True)
@@ -107,11 +138,11 @@ def fits(spec: HeadRowsSpec) -> bool:
     page, width = v.shape[2:]
     return (
         k.dtype == v.dtype
-        and k.dtype in FLOATS
+        and (k.dtype == "i8" if spec.write.in_codes else k.dtype in FLOATS)
         and k.strides[2:] == (page, 1)
         and v.strides[2:] == (width, 1)
-        and spec.write.k_cache.offset == 0
-        and spec.write.v_cache.offset == 0
+        and all(state.offset == 0 for state in spec.write.states)
+        and all(s.operand.strides[2] == 1 for s in spec.write.states[2:])
     )
 
 
@@ -132,10 +163,11 @@ def emit(spec: HeadRowsSpec) -> KernelSource:
     definitions += _write(spec.write)
     inplace: tuple[tuple[int, int], ...] = ()
     if spec.write is not None:
-        inplace = (
-            (spec.write.k_output - spec.num_inputs, spec.write.k_cache.index),
-            (spec.write.v_output - spec.num_inputs, spec.write.v_cache.index),
+        inplace = tuple(
+            (output - spec.num_inputs, state.index)
+            for output, state in zip(spec.write.outputs, spec.write.states)
         )
+    in_codes = spec.write is not None and spec.write.in_codes
     return kernel(
         spec.name,
         spec,
@@ -144,6 +176,7 @@ def emit(spec: HeadRowsSpec) -> KernelSource:
         template="head_rows",
         inplace=inplace,
         lines=spec.lines,
+        headers=("quantized.h",) if in_codes else (),
     )
 
 
@@ -195,14 +228,24 @@ def _write(write: Write | None) -> list[str]:
         absent = [("slot_at", "int64_t", 1), ("value_at", "float", 2)]
         absent += [("key_page", "KeyValue", 2), ("value_page", "KeyValue", 2)]
         lines = [_absent(*a) for a in absent]
-        return [constants(PAGE=1, V_WIDTH=0), "using KeyValue = float;", *lines]
+        return [
+            constants(PAGE=1, V_WIDTH=0),
+            "using KeyValue = float;",
+            *lines,
+            template_text("put_floats"),
+        ]
     k, v, slots, value = write.k_cache, write.v_cache, write.slots, write.value
     page, width = v.operand.shape[2:]
+    k_output, v_output, *scale_outputs = write.outputs
+    at = zip(("key_scales", "value_scales"), scale_outputs, write.states[2:])
+    scales = [pointer(name, o, s.operand, ("page", "head")) for name, o, s in at]
     return [
         constants(PAGE=_int(page), V_WIDTH=_int(width)),
         f"using KeyValue = {C_TYPES[k.operand.dtype]};",
         pointer("slot_at", slots.index, slots.operand, ("t",), slots.offset),
         pointer("value_at", value.index, value.operand, ("t", "h"), value.offset),
-        pointer("key_page", write.k_output, k.operand, ("page", "head")),
-        pointer("value_page", write.v_output, v.operand, ("page", "head")),
+        pointer("key_page", k_output, k.operand, ("page", "head")),
+        pointer("value_page", v_output, v.operand, ("page", "head")),
+        *scales,
+        template_text("put_codes" if scale_outputs else "put_floats"),
     ]

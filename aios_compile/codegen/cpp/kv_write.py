@@ -2,7 +2,7 @@
 
 k_cache[page, g, d, offset] = k[t, g, d] (transposed: a page's keys are one vector) and
 v_cache[page, g, offset, :] = v[t, g, :], page = slots[t] / page size, rounded once to the cache's
-dtype. Layouts, bytes and items: see head_rows.py.
+dtype, or as int8 codes with a scale a token and head. Layouts, bytes and items: see head_rows.py.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> HeadRowsSpec |
     return spec if spec.k.eps is None and not spec.k.rotated else None
 
 
-def reference(spec: HeadRowsSpec, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+def reference(spec: HeadRowsSpec, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Compute the caches after the write in eager PyTorch; tensors in the op's order."""
     import torch
 
-    k, v = torch.ops.aios.kv_write.default(*tensors)
-    return k, v
+    aios = torch.ops.aios
+    op = aios.kv_write if len(tensors) == 5 else aios.quantized_kv_write
+    return tuple(op.default(*tensors))
 
 
 def emit(spec: HeadRowsSpec) -> KernelSource:

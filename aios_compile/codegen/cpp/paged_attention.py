@@ -1,8 +1,10 @@
 """out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h / G]) v[j, h / G] over the visible keys j.
 
 Layouts: q[T, H, D] float32 (any token and head stride), k_cache[N, Hkv, D, page] and
-v_cache[N, Hkv, page, Dv] in float32, bf16 or f16, query_starts i64[S+1], context_lengths i64[S],
-page_tables i64[S, P], sinks f32[H] (optional), out[T, H, Dv] float32. Sums in float32.
+v_cache[N, Hkv, page, Dv] in float32, bf16, f16 or int8, then with k_scales, v_scales
+f32[N, Hkv, page], which multiply scores and probabilities (the codes become floats as they are);
+query_starts i64[S+1], context_lengths i64[S], page_tables i64[S, P], sinks f32[H] (optional),
+out[T, H, Dv] float32. Sums in float32.
 Visible: causal; window w: the last w keys; chunk c: keys of the query's chunk of c positions.
 Alibi: slope * (j - position of t) is added to the capped scores (Press et al., 2021).
 Bytes: K and V of a sequence once for each (key/value head, tile of up to 32 rows = tokens * group).
@@ -20,7 +22,7 @@ token reads at 69-76 % of the read bandwidth with pages in random order, 71-88 %
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +45,7 @@ STEP_PAGES = 4  # scores that are made at once; a partial result is a whole numb
 SPAN_TOKENS = 512  # of a partial result, about: merging costs little beside so many
 SPLIT_TOKENS = 16  # of a step whose spans are shared out; more tokens share out themselves
 ARGUMENTS = ("q", "k_cache", "v_cache", "query_starts", "context_lengths", "page_tables")
+OPTIONAL = ("sinks", "k_scales", "v_scales")  # tensors that may be missing
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class PagedAttentionSpec:
     chunk: int | None
     num_operands: int
     alibi: tuple[float, ...] | None = None
+    k_scales: Strided | None = None
+    v_scales: Strided | None = None
     lines: tuple[str, ...] = ()
 
 
@@ -67,26 +72,28 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> PagedAttention
     node: Any = result[0] if isinstance(result, (tuple, list)) and len(result) == 1 else result
     if not isinstance(node, fx.Node) or node.target is not torch.ops.aios.paged_attention.default:
         return None
-    views = [resolve(argument, operands) for argument in node.args[:3]]
-    held = tuple(view for view in views if view is not None)
-    return spec_at(node, operands, held, operands[-1]) if len(held) == 3 else None
+    return spec_at(node, operands, {}, operands[-1])
 
 
 def spec_at(
-    node: fx.Node, operands: Sequence[Operand], views: tuple[Strided, ...], out: Operand
+    node: fx.Node, operands: Sequence[Operand], known: Mapping[str, Strided], out: Operand
 ) -> PagedAttentionSpec | None:
-    """Return the spec of an aios.paged_attention whose q and caches are read at `views`."""
-    names = (*ARGUMENTS, "scale", "window", "softcap", "chunk", "sinks", "alibi")
+    """Return the spec of an aios.paged_attention; `known`: where arguments are that are computed
+    in the body.
+    """
+    names = (*ARGUMENTS, "scale", "window", "softcap", "chunk", "sinks", "alibi", *OPTIONAL[1:])
     bound: dict[str, Any] = dict(zip(names, node.args)) | dict(node.kwargs)
-    rest = [resolve(bound[name], operands) for name in ARGUMENTS[3:]]
-    sinks = resolve(bound.get("sinks"), operands)
-    if any(i is None for i in rest) or (bound.get("sinks") is not None and sinks is None):
+    given = {
+        name: known[name] if name in known else resolve(bound.get(name), operands)
+        for name in (*ARGUMENTS, *OPTIONAL)
+    }
+    if any(bound.get(name) is not None and view is None for name, view in given.items()):
         return None
     owner = node.graph.owning_module
     assert isinstance(owner, fx.GraphModule)
     spec = PagedAttentionSpec(
-        (*views, *(i for i in rest if i is not None)),
-        sinks,
+        tuple(view for name in ARGUMENTS if (view := given[name]) is not None),
+        given["sinks"],
         out,
         float(bound["scale"]),
         bound.get("window"),
@@ -94,6 +101,8 @@ def spec_at(
         bound.get("chunk"),
         len(operands),
         None if bound.get("alibi") is None else tuple(map(float, bound["alibi"])),
+        given["k_scales"],
+        given["v_scales"],
         body_lines(owner),
     )
     return spec if _fits(spec) else None
@@ -102,11 +111,13 @@ def spec_at(
 def _fits(spec: PagedAttentionSpec) -> bool:
     q, k, v = (i.operand for i in spec.inputs[:3])
     page, head = v.shape[2], v.shape[3]
+    scales = [s.operand for s in (spec.k_scales, spec.v_scales) if s is not None]
     return (
         q.dtype == "f32"
         and spec.out.dtype == "f32"
         and k.dtype == v.dtype
-        and k.dtype in ("f32", "bf16", "f16")
+        and (k.dtype == "i8" if len(scales) == 2 else k.dtype in ("f32", "bf16", "f16"))
+        and all(s.dtype == "f32" and s.strides[2] == 1 for s in scales)
         and isinstance(page, int)
         and page % 16 == 0
         and q.strides[2] == 1
@@ -119,9 +130,10 @@ def _fits(spec: PagedAttentionSpec) -> bool:
 def reference(spec: PagedAttentionSpec, *tensors: Tensor) -> Tensor:
     """Compute the kernel's output in eager PyTorch; tensors in the op's order."""
     op = torch.ops.aios.paged_attention.default
-    sinks = tensors[6] if spec.sinks is not None else None
+    rest = list(tensors[6:])
+    sinks = rest.pop(0) if spec.sinks is not None else None
     options = (spec.scale, spec.window, spec.softcap, spec.chunk, sinks, spec.alibi)
-    result: Tensor = op(*tensors[:6], *options)
+    result: Tensor = op(*tensors[:6], *options, *rest)
     return result
 
 
@@ -153,19 +165,28 @@ def emit(spec: PagedAttentionSpec) -> KernelSource:
         pointer("start_of", starts.index, starts.operand, ("s",), starts.offset),
         pointer("length_of", lengths.index, lengths.operand, ("s",), lengths.offset),
     ]
-    if spec.sinks is not None:
-        definitions.append(
-            pointer("sink_at", spec.sinks.index, spec.sinks.operand, ("h",), spec.sinks.offset)
-        )
-    else:
-        definitions.append(
-            "AIOS_INLINE float* sink_at(const Sizes*, void* const*, int64_t) { return nullptr; }"
-        )
+    definitions += [
+        _optional("sink_at", spec.sinks, ("h",)),
+        constants(IN_CODES=spec.k_scales is not None),
+        _optional("key_scales_at", spec.k_scales, ("page", "head")),
+        _optional("value_scales_at", spec.v_scales, ("page", "head")),
+    ]
     definitions.append(template_text("attention_tile"))
     splits = max_spans(spec) > 1
     count = spec.num_operands
     source = kernel("paged_attention", spec, definitions, count, lines=spec.lines, finishes=splits)
     return dataclasses.replace(source, workspace=(parts,)) if splits else source
+
+
+def _optional(function: str, view: Strided | None, indices: Sequence[str]) -> str:
+    """Return the address function of a tensor that may be missing: a null pointer then."""
+    if view is not None:
+        return pointer(function, view.index, view.operand, indices, view.offset)
+    arguments = ", int64_t" * len(indices)
+    return (
+        f"AIOS_INLINE float* {function}(const Sizes*, void* const*{arguments}) "
+        "{ return nullptr; }"
+    )
 
 
 def span_pages(spec: PagedAttentionSpec) -> int:

@@ -19,6 +19,11 @@ from aios_compile.codegen.cpp.head_rows import Head, HeadRowsSpec, Rotation, Wri
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import RESHAPES, body_lines, resolve
+from aios_compile.ir import ops
+
+assert ops.TABLE, "the op table registers the aios operators"
+
+WRITES = (torch.ops.aios.kv_write.default, torch.ops.aios.quantized_kv_write.default)
 
 
 def single_output(body: fx.GraphModule) -> fx.Node | None:
@@ -71,23 +76,27 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> HeadRowsSpec |
     values = list(result) if isinstance(result, (tuple, list)) else [result]
     inputs = len(operands) - len(values)
     nodes = [computed(v) for v in values]
-    parts: dict[int, int] = {}  # 0: k cache, 1: v cache -> position among the outputs
+    parts: dict[int, int] = {}  # k cache, v cache, k scales, v scales -> place among the outputs
     writes = set()
     for i, node in enumerate(nodes):
         if node is not None and node.target is operator.getitem:
             write = node.args[0]
-            if isinstance(write, fx.Node) and write.target is torch.ops.aios.kv_write.default:
+            if isinstance(write, fx.Node) and write.target in WRITES:
                 parts[cast(int, node.args[1])] = i
                 writes.add(write)
     others = [i for i in range(len(nodes)) if i not in parts.values()]
-    if len(writes) != 1 or sorted(parts) != [0, 1] or len(others) > 1:
+    if len(writes) != 1 or len(others) > 1:
         return None
-    k_value, v_value, *rest = writes.pop().args
+    write = writes.pop()
+    k_value, v_value, *states, slots_value = write.args
+    if sorted(parts) != list(range(len(states))):
+        return None
     k = head_of(k_value, operands)
     q = head_of(values[others[0]], operands) if others else None
     v = head_rows.three_dimensional(resolve(v_value, operands))
-    k_cache, v_cache, slots = (resolve(r, operands) for r in rest)
-    if k is None or v is None or k_cache is None or v_cache is None or slots is None:
+    slots, written = resolve(slots_value, operands), [resolve(s, operands) for s in states]
+    caches = [state for state in written if state is not None]
+    if k is None or v is None or slots is None or len(caches) < len(states):
         return None
     rotations = {r for r in (k[1], q[1] if q else None) if r is not None}
     if (others and q is None) or len(rotations) > 1:
@@ -99,7 +108,7 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> HeadRowsSpec |
         q[0] if q else None,
         (inputs + others[0], operands[inputs + others[0]]) if others else None,
         k[0],
-        Write(v, slots, k_cache, v_cache, inputs + parts[0], inputs + parts[1]),
+        Write(v, slots, tuple(caches), tuple(inputs + parts[i] for i in sorted(parts))),
         rotations.pop() if rotations else None,
         len(operands),
         inputs,

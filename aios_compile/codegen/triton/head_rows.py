@@ -35,7 +35,9 @@ def bind(spec: HeadRowsSpec | None, operands: Sequence[Operand]) -> Bound[HeadRo
 
 
 def serves(spec: HeadRowsSpec) -> bool:
-    """Return whether every offset and stride is a number, as the template bakes them in."""
+    """Return whether caches are floats, and every offset and stride is a number (baked in)."""
+    if spec.write is not None and spec.write.in_codes:
+        return False
     views: list[Strided] = []
     for head in (spec.q, spec.k):
         views += [v for v in (head.source, head.weight) if v is not None] if head else []

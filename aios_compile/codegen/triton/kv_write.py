@@ -24,7 +24,7 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> Bound[HeadRows
     return head_rows.bind(kv_write.spec_of(body, operands), operands)
 
 
-def reference(spec: Bound[HeadRowsSpec], *tensors: Tensor) -> tuple[Tensor, Tensor]:
+def reference(spec: Bound[HeadRowsSpec], *tensors: Tensor) -> tuple[Tensor, ...]:
     """Compute the caches after the write in eager PyTorch; tensors in the op's order."""
     return kv_write.reference(spec.spec, *tensors)
 

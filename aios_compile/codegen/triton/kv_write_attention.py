@@ -51,8 +51,8 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> Bound[Pair] | 
     if rows is None or rows.q is None or rows.write is None:
         return None
     caches = (rows.write.k_cache, rows.write.v_cache)
-    views = (rows.q.source, *caches)
-    attends = attention.spec_at(reads[0], operands, views, operands[len(operands) - 3 + places[2]])
+    known = {"q": rows.q.source, "k_cache": caches[0], "v_cache": caches[1]}
+    attends = attention.spec_at(reads[0], operands, known, operands[len(operands) - 3 + places[2]])
     if attends is None or not (heads.fits(rows) and head_rows.serves(rows)):
         return None
     return Bound((rows, attends), tuple(operands)) if paged_attention.serves(attends) else None
@@ -90,7 +90,7 @@ def _rows(
     inputs = len(operands) - 3
     return HeadRowsSpec(
         "kv_write_attention", q[0], None, k[0],
-        Write(v, slots, k_cache, v_cache, inputs + places[0], inputs + places[1]),
+        Write(v, slots, (k_cache, v_cache), (inputs + places[0], inputs + places[1])),
         rotations.pop() if rotations else None, len(operands), inputs, body_lines(body),
     )  # fmt: skip
 

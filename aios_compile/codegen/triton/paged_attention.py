@@ -52,7 +52,9 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> Bound[PagedAtt
 
 
 def serves(spec: PagedAttentionSpec) -> bool:
-    """Return whether every offset, stride and table width is a number."""
+    """Return whether caches are floats, and every offset, stride and table width is a number."""
+    if spec.k_scales is not None:
+        return False
     views = [*spec.inputs, *([spec.sinks] if spec.sinks else [])]
     dims = [d for v in views for d in (v.offset, *v.operand.strides)]
     tables = spec.inputs[5].operand

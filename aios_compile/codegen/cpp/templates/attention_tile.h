@@ -3,11 +3,13 @@
 // a row's bits do not depend on its batch, its chunk of the prompt, the tile that computes it, or
 // on whether the spans of a row are computed side by side.
 //
-// The text before this one defines KeyValue (float, bf16 or f16), HEADS, KV_HEADS, D, DV, PAGE,
-// SCALE, SOFTCAP (0: none), WINDOW and CHUNK (0: none), HAS_SINKS, HAS_ALIBI and SLOPES of the
-// query heads (added: slope * (key - query)), AHEAD and SPAN (pages), MAX_SPANS (1: never side by
-// side), SPLIT_TOKENS, num_tokens(n), num_sequences(n), part_at(n, p, t, h, span) (a row of DV + 2
-// floats) and the addresses q_at, k_at, v_at, out_at, pages_of, start_of, length_of, sink_at.
+// The text before this one defines KeyValue (float, bf16, f16 or int8_t), IN_CODES (int8_t: of each
+// token and head there is a scale at key_scales_at and value_scales_at), HEADS, KV_HEADS, D, DV,
+// PAGE, SCALE, SOFTCAP (0: none), WINDOW and CHUNK (0: none), HAS_SINKS, HAS_ALIBI and SLOPES of
+// the query heads (added: slope * (key - query)), AHEAD and SPAN (pages), MAX_SPANS (1: never side
+// by side), SPLIT_TOKENS, num_tokens(n), num_sequences(n), part_at(n, p, t, h, span) (a row of
+// DV + 2 floats) and the addresses q_at, k_at, v_at, out_at, pages_of, start_of, length_of,
+// sink_at.
 
 constexpr int GROUP = HEADS / KV_HEADS;                 // query heads of one key/value head
 constexpr int TOKENS = GROUP >= 32 ? 1 : 32 / GROUP;    // query tokens of a tile
@@ -47,7 +49,27 @@ struct Step {
   const KeyValue* values[AHEAD];
   const KeyValue* next_keys[AHEAD];       // of the group that follows, to be fetched
   const KeyValue* next_values[AHEAD];
+  const float* key_scales[AHEAD];         // of int8 caches, a page each
+  const float* value_scales[AHEAD];
 };
+
+template <class X> AIOS_INLINE vf widened(const X* x) { return load(x); }
+template <class X> AIOS_INLINE vf widened(const X* x, int64_t count) { return load(x, count); }
+AIOS_INLINE vf widened(const int8_t* x) {
+#if AIOS_AVX512
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)x)));
+#elif AIOS_AVX2
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)x)));
+#else
+  typedef int8_t Codes __attribute__((vector_size(VL)));
+  return __builtin_convertvector(load_as<Codes>(x), vf);
+#endif
+}
+AIOS_INLINE vf widened(const int8_t* x, int64_t count) {
+  int8_t codes[VL] = {};
+  memcpy(codes, x, count);
+  return widened(codes);
+}
 
 // Bytes [at, at + SIZE) of the next step's page into L2. A page of a head is a few KiB somewhere:
 // the hardware's prefetch begins anew at each. Reading blocks of 4 KiB in random order: 9 GB/s a
@@ -72,7 +94,7 @@ AIOS_INLINE void dot(Tile& tile, int row, int page, const Step& step) {
     vf key[P * PAGE_VECTORS];
 #pragma GCC unroll 16
     for (int i = 0; i < P * PAGE_VECTORS; ++i)
-      key[i] = load(step.keys[page + i / PAGE_VECTORS] + d * PAGE + i % PAGE_VECTORS * VL);
+      key[i] = widened(step.keys[page + i / PAGE_VECTORS] + d * PAGE + i % PAGE_VECTORS * VL);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const vf value = splat(tile.q[row + r][d]);
@@ -122,8 +144,9 @@ AIOS_INLINE void dot_rows(Tile& tile, const Step& step) {
   for (; row < tile.rows; ++row) dot_some<1>(tile, row, step);
 }
 
-// Scores of a step -> probabilities relative to the highest score so far. Unused slots may hold
-// anything, NaN too: they are replaced, not multiplied by zero.
+// Scores of a step -> probabilities relative to the highest score so far, times the scales of int8
+// values. Unused slots may hold anything, NaN too: they are replaced, not multiplied by zero; what
+// their values' scales make of it is not read.
 AIOS_NOINLINE void softmax_step(Tile& tile, const Step& step) {
   const int begin = step.begin * PAGE, end = step.end * PAGE;
   for (int r = 0; r < tile.rows; ++r) {
@@ -138,7 +161,9 @@ AIOS_NOINLINE void softmax_step(Tile& tile, const Step& step) {
     const int32_t high = to < end ? (int32_t)to : end;
     vf top = splat(LOWEST);
     for (int i = begin; i < end; i += VL) {
-      vf score = load(s + i) * SCALE;
+      vf score = load(s + i);
+      if (IN_CODES) score *= load(step.key_scales[i / PAGE] + i % PAGE);
+      score *= SCALE;
       if (SOFTCAP != 0.0f) score = SOFTCAP * tanh(score / SOFTCAP);
       if constexpr (HAS_ALIBI)  // distances are exact in float32 below 2^24
         score += SLOPES[tile.head + r % GROUP] * to_float(lanes() + (i - (int32_t)to));
@@ -154,9 +179,10 @@ AIOS_NOINLINE void softmax_step(Tile& tile, const Step& step) {
     tile.highest[r] = highest;
     vf sum = load(tile.sums[r]) * tile.rescale[r];
     for (int i = begin; i < end; i += VL) {
-      const vf probability = exp(load(s + i) - highest);
-      store(s + i, probability);
+      vf probability = exp(load(s + i) - highest);
       sum += probability;
+      if (IN_CODES) probability *= load(step.value_scales[i / PAGE] + i % PAGE);
+      store(s + i, probability);
     }
     store(tile.sums[r], sum);
   }
@@ -181,8 +207,8 @@ AIOS_INLINE void add_values(Tile& tile, int row, int64_t column, const Step& ste
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) {
         const KeyValue* at = step.values[page] + j * DV + column + v * VL;
-        if constexpr (FULL) value[v] = load(at);
-        else value[v] = load(at, DV % VL);
+        if constexpr (FULL) value[v] = widened(at);
+        else value[v] = widened(at, DV % VL);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
@@ -271,6 +297,11 @@ AIOS_NOINLINE void attend(Tile* tiles, const Sizes* n, void* const* p, int64_t s
         step.values[j] = v_at(n, p, page, head + i);
         step.next_keys[j] = same ? k_at(n, p, page, head + i + 1) : k_at(n, p, next, head);
         step.next_values[j] = same ? v_at(n, p, page, head + i + 1) : v_at(n, p, next, head);
+        if (!IN_CODES) continue;
+        step.key_scales[j] = key_scales_at(n, p, page, head + i);
+        step.value_scales[j] = value_scales_at(n, p, page, head + i);
+        __builtin_prefetch(key_scales_at(n, p, same ? page : next, same ? head + i + 1 : head));
+        __builtin_prefetch(value_scales_at(n, p, same ? page : next, same ? head + i + 1 : head));
       }
       dot_rows(tiles[i], step);
       softmax_step(tiles[i], step);

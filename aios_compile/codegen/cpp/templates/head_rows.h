@@ -2,7 +2,8 @@
 //
 // The text before this one defines D, V_WIDTH, ROTATED (0: no rotation), INTERLEAVED, PAGE,
 // Q_HEADS and KV_HEADS (0: absent), num_tokens(n), the addresses, and for each of q and k
-// NORM, EPS and weight. Item = (token, head): query heads first, then key/value heads.
+// NORM, EPS and weight; put(n, p, page, h, offset, keys, values) stores both in the caches.
+// Item = (token, head): query heads first, then key/value heads.
 
 constexpr int64_t ITEM_HEADS = Q_HEADS + KV_HEADS;
 
@@ -64,13 +65,7 @@ AIOS_INLINE void head_rows(const Sizes* n, void* const* p, int64_t begin, int64_
     const int64_t page = slot / PAGE, offset = slot % PAGE;
     const float* x = prepare(n, p, t, k_at(n, p, t, h), K_NORM, k_weight(n, p), K_EPS, K_ROTATION,
                              buffer);
-    KeyValue* keys = key_page(n, p, page, h) + offset;  // transposed: an element a row of the page
-    for (int64_t d = 0; d < D; ++d) store1(keys + d * PAGE, x[d]);
-    const float* values = value_at(n, p, t, h);
-    KeyValue* row = value_page(n, p, page, h) + offset * V_WIDTH;
-    int64_t i = 0;
-    for (; i + VL <= V_WIDTH; i += VL) store(row + i, load(values + i));
-    if (i < V_WIDTH) store(row + i, load(values + i, V_WIDTH - i), V_WIDTH - i);
+    put(n, p, page, h, offset, x, value_at(n, p, t, h));
   }
 }
 
