@@ -18,6 +18,7 @@ from aios_compile.cli import (
     bisect,
     compile_target,
     doctor,
+    fuzz,
     generate,
     kernels,
     ladder,
@@ -83,6 +84,7 @@ command(app)(simulate.simulate)
 command(app, COMPILE)(kernels.kernels)
 command(app)(kernels.edit)
 command(app, COMPILE)(ladder.ladder)
+command(app)(fuzz.fuzz)
 command(app, name="env")(artefacts.show_env)
 command(cache_app, name="ls")(artefacts.cache_ls)
 command(cache_app, name="rm")(artefacts.cache_rm)

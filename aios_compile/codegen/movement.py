@@ -304,6 +304,8 @@ def gathered(reader: Reader, index: fx.Node, at: Coordinates, size: Dim) -> Line
 @rule("index_select")
 def _index_select(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
     source, dim, index = _args(node)
+    if not shape_of(source):
+        return reader.at(source, ())  # a number has one element to choose
     dim = dim % len(at)
     place = gathered(reader, index, (at[dim],), shape_of(source)[dim])
     return reader.at(source, _replaced(at, dim, place))
@@ -312,6 +314,8 @@ def _index_select(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
 @rule("gather")
 def _gather(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
     source, dim, index = _args(node)[:3]
+    if not shape_of(source):
+        return reader.at(source, ())
     dim = dim % len(at)
     place = gathered(reader, index, at, shape_of(source)[dim])
     return reader.at(source, _replaced(at, dim, place))

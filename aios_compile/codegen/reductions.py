@@ -81,6 +81,8 @@ def dims_of(node: fx.Node) -> tuple[fx.Node, tuple[int, ...]] | None:
         dims = _args(node)[2] if len(node.args) > 2 else node.kwargs.get("dim")
     if dims is None or isinstance(dims, bool) or len(dims) == 0:
         dims = range(rank)
+    if rank == 0:  # torch lets a number be reduced along "its" dimension 0 or -1
+        return source, ()
     return source, tuple(sorted({d % rank for d in dims}))
 
 

@@ -9,6 +9,9 @@ from torch import fx
 
 from aios_compile.ir.module import IRModule, body_of, is_region_call, outputs, placeholders
 
+aten = torch.ops.aten
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
 
 def refresh(module: IRModule) -> None:
     """Propagate fake values from the placeholders of root and regions through all graphs.
@@ -28,6 +31,20 @@ def _refresh_graph(module: IRModule, graph_module: fx.GraphModule) -> None:
                 done.add(str(node.target))
             node.meta["val"] = _result(body_of(node))
         else:
+            refresh_node(module, node)
+
+
+def refresh_layouts(module: IRModule, graph: fx.Graph) -> None:
+    """Recompute the values of one graph before level 3, where a view may still mean a reshape.
+
+    Region calls keep theirs. A pass leaves the strides of what comes after it as they were.
+    """
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in RESHAPES:
+            with module.mode:
+                source = node.args[0].meta["val"]
+                node.meta["val"] = source.reshape(node.meta["val"].shape)
+        elif node.op == "call_function":
             refresh_node(module, node)
 
 

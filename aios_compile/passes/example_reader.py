@@ -81,3 +81,8 @@ def _value(node: ast.expr, scope: Mapping[str, Any]) -> Any:
 
 def _values(nodes: Sequence[ast.expr], scope: Mapping[str, Any]) -> list[Any]:
     return [_value(node, scope) for node in nodes]
+
+
+def evaluate(expression: str, scope: Mapping[str, Any]) -> Any:
+    """Evaluate one expression over the names of `scope`."""
+    return _value(ast.parse(expression, mode="eval").body, scope)

@@ -7,11 +7,13 @@ read a view with the strides of a tensor that it does not know.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 
-from aios_compile.ir.module import outputs
+from aios_compile.ir.module import outputs, placeholders
+from aios_compile.ir.refresh import refresh_layouts
 from aios_compile.passes.context import PassContext
 from aios_compile.passes.graph_pass import graph_pass
 
@@ -42,6 +44,7 @@ def own_outputs(graph: fx.Graph, context: PassContext) -> int:
             b = aten.slice.Tensor(a, 1, 0, 32)
             return aten.clone.default(b, memory_format=torch.contiguous_format)
     """
+    refresh_layouts(context.module, graph)
     values, seen, hits = outputs(graph), set(), 0
     for i, value in enumerate(values):
         source = _whole_source(value)
@@ -58,7 +61,48 @@ def own_outputs(graph: fx.Graph, context: PassContext) -> int:
         seen.add(source)
     if hits:
         graph.output_node().args = (tuple(values),)
+    if not context.region:
+        hits += _agree_on_layouts(context)
     return hits
+
+
+def _agree_on_layouts(context: PassContext) -> int:
+    """Copy views that are given to regions; return how many. Regions then read dense values.
+
+    All calls of a region must give the same strides, whatever later passes make of the views. A
+    result that was a view of something may be a copy by now: the calls are told.
+    """
+    module, hits = context.module, 0
+    for name, region in module.regions().items():
+        calls = module.calls(name)
+        for call in calls:
+            call.meta["val"] = tuple(v.meta["val"] for v in outputs(region.graph))
+            for item in call.users:
+                index: Any = item.args[1]
+                item.meta["val"] = call.meta["val"][index]
+        for i, holder in enumerate(placeholders(region.graph)):
+            hits += sum(_copy_argument(context, call, i) for call in calls)
+            given = calls[0].args[i]
+            assert isinstance(given, fx.Node)
+            holder.meta["val"] = given.meta["val"]
+    return hits
+
+
+def _copy_argument(context: PassContext, call: fx.Node, index: int) -> int:
+    value = call.args[index]
+    assert isinstance(value, fx.Node)
+    if value.meta["val"].is_contiguous():
+        return 0
+    with call.graph.inserting_before(call):
+        copy = context.call(
+            call.graph,
+            aten.clone.default,
+            value,
+            memory_format=torch.contiguous_format,
+            source=[_origin(value)],
+        )
+    call.args = (*call.args[:index], copy, *call.args[index + 1 :])
+    return 1
 
 
 def _whole_source(value: fx.Node) -> fx.Node | None:

@@ -140,9 +140,21 @@ def _rewrite(graph: fx.Graph, node: fx.Node, match: Match, context: PassContext)
         if shape_of(user) == (*shape_of(outside)[:-1], width) and _keeps_rows(x):
             x, root = outside, user  # type: ignore[assignment]
     with graph.inserting_before(root):
-        arguments = (x, weight) if match.bias is None else (x, weight, match.bias)
+        flat = _flat_rows(graph, x, node, context)
+        arguments = (flat, weight) if match.bias is None else (flat, weight, match.bias)
         new = context.call(graph, aios.linear.default, *arguments, source=[node])
+        if flat is not x:
+            sizes = [s if isinstance(s, int) else -1 for s in root.meta["val"].shape]
+            new = context.call(graph, aten.view.default, new, sizes, source=[node])
     root.replace_all_uses_with(new)
+
+
+def _flat_rows(graph: fx.Graph, x: fx.Node, node: fx.Node, context: PassContext) -> fx.Node:
+    """Return x[..., K] as rows [M, K] where it has more than one dimension of rows."""
+    *rows, width = x.meta["val"].shape
+    if sum(not isinstance(s, int) or s != 1 for s in rows) < 2:
+        return x
+    return context.call(graph, aten.reshape.default, x, [-1, width], source=[node])
 
 
 def _keeps_rows(view: Any) -> bool:

@@ -27,6 +27,9 @@ CASES: dict[str, tuple[Callable[..., Any], Inputs]] = {
         lambda x, w, b: torch.addmm(b, x, w, alpha=2, beta=0.5),
         [(("T", 70), f32), ((70, 33), f32), ((33,), f32)],
     ),
+    # One k: a lane past the end read the same element, and the sum was 16 times too large.
+    "one_product": (lambda x, w: x @ w, [(("T", 1), f32), ((1, 1), f32)]),
+    "expanded": (lambda x, w: x.expand(-1, 5) @ w.t(), [(("T", 1), f32), ((3, 5), f32)]),
     "bf16_weight": (lambda x, w: x @ w.float().t(), [(("T", 70), f32), ((33, 70), bf16)]),
 }
 

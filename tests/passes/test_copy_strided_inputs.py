@@ -38,3 +38,20 @@ def test_fires_and_keeps_the_values() -> None:
 
 def test_dense_rows_are_left_alone() -> None:
     assert apply(copy_strided_inputs, trace(a_part_of_each_row)).total == 0
+
+
+def a_rotation(x: "f32[T, 4, 16]", c: "f32[T, 1]", s: "f32[T, 32]") -> Any:
+    return aios.rope(x, c.expand(-1, 16), s[:, ::2], False)
+
+
+def chosen_experts(x: "f32[T, 1]", w: "weight f32[4, 8, 32]", e: "i64[T]") -> Any:
+    return aios.expert_linear(x.expand(-1, 32), w, e)
+
+
+def test_rope_and_experts_read_copies() -> None:
+    """They had no emitter for such views: the compile was refused."""
+    for function, copies in ((a_rotation, 2), (chosen_experts, 1)):
+        module = trace(function)
+        before = evaluate(module)
+        assert apply(copy_strided_inputs, module).total == copies
+        assert_same(before, evaluate(module))

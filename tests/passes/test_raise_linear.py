@@ -29,7 +29,7 @@ def test_batched_product_with_a_broadcast_weight():
     def f(x: "f32[2, T, 64]", w: "weight f32[32, 64]"):
         return torch.bmm(x, w.t()[None].expand(2, 64, 32))
 
-    assert targets(check(raise_linear, f, 1)) == ["aios.linear"]
+    assert targets(check(raise_linear, f, 1)) == ["reshape", "aios.linear", "view"]
 
 
 def test_a_weight_stored_transposed_is_turned_by_the_loader():
@@ -103,3 +103,16 @@ def test_captured_gpt2():
     before = evaluate(module)
     assert apply(raise_linear, module).hits == {"layer": 4, "": 1}
     assert torch.allclose(before[0], evaluate(module)[0], atol=1e-9)
+
+
+def test_a_linear_of_heads_is_one_of_rows():
+    """A linear of [T, H, K] was raised as it is, and no kernel reads two dimensions of rows."""
+
+    def f(x: "f32[T, 4, 16]", w: "weight f32[24, 16]"):
+        return F.linear(x, w)
+
+    module = check(raise_linear, f)
+    (linear,) = module.root.graph.find_nodes(
+        op="call_function", target=torch.ops.aios.linear.default
+    )
+    assert linear.meta["val"].dim() == 2

@@ -220,6 +220,7 @@ def _read(nest: Nest, access: Access, dim: int, vector: bool) -> str:
     step = access.address.coefficient(dim)
     if not vector:
         return f"load1({place})"
-    if step == 0:
-        return f"splat(load1({place}))"
+    if step == 0:  # the same element for every k: lanes past the end must not count it
+        text = f"splat(load1({place}))"
+        return f"keep({text}, count, 0.0f)" if dim == 3 else text
     return f"load({place}, count)" if step == 1 else f"load_strided({place}, {dim_c(step)}, count)"

@@ -1,0 +1,1 @@
+"""Random programs, compiled and held against eager PyTorch and float64: `aios fuzz`."""

@@ -1,0 +1,172 @@
+"""Run many examples and count: what each pass fired on, what failed, what was refused."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from aios_compile.codegen.cpp import build
+from aios_compile.errors import ConfigError
+from aios_compile.passes.graph_pass import info_of
+from aios_compile.passes.pipeline import PIPELINE
+from aios_compile.study.fuzz.example import (
+    Compile,
+    Example,
+    FuzzFailure,
+    Outcome,
+    run_example,
+)
+from aios_compile.study.fuzz.generate import draw
+from aios_compile.study.fuzz.graph_ops import OPS
+from aios_compile.study.fuzz.patterns import PATTERNS
+from aios_compile.study.fuzz.shrink import shrink, write_script
+
+PASSES = tuple(info_of(p).name for p in PIPELINE)
+
+
+def passes_of(target: str) -> tuple[str, ...]:
+    """Return the passes that can fire on a target of this machine."""
+    found = [info_of(p).name for p in PIPELINE if info_of(p).target in ("", target)]
+    if not build.Target.host().bf16_dot:
+        found = [name for name in found if name != "round_activations"]
+    return tuple(found)
+
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failing example: its number, what is wrong, and the script that shows it."""
+
+    seed: int
+    number: int
+    message: str
+    script: str
+
+
+@dataclass
+class Tally:
+    """Counts over examples. fired: pass -> examples on which it rewrote something.
+
+    second_opinions: examples whose plain budget did not suffice. contexts: kinds of context.
+    """
+
+    examples: int = 0
+    fired: Counter[str] = field(default_factory=Counter)
+    contexts: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    second_opinions: int = 0
+    worst: float = 0.0
+    failures: list[Failure] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, example: Example, outcome: Outcome) -> None:
+        """Count one example."""
+        self.examples += 1
+        self.fired.update(name for name, hits in outcome.hits.items() if hits)
+        self.contexts.update(set(example.planted))
+        self.second_opinions += outcome.second
+        self.worst = max(self.worst, outcome.worst)
+        if outcome.refused:
+            self.refused[outcome.refused] += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what --json prints."""
+        return {
+            "examples": self.examples,
+            "seconds": round(self.seconds, 1),
+            "fired": {name: self.fired[name] for name in PASSES},
+            "second_opinions": self.second_opinions,
+            "worst_share_of_budget": self.worst,
+            "refused": dict(self.refused.most_common()),
+            "failures": self.failures,
+        }
+
+
+def check_names(passes: Sequence[str], ops: Sequence[str]) -> None:
+    """Raise ConfigError for a pass without patterns, or an operator that is not drawn."""
+    planted = sorted({p.pass_name for p in PATTERNS})
+    for name in passes:
+        if name not in planted:
+            raise ConfigError(f"no pass {name!r}", advice=f"there are {', '.join(planted)}")
+    for name in ops:
+        if name not in OPS:
+            raise ConfigError(f"no operator {name!r}", advice=f"there are {', '.join(OPS)}")
+
+
+def run_campaign(
+    numbers: Iterable[int],
+    *,
+    seed: int,
+    objects: Path,
+    scripts: Path,
+    passes: Sequence[str] = (),
+    ops: Sequence[str] = (),
+    target: str = "cpp",
+    seconds: float | None = None,
+    say: Say = lambda text: None,
+    compiler: Compile | None = None,
+    max_failures: int = 5,
+) -> Tally:
+    """Run the examples of `numbers` for at most `seconds`; shrink what fails to scripts.
+
+    objects: keeps built kernels. compiler: instead of compile_graph (tests plant bugs with it).
+    Ends early after `max_failures` failures.
+    """
+    check_names(passes, ops)
+    tally, begin = Tally(), time.monotonic()
+    for number in numbers:
+        if seconds is not None and time.monotonic() - begin > seconds:
+            break
+        example = draw(seed, number, passes, ops, target)
+        example = replace(example, setup=replace(example.setup, target=target))
+        try:
+            outcome = _outcome(example, objects, compiler)
+            tally.add(example, outcome)
+            if outcome.refused:
+                say(f"example {number} is refused: {outcome.refused}")
+        except FuzzFailure as failure:
+            say(f"example {number}: {failure}")
+            tally.examples += 1
+            small, message = _shrunk(example, objects, compiler, str(failure))
+            path = write_script(small, message, scripts / f"fuzz_{seed}_{number}.py")
+            tally.failures.append(Failure(seed, number, message, str(path)))
+            say(f"example {number} is {path}")
+            if len(tally.failures) >= max_failures:
+                break
+    tally.seconds = time.monotonic() - begin
+    return tally
+
+
+def _outcome(example: Example, objects: Path, compiler: Compile | None) -> Outcome:
+    """Run an example; an exception that nobody raised on purpose is a failure too."""
+    try:
+        return run_example(example, objects, compiler)
+    except FuzzFailure:
+        raise
+    except Exception as error:  # a crash of the compiler is what is looked for
+        raise FuzzFailure(f"crash: {type(error).__name__}: {error}") from error
+
+
+def _shrunk(
+    example: Example, objects: Path, compiler: Compile | None, message: str
+) -> tuple[Example, str]:
+    """Return the smallest failing example of the same kind, and its message."""
+    kind = message.split(":")[0]
+    messages = {example: message}
+
+    def fails(candidate: Example) -> bool:
+        try:
+            _outcome(candidate, objects, compiler)
+        except FuzzFailure as failure:
+            messages[candidate] = str(failure)
+            return str(failure).split(":")[0] == kind
+        return False
+
+    small = shrink(example, fails)
+    return small, messages[small]

@@ -1,0 +1,141 @@
+"""The Triton target without a GPU: a level-3 program whose kernels run in Triton's interpreter.
+
+TRITON_INTERPRET=1 must be set before triton is first imported. Tensors have the strides that level
+3 says; results and workspaces are poisoned before each launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from aios_compile.codegen.emit_kernels import Emitted, tensor_arguments
+from aios_compile.codegen.expression import TORCH_DTYPES
+from aios_compile.codegen.operand import Operand, dim_value
+from aios_compile.codegen.targets import emit
+from aios_compile.ir.module import IRModule, body_of, is_region_call, placeholders
+from aios_compile.passes.context import PassOptions
+from aios_compile.passes.result import PassResult
+from aios_compile.passes.runner import Stage, run_pipeline
+from aios_compile.runtime.torch_device import open_device
+from aios_compile.study.fuzz.compile_graph import prepare
+
+
+@dataclass(frozen=True)
+class _Input:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    inputs: tuple[_Input, ...]
+
+
+@dataclass
+class InterpretedGraph:
+    """A program of the Triton target. Call it as a CompiledGraph."""
+
+    module: IRModule
+    emitted: Emitted
+    kernels: list[Any]
+    results: list[PassResult] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        module = self.module
+        names = [n.name for n in placeholders(module.root.graph) if n.name in module.inputs]
+        self.program = _Inputs(tuple(_Input(module.inputs[name]) for name in names))
+        self.runner = self  # it owns nothing that lives longer
+        with torch.no_grad():
+            self.held = {n: r.run(module.tensors) for n, r in module.weights.items()}
+        for node in placeholders(module.root.graph):
+            if node.name in module.states:
+                value = node.meta["val"]
+                self.held[node.name] = torch.zeros(tuple(map(int, value.shape)), dtype=value.dtype)
+
+    def close(self) -> None:
+        """Release nothing: the tensors go with the object."""
+
+    def __call__(self, sizes: Mapping[str, int], **inputs: Tensor) -> list[Tensor]:
+        full = {"S": 1, "R": 1, "P": 8, **{n: sizes[n] for n in "TSR" if n in sizes}}
+        given = [
+            inputs[self.module.inputs[n.name]]
+            if n.name in self.module.inputs
+            else self.held[n.name]
+            for n in placeholders(self.module.root.graph)
+        ]
+        results = self._run(self.module.root, given, full)
+        states = set(self.module.states.values())
+        return [r.clone() for i, r in enumerate(results) if i not in states]
+
+    def _run(self, owner: fx.GraphModule, given: Sequence[Any], sizes: dict[str, int]) -> Any:
+        env: dict[fx.Node, Any] = dict(zip(placeholders(owner.graph), given))
+        for node in owner.graph.nodes:
+            if node.op == "output":
+                return fx.node.map_arg(node.args[0], env.__getitem__)
+            if node.op == "placeholder":
+                continue
+            args = fx.node.map_arg(node.args, env.__getitem__)
+            if node.op == "call_function":
+                named = fx.node.map_arg(node.kwargs, env.__getitem__)
+                env[node] = node.target(*args, **named)
+            elif is_region_call(owner, node):
+                env[node] = self._run(body_of(node), args, sizes)
+            else:
+                env[node] = self._launch(node, env, sizes)
+        raise AssertionError("the graph has no output")
+
+    def _launch(self, call: fx.Node, env: Mapping[fx.Node, Any], sizes: dict[str, int]) -> Any:
+        index = self.emitted.by_call[call]
+        source, kernel = self.emitted.sources[index], self.kernels[index]
+        tensors = [env[a] for a in tensor_arguments(call)]
+        several = isinstance(call.meta["val"], (tuple, list))
+        kinds = call.meta["val"] if several else [call.meta["val"]]
+        in_place: Mapping[int, int] = call.meta.get("written_in_place", {})
+        results = []
+        for i, kind in enumerate(kinds):
+            held = env[call.args[in_place[i]]] if i in in_place else None  # type: ignore[index]
+            results.append(_poisoned(Operand.of_value("", kind), sizes) if held is None else held)
+        spaces = [_poisoned(o, sizes) for o in source.workspace]
+        counters = [torch.zeros(source.counters, dtype=torch.int32)] if source.counters else []
+        kernel.launch([*tensors, *results, *spaces, *counters], **sizes)
+        return tuple(results) if several else results[0]
+
+
+def _poisoned(operand: Operand, sizes: Mapping[str, int]) -> Tensor:
+    """Return a tensor of an operand's shape and strides, full of NaN, or of -7."""
+    shape = [dim_value(d, sizes) for d in operand.shape]
+    dtype = TORCH_DTYPES[operand.dtype]
+    made = torch.empty_strided(shape, [dim_value(d, sizes) for d in operand.strides], dtype=dtype)
+    return made.fill_(float("nan") if dtype.is_floating_point else 1 if dtype is torch.bool else -7)
+
+
+def interpret_graph(
+    module: IRModule,
+    sizes: Mapping[str, int],
+    stages: Sequence[Stage],
+    verify: int = 0,
+    *,
+    objects: Path,
+    options: PassOptions,
+    disabled: Sequence[str] = (),
+) -> InterpretedGraph:
+    """Run `stages` on a program and emit its kernels for the Triton target, into `objects`.
+
+    Raises AiosError for what cannot be emitted.
+    """
+    device = open_device("interpreter")
+    prepare(module)
+    results = run_pipeline(module, stages, options, disabled=disabled, verify=verify)
+    emitted = emit(module, "interpreter")
+    objects.mkdir(parents=True, exist_ok=True)
+    kernels = []
+    for source in emitted.sources:
+        path = objects / f"{source.symbol}_{source.digest()[:12]}.py"
+        path.write_text(source.text, encoding="utf-8")
+        kernels.append(device.load(path))
+    return InterpretedGraph(module, emitted, kernels, results)

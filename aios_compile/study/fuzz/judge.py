@@ -1,0 +1,114 @@
+"""Hold results against float64: the error may be 4 times that of eager float32.
+
+Where eager happens to be more exact than its operations are, a second opinion decides: eager runs
+several times with each value perturbed by a relative 2**-24, and the largest error counts. That is
+stochastic arithmetic (Parker, Monte Carlo Arithmetic, 1997; Vignes, CESTAC, 1978): it measures how
+ill-conditioned a program is, and whether a comparison hangs on a rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from aios_compile.ir import evaluate, snapshot
+from aios_compile.ir.module import IRModule, placeholders
+
+FACTOR = 4.0  # times eager's own error
+FLOOR_ROUNDINGS = 8.0  # of the largest value, as for certificates (passes/measure.py)
+OPINIONS = 6
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far results are from float64, relative to the largest value, and how far they may be."""
+
+    output: int
+    error: float
+    budget: float
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= self.budget
+
+
+def compare(
+    oracle: Sequence[Tensor], eager: Sequence[Tensor], got: Sequence[Tensor]
+) -> list[Verdict]:
+    """Judge each output."""
+    return [_compare(i, *three) for i, three in enumerate(zip(oracle, eager, got))]
+
+
+def _compare(index: int, oracle: Tensor, eager: Tensor, got: Tensor) -> Verdict:
+    if got.shape != oracle.shape:
+        return Verdict(index, math.inf, 0.0)
+    if not oracle.is_floating_point():
+        wrong = ((got != oracle) & (eager == oracle)).any()  # rounding may decide an integer
+        return Verdict(index, math.inf if bool(wrong) else 0.0, 0.0)
+    finite = oracle[oracle.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    scale = scale or 1.0
+    floor = FLOOR_ROUNDINGS * torch.finfo(torch.float32).eps
+    wide = eager.double()  # float32 overflows where it must: there nothing is asked
+    kept = (oracle.isfinite() & wide.isfinite()) | _same(wide, oracle)
+    error = _distance(got, oracle, kept) / scale
+    return Verdict(index, error, FACTOR * _distance(eager, oracle, kept) / scale + floor)
+
+
+def _distance(value: Tensor, oracle: Tensor, kept: Tensor) -> float:
+    """Return the largest difference; infinite where one of the two is no number."""
+    value, oracle = value.double()[kept], oracle.double()[kept]
+    gap = (value - oracle).abs().masked_fill(_same(value, oracle), 0.0)
+    return float(torch.nan_to_num(gap, nan=math.inf).max()) if gap.numel() else 0.0
+
+
+def _same(value: Tensor, oracle: Tensor) -> Tensor:
+    return (value == oracle) | (value.isnan() & oracle.isnan())
+
+
+def run_eager(module: IRModule, values: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Run level 1 with all floating-point values in `dtype`; return its outputs."""
+    given = []
+    for node in placeholders(module.root.graph):
+        value = values[node.name]
+        given.append(value.to(dtype) if value.is_floating_point() else value)
+    with torch.no_grad():
+        found = evaluate.call(module.root, given, computed_in=dtype)
+    return list(found)
+
+
+def second_opinion(
+    module: IRModule, values: Mapping[str, Tensor], oracle: Sequence[Tensor]
+) -> list[float]:
+    """Return for each output the largest relative error of perturbed float32 runs."""
+    worst = [0.0] * len(oracle)
+    generator = torch.Generator()
+
+    def perturb(value: Tensor) -> Tensor:
+        noise = torch.rand(value.shape, generator=generator) * 2 - 1
+        return value * (1 + noise * torch.finfo(torch.float32).eps)
+
+    noisy = snapshot.take(module)
+    for graph_module in noisy.graphs().values():
+        _perturb_each(graph_module.graph, perturb)
+    for seed in range(OPINIONS):
+        generator.manual_seed(seed)
+        found = run_eager(noisy, values, torch.float32)
+        worst = [max(w, v.error) for w, v in zip(worst, compare(oracle, found, found))]
+    return worst
+
+
+def _perturb_each(graph: fx.Graph, perturb: Callable[[Tensor], Tensor]) -> None:
+    """Let every reader of a float value read a perturbed one."""
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        floats = isinstance(value, Tensor) and value.is_floating_point()
+        if floats and node.op in ("call_function", "placeholder"):
+            with graph.inserting_after(node):
+                other = graph.call_function(perturb, (node,))
+            other.meta = dict(node.meta)
+            node.replace_all_uses_with(other, lambda user, other=other: user is not other)

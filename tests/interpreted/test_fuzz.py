@@ -1,0 +1,33 @@
+"""Random programs on the Triton target, its kernels in the interpreter, against eager.
+
+make test runs 24 of them; FUZZ_TRITON=N runs N (make nightly: 400).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from aios_compile.study.fuzz.campaign import run_campaign
+
+EXAMPLES = int(os.environ.get("FUZZ_TRITON", "24"))
+PARTS = 2
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_programs_equal_eager(part: int, tmp_path: Path) -> None:
+    """Operators without a Triton emitter are refused by name, and never wrong."""
+    tally = run_campaign(
+        range(part, EXAMPLES, PARTS),
+        seed=0,
+        objects=tmp_path / "objects",
+        scripts=Path(os.environ.get("FUZZ_REPORT", tmp_path)),
+        target="triton",
+    )
+    assert not tally.failures, tally.failures
+    assert all(r.startswith("CodegenError") for r in tally.refused), tally.refused
+    assert sum(tally.refused.values()) <= tally.examples // 4, tally.refused
