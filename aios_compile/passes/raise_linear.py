@@ -150,9 +150,9 @@ def _rewrite(graph: fx.Graph, node: fx.Node, match: Match, context: PassContext)
 
 
 def _flat_rows(graph: fx.Graph, x: fx.Node, node: fx.Node, context: PassContext) -> fx.Node:
-    """Return x[..., K] as rows [M, K] where it has more than one dimension of rows."""
+    """Return x[..., K] as rows [M, K]; kernels read no dimensions but ones before the rows."""
     *rows, width = x.meta["val"].shape
-    if sum(not isinstance(s, int) or s != 1 for s in rows) < 2:
+    if all(isinstance(s, int) and s == 1 for s in rows[:-1]):
         return x
     return context.call(graph, aten.reshape.default, x, [-1, width], source=[node])
 

@@ -55,6 +55,11 @@ return (v,)
         "v = F.linear(a, m)\nreturn (v,)",
         Setup(tokens=(1, 17)),
     ),
+    "linear of one head": Found(
+        (x("a", "T", 1, 8), w("m", 64, 8)),
+        "v = F.linear(a, m)\nreturn (v, v)",
+        Setup(tokens=(1, 17)),
+    ),
     # ... and a view of rows that lie heads first is none: that needs a reshape.
     "linear of heads that lie first": Found(
         (x("a", 4, "T", 32), w("m", 24, 32)),
