@@ -144,8 +144,12 @@ class Pattern:
 
     def parameters(self, sizes: Mapping[str, int]) -> list[Parameter]:
         """Return the parameters for some sizes. "i64[T] < V": whole numbers below V."""
-        arguments = self._function().args.args
-        return [_parameter(a.arg, ast.literal_eval(a.annotation), sizes) for a in arguments]  # type: ignore[arg-type]
+        found = []
+        for argument in self._function().args.args:
+            assert argument.annotation is not None
+            text = ast.literal_eval(argument.annotation)
+            found.append(_parameter(argument.arg, text, sizes))
+        return found
 
     def _function(self) -> ast.FunctionDef:
         (node,) = ast.parse(self.text).body
