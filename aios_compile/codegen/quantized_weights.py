@@ -84,9 +84,16 @@ def kv_remarks(program: Program) -> list[str]:
 
 
 def remarks(program: Program, weights: Sequence[QuantizedWeight]) -> list[str]:
-    """Return what the report says: bits a weight of all linears, those kept too, and errors."""
+    """Return what the report says: rounded activations; bits a weight of all linears; errors."""
+    rounded = sum(w.packed == "pairs16" for w in program.weights)
+    notes = []
+    if rounded:
+        notes.append(
+            f"{rounded} matrices of bf16 are multiplied by activations rounded to bf16 "
+            "(AIOS_DISABLE=round_activations keeps float32)"
+        )
     if not weights:
-        return []
+        return notes
     kept = [w for w in program.weights if w.packed in ROW_PACKINGS]
     count = sum(w.rows * w.depth for w in weights) + sum(prod(w.shape) for w in kept)
     total = sum(w.rows * w.depth * w.bits for w in weights)
@@ -103,4 +110,4 @@ def remarks(program: Program, weights: Sequence[QuantizedWeight]) -> list[str]:
             f"relative error of the quantised weights: {least:.2%} to {most:.2%}, median "
             f"{middle:.2%}, largest in {name} (all of them: quantization.json)"
         )
-    return lines
+    return [*notes, *lines]

@@ -108,7 +108,10 @@ typedef int64_t (*Items)(const Sizes *);
 typedef int64_t (*FinishItems)(const Sizes *, void *const *);
 typedef void (*Kernel)(const Sizes *, void *const *, int64_t, int64_t);
 
-/* Run `total` items. Free workers claim chunks; no result depends on who runs what. */
+/* Run `total` items. Free workers claim chunks; no result depends on who runs what. A chunk is half
+ * of an equal share of what is left, at the end an eighth of a whole one (guided self-scheduling,
+ * Polychronopoulos and Kuck 1987): 9 claims of two workers end as evenly as 16 equal ones, and a
+ * kernel begins so much less often, which costs a quantised linear 0.4 us a time. */
 static inline void share(Worker *w, const Run *r, int64_t total, Kernel kernel, void *const *p) {
     const int workers = w->pool->num_workers;
     const int64_t index = w->next++;
@@ -116,12 +119,15 @@ static inline void share(Worker *w, const Run *r, int64_t total, Kernel kernel, 
         kernel(&r->n, p, 0, total);
         return;
     }
-    const int64_t chunk = (total + workers * 8 - 1) / (workers * 8);
+    const int64_t least = (total + workers * 8 - 1) / (workers * 8);
     std::atomic<int64_t> *counter = &w->pool->counters[index * 8]; /* one cache line each */
-    for (;;) {
-        const int64_t begin = counter->fetch_add(chunk, std::memory_order_relaxed);
-        if (begin >= total) return;
-        kernel(&r->n, p, begin, begin + chunk < total ? begin + chunk : total);
+    int64_t begin = counter->load(std::memory_order_relaxed);
+    while (begin < total) {
+        const int64_t half = (total - begin) / (workers * 2), chunk = half > least ? half : least;
+        const int64_t end = begin + chunk < total ? begin + chunk : total;
+        if (!counter->compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+        kernel(&r->n, p, begin, end);
+        begin = counter->load(std::memory_order_relaxed);
     }
 }
 
