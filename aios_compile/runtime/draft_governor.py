@@ -21,7 +21,8 @@ from collections import Counter
 from typing import NamedTuple
 
 NUM_TRIAL_STEPS = 4  # of a level in a row, when nothing is known and when it is tried again
-STEPS_BETWEEN_TRIALS = 200  # 2 % of the steps are trials
+STEPS_BETWEEN_TRIALS = 200  # at least: 2 % of the steps are trials
+TRIAL_SHARE = 0.02  # of the time, at most, may be lost by trials of what does not pay
 SLOWLY = 0.02
 DECAY = 0.98  # of an observation, with each further one: about the last 50 count
 
@@ -91,6 +92,8 @@ class _Levels:
         self.trial = count - 1  # drafts first: they are what was asked for
         self.num_left = NUM_TRIAL_STEPS
         self.num_since = 0
+        self.lost_us = 0.0  # by this trial, against the best level
+        self.pause = STEPS_BETWEEN_TRIALS  # before the next one
 
 
 class DraftGovernor:
@@ -120,7 +123,7 @@ class DraftGovernor:
         unknown = [i for i, use in enumerate(levels.uses) if use is None]
         best = self._best(levels)
         levels.num_since += 1
-        if not unknown and levels.num_since <= STEPS_BETWEEN_TRIALS:
+        if not unknown and levels.num_since <= levels.pause:
             return best
         others = [i for i in range(len(self.levels)) if i != best]
         if unknown:
@@ -128,6 +131,7 @@ class DraftGovernor:
         else:
             levels.trial = next((i for i in others if i > levels.trial), others[0])
         levels.num_left, levels.num_since, self.is_trying = NUM_TRIAL_STEPS, 0, True
+        levels.lost_us = 0.0
         return levels.trial
 
     def _best(self, levels: _Levels) -> int:
@@ -136,8 +140,12 @@ class DraftGovernor:
 
     def _value(self, use: _Use) -> float:
         """Return the expected tokens a microsecond."""
+        return self._tokens(use) / self._cost.micros(use.kind)
+
+    def _tokens(self, use: _Use) -> float:
+        """Return the expected tokens of such a step."""
         drafts = use.num_drafting * self.acceptance.tokens(use.kind.num_drafted)
-        return (use.num_sequences + drafts) / self._cost.micros(use.kind)
+        return use.num_sequences + drafts
 
     def measure(
         self, num_computed: int, num_drafting: int, num_drafted: int, micros: float
@@ -155,6 +163,8 @@ class DraftGovernor:
         count = self._cost.update(kind, micros)
         if level and not num_drafted:
             return
+        if levels.num_left:
+            self._account(levels, _Use(kind, num_sequences, num_drafting))
         levels.num_left = max(0, levels.num_left - 1)
         if num_drafted < self.levels[level] and levels.uses[level] is not None:
             return  # lengths were shorter for another reason: that is not this level's step
@@ -162,10 +172,35 @@ class DraftGovernor:
         if count >= 3 or levels.uses[level] is None:
             levels.uses[level] = _Use(kind, num_sequences, num_drafting)
 
+    def _account(self, levels: _Levels, use: _Use) -> None:
+        """Note what a step of a trial lost; the next trial waits until that is a small share."""
+        best = levels.uses[self._best(levels)]
+        if best is None:
+            return
+        # not what this step took: another program may have had the core
+        levels.lost_us += max(
+            0.0, self._cost.micros(use.kind) - self._tokens(use) / self._value(best)
+        )
+        steps = levels.lost_us / (TRIAL_SHARE * self._cost.micros(best.kind))
+        levels.pause = max(STEPS_BETWEEN_TRIALS, int(steps))
+
     def __str__(self) -> str:
-        """Return the level in use for each size of batch that was seen."""
+        """Return for each size of batch the level in use, and what the others cost and yield."""
         parts = [
-            f"{self.levels[self._best(levels)]} for up to {(1 << size) - 1}"
+            f"{self.levels[self._best(levels)]} for up to {(1 << size) - 1}{self._why(levels)}"
             for size, levels in sorted(self._sizes.items())
         ]
         return "drafts a sequence: " + (", ".join(parts) or "not measured yet")
+
+    def _why(self, levels: _Levels) -> str:
+        plain = levels.uses[0]
+        if plain is None:
+            return ""
+        base_us, base = self._cost.micros(plain.kind), self._tokens(plain)
+        told = [
+            f"{most}: {self._cost.micros(use.kind) / base_us:.2f}x the time for "
+            f"{self._tokens(use) / base:.2f}x the tokens"
+            for most, use in zip(self.levels, levels.uses)
+            if most and use is not None
+        ]
+        return f" ({'; '.join(told)})" if told else ""

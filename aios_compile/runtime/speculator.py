@@ -15,6 +15,7 @@ tokens themselves are kept.)
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -71,11 +72,15 @@ class DraftLength:
 
 @dataclass
 class SpeculationStats:
-    """Counters since the start. num_drafts: verifications; each has one or more draft tokens."""
+    """Counters since the start. num_drafts: verifications; each has one or more draft tokens.
+
+    draft_us: time spent on making drafts.
+    """
 
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    draft_us: float = 0.0
     failure: str = ""  # why no more drafts are proposed
     governor: DraftGovernor | None = None
 
@@ -91,7 +96,8 @@ class SpeculationStats:
     def __str__(self) -> str:
         text = (
             f"{self.num_accepted_tokens} of {self.num_draft_tokens} drafts accepted "
-            f"({self.acceptance_rate:.0%}), {self.mean_accepted_length:.2f} tokens a verification"
+            f"({self.acceptance_rate:.0%}), {self.mean_accepted_length:.2f} tokens a verification, "
+            f"{self.draft_us / max(1, self.num_draft_tokens):.0f} us to make a draft"
         )
         text += "" if self.governor is None else f"; {self.governor}"
         return f"{text}; stopped: {self.failure}" if self.failure else text
@@ -137,12 +143,14 @@ class Speculator:
             if count > 0:
                 wanted.append((sequence, count))
         wanted.sort(key=lambda pair: -pair[1])
+        begin = time.perf_counter()
         try:
             proposed = self._proposer.propose(wanted) if wanted else []
         except Exception as error:  # noqa: BLE001 - drafts are a help, no request depends on them
             self.stats.failure = f"{type(error).__name__}: {error}"
             print(f"aios: speculation stopped: {self.stats.failure}", file=sys.stderr)
             return {}
+        self.stats.draft_us += (time.perf_counter() - begin) * 1e6
         vocab = self._limits.vocab_size
         for (sequence, count), tokens in zip(wanted, proposed):
             good = next((i for i, t in enumerate(tokens) if not 0 <= t < vocab), len(tokens))

@@ -81,7 +81,19 @@ def test_sizes_of_batches_are_judged_apart() -> None:
     alone, _ = simulate(governor, 600, num_sequences=1, **costs)  # type: ignore[arg-type]
     many, _ = simulate(governor, 600, num_sequences=40, **costs)  # type: ignore[arg-type]
     assert alone.most_common(1)[0][0] == 3 and many.most_common(1)[0][0] == 0
-    assert str(governor) == "drafts a sequence: 3 for up to 1, 0 for up to 63"
+    told = str(governor)
+    assert told.startswith("drafts a sequence: 3 for up to 1 (1: ")
+    assert ", 0 for up to 63 (1: " in told and "3: 3." in told and "x the time for 1." in told
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.4])
+def test_drafts_that_cost_five_times_a_step_lose_little(chance: float) -> None:
+    """A draft model that does not pay: after the first look, trials lose 3 % at most."""
+    governor = DraftGovernor(5)
+    costs = {"weights_us": 100.0, "token_us": 200.0, "chance": chance, "noise": 0.0}
+    simulate(governor, 100, **costs)  # type: ignore[arg-type]
+    chosen, rate = simulate(governor, 4000, **costs)  # type: ignore[arg-type]
+    assert rate > 0.97 / 300.0 and 8 <= 4000 - chosen[0] < 80, chosen
 
 
 def test_a_step_that_was_not_measured_changes_nothing() -> None:

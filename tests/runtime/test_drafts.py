@@ -97,9 +97,11 @@ def test_penalties_ahead_and_taken_back() -> None:
 
 
 def test_statistics() -> None:
-    stats = SpeculationStats(10, 40, 20)
+    stats = SpeculationStats(10, 40, 20, draft_us=480.0)
     assert (stats.acceptance_rate, stats.mean_accepted_length) == (0.5, 3.0)
-    assert str(stats) == "20 of 40 drafts accepted (50%), 3.00 tokens a verification"
+    assert str(stats) == (
+        "20 of 40 drafts accepted (50%), 3.00 tokens a verification, 12 us to make a draft"
+    )
 
 
 def sequence(
