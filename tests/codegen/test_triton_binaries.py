@@ -77,8 +77,11 @@ def test_dependent_launches_prefetch_then_wait_then_read(target: str, tmp_path: 
 def test_descriptors_become_bulk_copies(target: str, tmp_path: Path) -> None:
     spec = linear_spec("Qwen3-0.6B", "down")
     chosen = ((None, Config("descriptor", 128, 64, 64, 8, 3)),)
+    chosen = ((2048, Config("library", 1, 1, 1, 4)), *chosen)
     source = with_dependent_launch(linear.emit(spec, card_of(target), chosen))
-    ((binary,),) = compile_ahead([source], target, tmp_path)
+    (binaries,) = compile_ahead([source], target, tmp_path)
+    assert [b.kernel.rpartition("_")[2] for b in binaries] == ["split", "tail", "any"]
+    binary = binaries[-1]
     text = binary.assembly()
     assert "cp.async.bulk.tensor.2d" in text and binary.spill_bytes == 0, binary
     assert ("wgmma.mma_async" if target == "cuda:90" else "tcgen05.mma") in text

@@ -120,6 +120,26 @@ def test_descriptors_at_borders_and_with_tails() -> None:
         made(plain, 42, 51, (f32, bf16), DESCRIPTOR)
 
 
+def test_the_librarys_product_takes_the_place_of_a_kernel() -> None:
+    """Split x, multiply, add the parts and compute the tail; x is a slice of a wider matrix."""
+    library = Config("library", 1, 1, 1, 4)
+    for dtypes in ((f32, f32), (f32, bf16), (bf16, bf16)):
+        _, body, source, module = made(plain, 37, 51, dtypes, library, row=54)
+        merged, w = torch.randn(40, 54).to(dtypes[0]), torch.randn(37, 51).to(dtypes[1])
+        for tokens in (1, 19):
+            x, out = merged[:tokens, :51], poisoned((tokens, 37), dtypes[0])
+            run(source, module, [x, w, out], T=tokens)
+            close(out, widened(body, x, w)[0], 51, dtypes[0])
+    extra = (("g", (64,)),)
+    _, body, source, module = made(normed_and_gated, 40, 64, config=library, extra=extra)
+    assert len(module.VARIANTS[0]["launches"]) == 4
+    x, w, g, out = torch.randn(19, 64), torch.randn(40, 64), torch.randn(64), poisoned((19, 20))
+    run(source, module, [x, w, g, out], T=19)
+    close(out, widened(body, x, w, g)[0], 64)
+    with pytest.raises(CodegenError, match="no library multiplies f32 x with f16 weights"):
+        made(plain, 32, 64, (f32, f16), library)
+
+
 def test_float32_activations_keep_their_precision_beside_half_weights() -> None:
     """Rounding x to bfloat16 would be off by 2^-9 of a term; two parts leave 2^-17."""
     for dtype, bound in ((bf16, 2e-5), (f16, 1e-6)):

@@ -104,6 +104,8 @@ def compile_module(path: Path, target: str, out: Path) -> list[Binary]:
     binaries: list[Binary] = []
     for variant in module.VARIANTS:
         for launch in variant["launches"]:
+            if not hasattr(launch["kernel"], "arg_names"):
+                continue  # a library's product (library_linear.py)
             name = f"{launch['kernel'].__name__}_{len(binaries)}"
             binaries.append(_compile(module, launch, variant["most"], target, out / name))
     return binaries

@@ -26,6 +26,7 @@ from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton import (
     configs,
     descriptor_linear,
+    library_linear,
     linear_spec,
     norm_prologue,
     skinny_linear,
@@ -38,7 +39,7 @@ from aios_compile.codegen.triton.linear_spec import LinearSpec
 from aios_compile.codegen.triton.linear_text import PRODUCT
 
 spec_of = linear_spec.spec_of
-TILED = ("tile", "descriptor")  # kinds for many tokens
+TILED = ("tile", "descriptor", "library")  # kinds for many tokens
 
 
 def reference(spec: LinearSpec, body: fx.GraphModule, *tensors: Tensor) -> Any:
@@ -71,6 +72,8 @@ def emit(
     workspace = skinny_linear.workspace(spec, used)
     if spec.norm is not None and any(config.kind in TILED for config in used):
         workspace.append(norm_prologue.normed_operand(spec))
+    if any(config.kind == "library" for config in used):
+        workspace += library_linear.workspace(spec)
     counters = skinny_linear.counters(spec, used)
     operands: list[Operand] = [*spec.operands, *workspace]
     operands += [Operand("counters", "i32", (counters,), (1,))] if counters else []
@@ -103,6 +106,8 @@ def _variant(
     build = tile_linear.kernels
     if config.kind == "descriptor":
         build = partial(descriptor_linear.kernels, card=card)
+    elif config.kind == "library":
+        build = library_linear.kernels
     if spec.norm is None:
         return build(spec, operands, config, name)
     text, launch = norm_prologue.rows_kernel(spec, operands, f"{name.rpartition('_')[0]}_norm")
