@@ -174,12 +174,6 @@ def pass_options(
     stored = next((p.dtype for p in model.parameters()), torch.float32)
     name, target = options.kv_cache_dtype, family(options.device)
     in_codes = name == "int8"
-    if in_codes and target != "cpp":
-        raise ConfigError(
-            f"kv_cache_dtype='int8' on device {options.device!r}: its attention kernels read float "
-            "caches only",
-            advice="use device='cpu', or kv_cache_dtype='auto'",
-        )
     kv_dtype = stored if name == "auto" or in_codes else getattr(torch, name)
     width = _page_table_width(sizes)
     form = options.quantization_format()

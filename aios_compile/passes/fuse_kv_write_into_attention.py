@@ -7,18 +7,15 @@ shares keys out by head and has a barrier between the phases as it is.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from aios_compile.ir import provenance
 from aios_compile.ir.fusion import fuse_nodes, is_convex
 from aios_compile.passes.context import PassContext, Refusal
-from aios_compile.passes.fuse_qk_norm_rope_kv_write import Match, match_write
-from aios_compile.passes.fusion_groups import getitems, kernel_name
+from aios_compile.passes.fuse_qk_norm_rope_kv_write import WRITES, Match, match_write
+from aios_compile.passes.fusion_groups import getitems, is_call, kernel_name
 from aios_compile.passes.graph_pass import graph_pass
 from aios_compile.passes.head_views import sink_views
-
-aios = torch.ops.aios
 
 
 def _group(match: Match) -> list[fx.Node] | Refusal:
@@ -74,7 +71,7 @@ def fuse_kv_write_into_attention(graph: fx.Graph, context: PassContext) -> int:
             return out, new_k, new_v
     """
     hits = 0
-    for write in graph.find_nodes(op="call_function", target=aios.kv_write.default):
+    for write in [n for n in graph.nodes if is_call(n, *WRITES)]:
         sink_views(graph, write, context)
         match = match_write(write)
         group = match if isinstance(match, Refusal) else _group(match)

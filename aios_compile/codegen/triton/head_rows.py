@@ -23,9 +23,11 @@ from aios_compile.codegen.triton.template import (
     kernel,
     next_power_of_two,
 )
+from aios_compile.ir.quantized import SMALLEST
 
 Values = dict[str, Any]
 BLOCK = 8  # tokens of a program
+SCALES = ("KS_PAGE", "KS_HEAD", "VS_PAGE", "VS_HEAD")
 SMALL = 32  # tokens up to which a program takes one: decode is bound by launches, not by lanes
 
 
@@ -35,14 +37,12 @@ def bind(spec: HeadRowsSpec | None, operands: Sequence[Operand]) -> Bound[HeadRo
 
 
 def serves(spec: HeadRowsSpec) -> bool:
-    """Return whether caches are floats, and every offset and stride is a number (baked in)."""
-    if spec.write is not None and spec.write.in_codes:
-        return False
+    """Return whether every offset and stride is a number, as the template bakes them in."""
     views: list[Strided] = []
     for head in (spec.q, spec.k):
         views += [v for v in (head.source, head.weight) if v is not None] if head else []
     views += [spec.rotation.cos, spec.rotation.sin] if spec.rotation else []
-    views += [spec.write.value, spec.write.slots] if spec.write else []
+    views += [spec.write.value, spec.write.slots, *spec.write.states] if spec.write else []
     out = spec.out[1].strides if spec.out else ()
     return is_fixed(*out) and all(is_fixed(v.offset, *v.operand.strides) for v in views)
 
@@ -68,9 +68,9 @@ def inplace(spec: HeadRowsSpec) -> tuple[tuple[int, int], ...]:
     """Return (output, input) of the caches, which are written in place."""
     if spec.write is None:
         return ()
-    return (
-        (spec.write.k_output - spec.num_inputs, spec.write.k_cache.index),
-        (spec.write.v_output - spec.num_inputs, spec.write.v_cache.index),
+    return tuple(
+        (output - spec.num_inputs, state.index)
+        for output, state in zip(spec.write.outputs, spec.write.states)
     )
 
 
@@ -86,9 +86,9 @@ def names(spec: HeadRowsSpec) -> dict[str, int]:
     if spec.write is not None:
         found |= {"v": spec.write.value.index, "slots": spec.write.slots.index}
     found["out"] = spec.out[0] if spec.out else 0
-    found["k_cache"] = spec.write.k_output if spec.write else 0
-    found["v_cache"] = spec.write.v_output if spec.write else 0
-    return found
+    states = ("k_cache", "v_cache", "k_scales", "v_scales")
+    outputs = spec.write.outputs if spec.write else ()
+    return found | dict.fromkeys(states, 0) | dict(zip(states, outputs))
 
 
 def constants(spec: HeadRowsSpec) -> Values:
@@ -137,14 +137,17 @@ def _head(prefix: str, head: Head | None) -> Values:
 def _write(write: Write | None) -> Values:
     if write is None:
         zeros = ("KC_PAGE", "KC_HEAD", "VC_PAGE", "VC_HEAD", "SLOT_OFFSET", "SLOT_TOKEN")
-        return {**dict.fromkeys(zeros, 0), **_rows("V", None), "V_HEAD": 0, "PAGE": 1, "DV": 1,
-                "BLOCK_DV": 1}  # fmt: skip
+        return {**dict.fromkeys((*zeros, *SCALES), 0), **_rows("V", None), "V_HEAD": 0, "PAGE": 1,
+                "DV": 1, "BLOCK_DV": 1, "IN_CODES": False, "SMALLEST": SMALLEST}  # fmt: skip
     k, v = write.k_cache.operand, write.v_cache.operand
     page, width = fixed(v.shape[2]), fixed(v.shape[3])
     values = {
         "KC_PAGE": fixed(k.strides[0]), "KC_HEAD": fixed(k.strides[1]),
         "VC_PAGE": fixed(v.strides[0]), "VC_HEAD": fixed(v.strides[1]),
         "PAGE": page, "DV": width, "BLOCK_DV": next_power_of_two(width),
-        "V_HEAD": fixed(write.value.operand.strides[1]),
+        "V_HEAD": fixed(write.value.operand.strides[1]), "IN_CODES": write.in_codes,
+        "SMALLEST": SMALLEST,
     }  # fmt: skip
+    steps = [d for scales in write.states[2:] for d in scales.operand.strides[:2]]
+    values |= dict.fromkeys(SCALES, 0) | dict(zip(SCALES, map(fixed, steps)))
     return values | _rows("SLOT", write.slots) | _rows("V", write.value)

@@ -22,7 +22,7 @@ from aios_compile.codegen.cpp import head_rows as heads
 from aios_compile.codegen.cpp import paged_attention as attention
 from aios_compile.codegen.cpp.head_rows import HeadRowsSpec, Write
 from aios_compile.codegen.cpp.paged_attention import PagedAttentionSpec
-from aios_compile.codegen.cpp.qk_norm_rope_kv_write import head_of
+from aios_compile.codegen.cpp.qk_norm_rope_kv_write import WRITES, head_of
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import body_lines, resolve
@@ -33,6 +33,7 @@ from aios_compile.codegen.triton.template import Bound, Entry, kernel
 
 aios = torch.ops.aios
 NEW_TOKENS = 32  # as many as the linears of a decode step serve in one launch
+STATES = ("k_cache", "v_cache", "k_scales", "v_scales")
 NEW_ROWS = 8  # keys that a unit writes at once
 
 Pair = tuple[HeadRowsSpec, PagedAttentionSpec]
@@ -40,7 +41,7 @@ Pair = tuple[HeadRowsSpec, PagedAttentionSpec]
 
 def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> Bound[Pair] | None:
     """Return the specs of a body of a kv_write and the attention that reads it, else None."""
-    writes = body.graph.find_nodes(op="call_function", target=aios.kv_write.default)
+    writes = [node for node in body.graph.nodes if node.target in WRITES]
     reads = body.graph.find_nodes(op="call_function", target=aios.paged_attention.default)
     if len(writes) != 1 or len(reads) != 1:
         return None
@@ -50,24 +51,24 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> Bound[Pair] | 
     rows = _rows(body, operands, writes[0], reads[0], places)
     if rows is None or rows.q is None or rows.write is None:
         return None
-    caches = (rows.write.k_cache, rows.write.v_cache)
-    known = {"q": rows.q.source, "k_cache": caches[0], "v_cache": caches[1]}
-    attends = attention.spec_at(reads[0], operands, known, operands[len(operands) - 3 + places[2]])
+    known = {"q": rows.q.source, **dict(zip(STATES, rows.write.states))}
+    out = operands[rows.num_inputs + places[-1]]
+    attends = attention.spec_at(reads[0], operands, known, out)
     if attends is None or not (heads.fits(rows) and head_rows.serves(rows)):
         return None
     return Bound((rows, attends), tuple(operands)) if paged_attention.serves(attends) else None
 
 
-def _results(results: list[fx.Node], write: fx.Node, read: fx.Node) -> tuple[int, int, int] | None:
-    """Return which outputs are the caches and the attention's, None when there are others."""
+def _results(results: list[fx.Node], write: fx.Node, read: fx.Node) -> tuple[int, ...] | None:
+    """Return which outputs are the states and the attention's, None when there are others."""
     found: dict[Any, int] = {}
     for i, node in enumerate(results):
         item = node.target is operator.getitem and node.args[0] is write
         found[node.args[1] if item else node] = i
-    keys = (0, 1, read)
-    if len(results) != 3 or any(key not in found for key in keys):
+    keys = (*range(len(write.meta["val"])), read)
+    if len(results) != len(keys) or any(key not in found for key in keys):
         return None
-    return found[0], found[1], found[read]
+    return tuple(found[key] for key in keys)
 
 
 def _rows(
@@ -75,22 +76,23 @@ def _rows(
     operands: Sequence[Operand],
     write: fx.Node,
     read: fx.Node,
-    places: tuple[int, int, int],
+    places: tuple[int, ...],
 ) -> HeadRowsSpec | None:
     """Return what is done to the heads of q, k and v; q goes to no operand."""
     k_value, v_value, *rest = write.args
     q, k = head_of(read.args[0], operands), head_of(k_value, operands)
     v = heads.three_dimensional(resolve(v_value, operands))
-    k_cache, v_cache, slots = (resolve(r, operands) for r in rest)
-    if not (q and k and v and k_cache and v_cache and slots):
+    *states, slots = (resolve(r, operands) for r in rest)
+    held = tuple(state for state in states if state is not None)
+    if not (q and k and v and slots) or len(held) != len(states):
         return None
     rotations = {rotation for _, rotation in (q, k) if rotation is not None}
     if len(rotations) > 1:
         return None
-    inputs = len(operands) - 3
+    inputs = len(operands) - len(places)
     return HeadRowsSpec(
         "kv_write_attention", q[0], None, k[0],
-        Write(v, slots, (k_cache, v_cache), (inputs + places[0], inputs + places[1])),
+        Write(v, slots, held, tuple(inputs + place for place in places[:-1])),
         rotations.pop() if rotations else None, len(operands), inputs, body_lines(body),
     )  # fmt: skip
 
@@ -105,7 +107,7 @@ def emit(bound: Bound[Pair], card: Card = DEFAULT) -> KernelSource:
     rows, spec = bound.spec
     names, tokens = head_rows.names(rows), spec.inputs[0].operand.shape[0]
     order = ("q", "q_weight", "k", "k_weight", "v", "cos", "sin", "slots")
-    caches = (names["k_cache"], names["v_cache"])
+    caches = rows.write.outputs if rows.write else ()
     heads_of = [names[name] for name in order]
     fused, whole = paged_attention.entries(spec, heads_of, caches, card, writes=True)
     split, _ = paged_attention.entries(spec, heads_of, caches, card)

@@ -52,10 +52,9 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> Bound[PagedAtt
 
 
 def serves(spec: PagedAttentionSpec) -> bool:
-    """Return whether caches are floats, and every offset, stride and table width is a number."""
-    if spec.k_scales is not None:
-        return False
-    views = [*spec.inputs, *([spec.sinks] if spec.sinks else [])]
+    """Return whether every offset, stride and table width is a number."""
+    optional = (spec.sinks, spec.k_scales, spec.v_scales)
+    views = [*spec.inputs, *(view for view in optional if view is not None)]
     dims = [d for v in views for d in (v.offset, *v.operand.strides)]
     tables = spec.inputs[5].operand
     return is_fixed(*dims, *spec.out.strides, *tables.shape[1:])
@@ -70,7 +69,8 @@ def emit(bound: Bound[PagedAttentionSpec], card: Card = DEFAULT) -> KernelSource
     """Return the kernel module for a card."""
     spec = bound.spec
     q, k, v, *_ = (view.index for view in spec.inputs)
-    split, whole = entries(spec, (q, q, q, q, q, q, q, q), (k, v), card)
+    scales = (spec.k_scales.index, spec.v_scales.index) if spec.k_scales and spec.v_scales else ()
+    split, whole = entries(spec, (q,) * 8, (k, v, *scales), card)
     return kernel(
         "paged_attention", bound, SUMMARY, bound.operands, constants(spec),
         [slopes(spec), "plain_queries", "paged_attention"],
@@ -82,34 +82,37 @@ def emit(bound: Bound[PagedAttentionSpec], card: Card = DEFAULT) -> KernelSource
 def entries(
     spec: PagedAttentionSpec,
     rows: Sequence[int],
-    caches: tuple[int, int],
+    caches: Sequence[int],
     card: Card,
     writes: bool = False,
 ) -> tuple[Entry, Entry]:
     """Return the launches for few tokens and for many.
 
-    rows: operands q, q's norm weight, k, k's, v, cos, sin, slots. writes: the first one writes the
+    rows: operands q, q's norm weight, k, k's, v, cos, sin, slots. caches: of keys, of values, and
+    their scales if they hold codes. writes: the first one writes the
     step's keys and values. Warps and stages are those that compile without spills: registers hold
     the factors where the tensor cores do not read shared memory.
     """
     shape = shape_of(spec)
     sizes = tuple(python_dim(spec.inputs[i].operand.shape[0]) for i in (0, 4))
-    arguments = [*caches, *(view.index for view in spec.inputs[3:])]
+    states = [*caches, *([caches[0]] * (4 - len(caches)))]
+    arguments = [*states, *(view.index for view in spec.inputs[3:])]
     arguments += [spec.sinks.index if spec.sinks else 0, spec.num_operands - 1]
     spaces = tuple(range(spec.num_operands, spec.num_operands + 3))
     narrow = next_power_of_two(shape["GROUP"], 16)
     wide, kv_heads = max(WHOLE_ROWS, narrow), shape["KV_HEADS"]
     programs = f"min({sizes[0]} * {shape['SEGMENTS']}, {-(-PROGRAMS // kv_heads)})"
     blocks = f"{sizes[0]} // {wide // shape['GROUP']} + {sizes[1]} + 1"
+    stages = (3 if card.async_dots else 2, 3 if card.warp == 32 else 2)
+    stages = (1, 1) if spec.k_scales is not None else stages  # Triton 3.7 stages no bytes
     split = Entry(
         "attend_split", (*rows, *arguments, *spaces, *sizes), f"{programs}, {kv_heads}",
-        (("BLOCK_M", narrow), ("WRITES", int(writes))), num_stages=3 if card.async_dots else 2,
+        (("BLOCK_M", narrow), ("WRITES", int(writes))), num_stages=stages[0],
     )  # fmt: skip
     queries = (rows[0], rows[1], rows[5], rows[6])
     whole = Entry(
         "attend_whole", (*queries, *arguments, *sizes), f"{blocks}, {kv_heads}",
-        (("BLOCK_M", wide),), num_warps=8 if card.warp == 32 else 4,
-        num_stages=3 if card.warp == 32 else 2,
+        (("BLOCK_M", wide),), num_warps=8 if card.warp == 32 else 4, num_stages=stages[1],
     )  # fmt: skip
     return split, whole
 
@@ -167,6 +170,8 @@ def constants(spec: PagedAttentionSpec) -> Values:
     shape = shape_of(spec)
     narrow = shape["D"] <= 128 and k.operand.dtype != "f32"
     kinds = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
+    kinds["i8"] = "tl.bfloat16"  # which holds every code
+    steps = [v.operand.strides[:2] if v else (0, 0) for v in (spec.k_scales, spec.v_scales)]
     return {
         **shape,
         "BLOCK_D": next_power_of_two(shape["D"], 16),
@@ -181,6 +186,11 @@ def constants(spec: PagedAttentionSpec) -> Values:
         "LOG2E": math.log2(math.e),
         "HAS_SINKS": spec.sinks is not None,
         "HAS_ALIBI": spec.alibi is not None,
+        "IN_CODES": spec.k_scales is not None,
+        "KS_PAGE": fixed(steps[0][0]),
+        "KS_HEAD": fixed(steps[0][1]),
+        "VS_PAGE": fixed(steps[1][0]),
+        "VS_HEAD": fixed(steps[1][1]),
         "SINKS_OFFSET": fixed(spec.sinks.offset) if spec.sinks else 0,
         "Q_OFFSET": fixed(q.offset),
         "Q_TOKEN": fixed(q.operand.strides[0]),
