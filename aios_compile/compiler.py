@@ -169,7 +169,7 @@ def pass_options(
     """Return what the passes need to know of a model and its options.
 
     measured: what quantising its weights loses; without it, all are quantised. Raises ConfigError
-    for a KV cache that the target has no kernels for.
+    for weights in a format that the target does not multiply.
     """
     stored = next((p.dtype for p in model.parameters()), torch.float32)
     name, target = options.kv_cache_dtype, family(options.device)

@@ -105,5 +105,3 @@ def test_with_quantised_weights_and_in_a_process_of_its_own(load: Load, zoo_fold
 def test_what_is_refused(load: Load) -> None:
     with pytest.raises(ConfigError, match=r"kv_cache_dtype='fp8'.*fp8 KV cache"):
         load("qwen3_gqa", kv_cache_dtype="fp8")
-    with pytest.raises(ConfigError, match="kv_cache_dtype='int8' on device 'interpreter'"):
-        load("qwen3_gqa", device="interpreter", **INT8)
