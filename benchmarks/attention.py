@@ -1,12 +1,12 @@
 """The attention kernel over a long context beside this machine's read bandwidth and FMA peak.
 
     python -m benchmarks.attention [--threads 2] [--context 8192] [--tokens 1,2,4,8,64]
-                                   [--pages random|ascending]
+                                   [--pages random|ascending] [--kv bf16|int8]
 
-Qwen3-0.6B's heads (16 query, 8 key/value, 128 wide), bf16 caches, one sequence whose last tokens
-are computed. Its pages of 16 tokens lie in random order (the worst) or ascending (it grew alone).
-A list of layers of 512 MiB is streamed, so that nothing comes from the caches. Times are medians
-of processor time of the slowest thread.
+Qwen3-0.6B's heads (16 query, 8 key/value, 128 wide), bf16 or int8 caches, one sequence whose last
+tokens are computed. Its pages of 16 tokens lie in random order (the worst) or ascending (it grew
+alone). A list of layers of 512 MiB is streamed, so that nothing comes from the caches. Times are
+medians of processor time of the slowest thread.
 """
 
 from __future__ import annotations
@@ -29,20 +29,26 @@ from benchmarks.probes import Sizes, calls, interleaved, library, probes
 HEADS, KV_HEADS, WIDTH, PAGE = 16, 8, 128, 16
 
 
-def attention_source(pages: int) -> KernelSource:
+def attention_source(pages: int, in_codes: bool = False) -> KernelSource:
     """Return the kernel for caches of `pages` pages, all of which one sequence may hold."""
     mode, graph = new_fake_mode(), torch.fx.Graph()
+    stored = torch.int8 if in_codes else torch.bfloat16
     shapes = {
         "q": (("T", HEADS, WIDTH), torch.float32),
-        "k_cache": ((pages, KV_HEADS, WIDTH, PAGE), torch.bfloat16),
-        "v_cache": ((pages, KV_HEADS, PAGE, WIDTH), torch.bfloat16),
+        "k_cache": ((pages, KV_HEADS, WIDTH, PAGE), stored),
+        "v_cache": ((pages, KV_HEADS, PAGE, WIDTH), stored),
         "starts": ((2,), torch.int64),
         "lengths": ((1,), torch.int64),
         "tables": ((1, pages), torch.int64),
     }
+    if in_codes:
+        names = ("k_scales", "v_scales")
+        shapes |= dict.fromkeys(names, ((pages, KV_HEADS, PAGE), torch.float32))
     holders = [graph.placeholder(name) for name in shapes]
     call = graph.call_function(
-        torch.ops.aios.paged_attention.default, (*holders, WIDTH**-0.5, None, None, None, None)
+        torch.ops.aios.paged_attention.default,
+        (*holders[:6], WIDTH**-0.5, None, None, None, None),
+        dict(zip(("k_scales", "v_scales"), holders[6:])),
     )
     graph.output(call)
     for holder, (shape, dtype) in zip(holders, shapes.values()):
@@ -60,15 +66,22 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--tokens", default="1,2,4,8,64")
     parser.add_argument("--pages", choices=("random", "ascending"), default="random")
+    parser.add_argument("--kv", choices=("bf16", "int8"), default="bf16")
     arguments = parser.parse_args()
     assert ops.TABLE
     pages = -(-arguments.context // PAGE)
-    source = attention_source(pages)
+    in_codes = arguments.kv == "int8"
+    source = attention_source(pages, in_codes)
     lib, rng = library([source]), np.random.default_rng(0)
-    page_bytes = KV_HEADS * WIDTH * PAGE * 2
+    page_bytes = KV_HEADS * WIDTH * PAGE * (1 if in_codes else 2)
     layers = max(1, BYTES // (2 * pages * page_bytes))
     values = rng.standard_normal((2, pages, KV_HEADS, WIDTH * PAGE), dtype=np.float32)
-    caches = np.repeat((values.view(np.uint32) >> 16).astype(np.uint16)[None], layers, 0)
+    stored = (values.view(np.uint32) >> 16).astype(np.uint16)
+    scales = np.zeros((layers, 2, pages, KV_HEADS, PAGE), np.float32)
+    if in_codes:
+        stored = np.clip(np.rint(values * 30), -127, 127).astype(np.int8)
+        scales[:] = rng.uniform(0.5, 1.5, scales.shape[1:]).astype(np.float32) / 30
+    caches = np.repeat(stored[None], layers, 0)
     read, fma, operations = probes(lib, caches, arguments.threads)
     order = rng.permutation(pages) if arguments.pages == "random" else np.arange(pages)
     tables = order.astype(np.int64)
@@ -83,8 +96,8 @@ def main() -> None:
         starts = np.array([0, tokens])
         used = layers if tokens <= 8 else max(1, layers * 4 // tokens)
         lists = [
-            [a.ctypes.data for a in (q, layer[0], layer[1], starts, lengths, tables, out, *parts)]
-            for layer in caches[:used]
+            [a.ctypes.data for a in (q, *layer, starts, lengths, tables, *scale, out, *parts)]
+            for layer, scale in zip(caches[:used], scales if in_codes else [()] * used)
         ]
         items = count(ctypes.byref(Sizes(tokens, 1, 1, 1)))
         work = calls(run, items, arguments.threads, lists, tokens)
@@ -96,14 +109,14 @@ def main() -> None:
         if source.finishes:
             for thread in range(arguments.threads):
                 work(thread)
-        _check(q, caches[0], tables, out, arguments.context)
+        _check(q, caches[0], scales[0], tables, out, arguments.context)
         bandwidth, peak = caches.nbytes / reading, operations / computing
-        moved = caches[0].nbytes * used / seconds
+        moved = (caches[0].nbytes + in_codes * scales[0].nbytes) * used / seconds
         flops = 4 * HEADS * WIDTH * arguments.context * tokens * used / seconds
         print(
             f"T={tokens:4d} {moved / 1e9:6.1f} of {bandwidth / 1e9:5.1f} GB/s "
             f"({moved / bandwidth:4.0%})  {flops / 1e9:6.1f} of {peak / 1e9:5.1f} GFLOP/s "
-            f"({flops / peak:4.0%})",
+            f"({flops / peak:4.0%})  {1e6 * seconds / used:8.0f} us a layer",
             flush=True,
         )
 
@@ -134,12 +147,22 @@ def _then_finish(
 
 
 def _check(
-    q: np.ndarray, cache: np.ndarray, tables: np.ndarray, out: np.ndarray, context: int
+    q: np.ndarray,
+    cache: np.ndarray,
+    scales: np.ndarray,
+    tables: np.ndarray,
+    out: np.ndarray,
+    context: int,
 ) -> None:
     """Compare the last token with float64 arithmetic."""
-    wide = (cache[:, tables].astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    k = wide[0].reshape(-1, KV_HEADS, WIDTH, PAGE).transpose(1, 0, 3, 2)
-    v = wide[1].reshape(-1, KV_HEADS, PAGE, WIDTH).transpose(1, 0, 2, 3)
+    if cache.dtype == np.int8:
+        wide, each = cache[:, tables].astype(np.float64), scales[:, tables].astype(np.float64)
+    else:
+        wide = (cache[:, tables].astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        each = np.ones((2, len(tables), KV_HEADS, PAGE))
+    k = wide[0].reshape(-1, KV_HEADS, WIDTH, PAGE) * each[0][:, :, None]
+    v = wide[1].reshape(-1, KV_HEADS, PAGE, WIDTH) * each[1][..., None]
+    k, v = k.transpose(1, 0, 3, 2), v.transpose(1, 0, 2, 3)
     k, v = k.reshape(KV_HEADS, -1, WIDTH), v.reshape(KV_HEADS, -1, WIDTH)
     for head in range(HEADS):
         group = head * KV_HEADS // HEADS
