@@ -8,26 +8,20 @@ set of matrices of 512 MiB, far larger than the caches. Reading them, FMAs (or d
 bytes) in registers and the kernel take turns; times are medians of processor time of the slowest
 thread, so that other work disturbs little.
 
-2 cores of Zen 4 (AVX-512, shared with other work), 2 threads, 63-70 GB/s, 230 GFLOP/s:
+2 cores of Zen 4 with AVX512-BF16, other work on all four of the machine, 2 threads (44-52 GB/s;
+458 Gop/s of vdpbf16ps, 228 of FMAs, 920 of vpdpbusd), shares of the bandwidth and of the peak:
 
-    shape                 T = 1, share of bandwidth    T = 256, share of the FMA peak
-    1024 -> 4096 (qkv)              82 %                          73 %
-    2048 -> 1024 (o)                78 %                          65 %
-    1024 -> 6144 (gate, up)         86 %                          73 %
-    3072 -> 1024 (down)             80 %                          70 %
-    1024 -> 151936 (head)           86 %                          74 %
+    shape                  bf16 weights              INT8                     INT4
+                       T = 1     8   256         1     8   256           1     8   256
+                       bytes  both   ops     bytes  both   ops       bytes   ops   ops
+    1024 -> 4096         105 86,68    85        76 55,45    63          87    70    71
+    2048 -> 1024         105 82,64    69        70 56,46    58          71    60    51
+    1024 -> 6144         109 73,77    83        87 71,58    71          99    62    62
+    3072 -> 1024          92 78,69    84        87 57,44    62          91    63    54
 
-Quantised, on such a machine with other work on it (48-62 GB/s, 925 Gop/s of vpdpbusd), the minimum
-of 11 rounds:
-
-    shape                 T = 1, share of bandwidth    T = 256, share of the peak of vpdpbusd
-                              INT8     INT4                INT8     INT4
-    1024 -> 4096 (qkv)        91 %     87 %                68 %     70 %
-    2048 -> 1024 (o)          94 %     89 %                66 %     67 %
-    1024 -> 6144 (gate, up)   96 %    102 %                68 %     71 %
-    3072 -> 1024 (down)       89 %     86 %                66 %     68 %
-
-(102 %: the reading probe does not prefetch, the kernel does.) The peak cannot be reached: of every
+On one thread, less disturbed: bf16 T = 256 88-94 %; INT8 T = 1 98 %, T = 8 68-75 % of the bandwidth,
+T = 256 66-72 %; INT4 T = 1 98 %, T = 8 72-74 % and T = 256 68-70 % of the peak. (Above 100 %: the
+reading probe does not prefetch, the kernel does.) The peak of vpdpbusd cannot be reached: of every
 ten operations on the two pipes that multiply, two scale the sums of a group in float32.
 """
 

@@ -25,8 +25,14 @@ from aios_compile.codegen.cpp import (
     sample,
 )
 from aios_compile.codegen.operand import dim_value
-from aios_compile.codegen.packing import pack_rows16
-from tests.codegen import test_kv_write, test_linear, test_paged_attention, test_sample
+from aios_compile.codegen.packing import ROW_PACKINGS
+from tests.codegen import (
+    test_kv_write,
+    test_linear,
+    test_paged_attention,
+    test_quantized_linear,
+    test_sample,
+)
 from tests.codegen.harness import make_body
 
 FLAGS = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -41,7 +47,8 @@ for job in json.load(open(sys.argv[3])):
     arrays = [np.array(data[name]) for name in job["operands"]]
     arrays += [arrays[i] if isinstance(i, int) else np.full(i, 77, job["out_dtypes"][k])
                for k, i in enumerate(job["outs"])]
-    spaces = [np.full(shape, np.nan, np.float32) for shape in job["workspace"]]
+    spaces = [np.full(np.prod(shape) + 16, np.nan, np.float32) for shape in job["workspace"]]
+    spaces = [s[-s.ctypes.data % 64 // 4 :] for s in spaces]  # as the plan places them
     p = (ctypes.c_void_p * (len(arrays) + len(spaces)))(
         *(a.ctypes.data for a in [*arrays, *spaces]))
     n = Sizes(**job["sizes"])
@@ -83,22 +90,31 @@ class Jobs:
 
 
 def add_linear(jobs):
-    for function, rows, extra in (
-        (test_linear.with_bias_and_residual, 37, ("bias", "residual")),
-        (test_linear.gated, 96, ()),
+    for function, rows, extra, layout in (
+        (test_linear.with_bias_and_residual, 37, ("bias", "residual"), "rows16"),
+        (test_linear.gated, 96, (), "rows16"),
+        (test_linear.rounded_and_gated, 96, (), "pairs16"),
     ):
         shapes = {"bias": (rows,), "residual": ("T", rows)}
         inputs = {"x": (("T", 51), torch.float32), "w": ((rows, 51), torch.bfloat16)}
         inputs |= {name: (shapes[name], torch.float32) for name in extra}
-        body, operands = make_body(function, inputs, packed=("w",))
+        body, operands = make_body(function, inputs, packed={"w": layout})
         source = linear.emit(linear.spec_of(body, operands))
-        w = pack_rows16(torch.randn(rows, 51).bfloat16().view(torch.uint16).numpy())
+        w = ROW_PACKINGS[layout](torch.randn(rows, 51).bfloat16().view(torch.uint16).numpy())
         for tokens in (1, 3, 13):
             tail = [torch.randn(rows), torch.randn(tokens, rows)] if extra else []
             columns = rows if extra else rows // 2
             jobs.add(
                 source, {"T": tokens}, [torch.randn(tokens, 51), w, *tail], [(tokens, columns)]
             )
+
+
+def add_quantized_linear(jobs):
+    rows, depth, name = 37, 544, "int4_g32_f16"
+    _, _, source = test_quantized_linear.source_of(test_quantized_linear.plain, rows, depth, name)
+    w = test_quantized_linear.packed(test_quantized_linear.random_rows(name, rows, depth), name)
+    for tokens in (1, 3, 13):
+        jobs.add(source, {"T": tokens}, [torch.randn(tokens, depth), w], [(tokens, rows)])
 
 
 def add_attention(jobs):
@@ -202,7 +218,8 @@ def run_sanitized(jobs, folder: Path) -> subprocess.CompletedProcess:
 
 def test_no_kernel_touches_memory_that_is_not_its_own(tmp_path: Path):
     jobs = Jobs()
-    for add in (add_linear, add_attention, add_rope_and_writes, add_write_of_codes, add_sample):
+    adders = (add_linear, add_quantized_linear, add_attention, add_rope_and_writes)
+    for add in (*adders, add_write_of_codes, add_sample):
         add(jobs)
     run = run_sanitized(jobs, tmp_path)
     assert run.returncode == 0 and run.stdout == "done\n", run.stderr[-3000:]
