@@ -11,8 +11,9 @@ keep them). Either way the same bits for every T, tile and split.
 Bytes: w once for up to 12 tokens (6 on AVX2), and once for each chunk of tokens whose prepared copy
 fits in L2 beyond that. Measured (benchmarks/kernels.py, Zen 4, one core): pairs read at the whole
 bandwidth at one token and reach 88-94 % of the peak of vdpbf16ps, which is twice that of FMAs, at
-256; rows16 80-86 % of the bandwidth and 80-87 % of the FMA peak. Items: 32 columns for one token; else parts of tokens to prepare in the
-workspace, then (chunk, 32 columns).
+256; rows16 80-86 % of the bandwidth and 80-87 % of the FMA peak.
+Items: 32 columns for one token; else parts of tokens to prepare in the workspace, then
+(chunk, 32 columns).
 """
 
 from __future__ import annotations
