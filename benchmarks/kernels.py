@@ -20,7 +20,8 @@ thread, so that other work disturbs little.
     3072 -> 1024          92 78,69    84        87 57,44    62          91    63    54
 
 On one thread, less disturbed: bf16 T = 256 88-94 %; INT8 T = 1 98 %, T = 8 68-75 % of the
-bandwidth, T = 256 66-72 %; INT4 T = 1 98 %, T = 8 72-74 %, T = 256 68-70 % of the peak. (Above 100 %: the
+bandwidth, T = 256 66-72 %; INT4 T = 1 98 %, T = 8 72-74 %, T = 256 68-70 % of the peak.
+(Above 100 %: the
 reading probe does not prefetch, the kernel does.) The peak of vpdpbusd cannot be reached: of every
 ten operations on the two pipes that multiply, two scale the sums of a group in float32.
 """
