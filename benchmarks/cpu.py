@@ -40,10 +40,12 @@ from benchmarks.shapes import SHAPES, make
 PROMPT_TOKENS, STEPS = 64, 16
 LONG_CONTEXT = 8192
 CACHE_BYTES = 256 << 20  # what is larger is in no cache
-COMPILED_POSITIONS = 1280  # of the cache that torch.compile's graphs are made for
+COMPILED_POSITIONS = 512  # of the cache that torch.compile's graphs are made for
+COMPILED_PROMPT = 256  # each length is a graph that takes a minute or more: only this one
 EXAMPLE = Path(__file__).parents[1] / "examples" / "shakespeare"
 TIMED = ("decode", "batch8", "prefill256", "prefill1024")
-ROWS = (*TIMED, "context8k", "starts", "memory")
+CONTEXTS = {"context8k": "auto", "context8k-int8": "int8"}  # by the type of keys and values
+ROWS = (*TIMED, *CONTEXTS, "starts", "memory")
 Keep = Callable[[str, dict[str, Any]], None]  # called with each row as it is done
 PEERS = ("llama.cpp", "transformers", "torch.compile")
 
@@ -132,7 +134,7 @@ def _decode(
         context = llama.context(4 * PROMPT_TOKENS, batch)
         peers["llama.cpp"] = lambda: context.decode(prompts, STEPS)
     for name, peer in eager.items():
-        if name != "torch.compile" or batch == 1:
+        if name != "torch.compile" or batch == 1:  # its graphs are made for one sequence
             peers[name] = lambda p=peer: p.decode(prompts, STEPS)  # type: ignore[misc]
     behind = PROMPT_TOKENS + STEPS // 2
     found = measured(
@@ -164,7 +166,8 @@ def _prefill(
         context = llama.context(tokens)
         peers["llama.cpp"] = lambda: context.prefill(fresh())
     for name, peer in eager.items():
-        peers[name] = lambda p=peer: p.prefill(fresh())  # type: ignore[misc]
+        if name != "torch.compile" or tokens == COMPILED_PROMPT:
+            peers[name] = lambda p=peer: p.prefill(fresh())  # type: ignore[misc]
     return measured(
         bench, peers, ours.weight_bytes, lambda: ours.prefill(fresh()),
         lambda rates: prefill_floor(rates, bench.work, weights, ours.weight_bytes, tokens),
@@ -241,8 +244,9 @@ def run_rows(bench: Bench, weights: str, rows: list[str], keep: Keep) -> None:
     timed = [row for row in rows if row in TIMED]
     if timed:
         timed_rows(bench, weights, timed, keep)
-    if "context8k" in rows and (row := context_row(bench, weights, "auto")):
-        keep("context8k", row)
+    for name, kv in CONTEXTS.items():
+        if name in rows and (row := context_row(bench, weights, kv)):
+            keep(name, row)
     if "starts" in rows:
         keep("starts", processes.starts(bench, weights))
     if "memory" in rows:
@@ -252,16 +256,16 @@ def run_rows(bench: Bench, weights: str, rows: list[str], keep: Keep) -> None:
 def prepare(bench: Bench, weights: str, rows: list[str]) -> None:
     """Make what takes long: files, artefacts, reference logits, Inductor's cache."""
     bench.ours(weights).close()
-    if "context8k" in rows and bench.positions > LONG_CONTEXT:
-        bench.ours(weights, LONG_CONTEXT + 2 * PROMPT_TOKENS + STEPS).close()
+    for name, kv in CONTEXTS.items():
+        if name in rows and bench.positions > LONG_CONTEXT:
+            bench.ours(weights, LONG_CONTEXT + 2 * PROMPT_TOKENS + STEPS, kv).close()
     if bench.has("llama.cpp"):
         bench.llama(weights).close()
     if weights == "bf16" and bench.has("torch.compile"):
         peer = _eager_peers(bench)["torch.compile"]
         peer.decode([bench.ids(PROMPT_TOKENS)], 1)
-        for row in rows:
-            if row.startswith("prefill"):
-                peer.prefill(bench.ids(int(row.removeprefix("prefill"))))
+        if f"prefill{COMPILED_PROMPT}" in rows:
+            peer.prefill(bench.ids(COMPILED_PROMPT))
 
 
 def main() -> None:
