@@ -132,7 +132,8 @@ def _decode(
     peers: dict[str, Callable[[], float]] = {}
     if llama is not None:
         context = llama.context(4 * PROMPT_TOKENS, batch)
-        peers["llama.cpp"] = lambda: context.decode(prompts, STEPS)
+        lengths = context.hold(prompts)
+        peers["llama.cpp"] = lambda: context.decode(lengths, STEPS)
     for name, peer in eager.items():
         if name != "torch.compile" or batch == 1:  # its graphs are made for one sequence
             peers[name] = lambda p=peer: p.decode(prompts, STEPS)  # type: ignore[misc]
@@ -221,10 +222,9 @@ def context_row(bench: Bench, weights: str, kv: str) -> dict[str, Any] | None:
     if bench.has("llama.cpp"):
         peer = bench.llama(weights, kv)
         far, near = (peer.context(n + 4 * PROMPT_TOKENS, 1, kv) for n in (length, PROMPT_TOKENS))
-        far.prefill(long)
-        near.prefill(short)
+        lengths = far.hold([long]), near.hold([short])
         peers["llama.cpp"] = lambda: (
-            (far.decode_on([length], STEPS) - near.decode_on([PROMPT_TOKENS], STEPS)) / between
+            (far.decode(lengths[0], STEPS) - near.decode(lengths[1], STEPS)) / between
         )
     bits = 8.5 if kv == "int8" else 16.0
     found = measured(

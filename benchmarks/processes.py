@@ -117,7 +117,7 @@ def _llama(model: Path, weights: str, threads: int, cache: Path) -> dict[str, An
 
     before = _resident()["VmRSS"]
     peer = LlamaCpp(model, threads).context(512)
-    peer.decode([list(range(3, 67))], LOADED_TOKENS - 64)
+    peer.decode(peer.hold([list(range(3, 67))]), LOADED_TOKENS - 64)
     after = _resident()
     return {
         "above_baseline_bytes": after["VmRSS"] - before,

@@ -75,15 +75,18 @@ class Context:
         rows = llama_cpp.llama_get_logits(self._context)
         return np.ctypeslib.as_array(rows, (len(ids), self.vocab_size)).copy()
 
-    def decode(self, prompts: Sequence[Sequence[int]], steps: int) -> float:
-        """Return seconds a step: one token of each sequence, all in one batch."""
+    def hold(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Compute the prompts, one a sequence; return their lengths, for `decode`."""
         self._clear()
         for sequence, ids in enumerate(prompts):
             self._prompt(ids, sequence)
-        return self.decode_on([len(ids) for ids in prompts], steps)
+        return [len(ids) for ids in prompts]
 
-    def decode_on(self, lengths: Sequence[int], steps: int) -> float:
-        """Return seconds a step behind what the context holds: `lengths` tokens a sequence."""
+    def decode(self, lengths: Sequence[int], steps: int) -> float:
+        """Return seconds a step, one token of each sequence in one batch, behind `lengths` tokens.
+
+        The context holds afterwards what it held before.
+        """
         begin = time.perf_counter()
         for i in range(steps):
             self._decode([(3 + i, n + i, sequence, True) for sequence, n in enumerate(lengths)])
