@@ -105,7 +105,7 @@ file, test = "runtime/stop.py", "tests/runtime/test_stop.py::test_min_tokens_del
 text = (PACKAGE / file).read_text()
 found = [m for m in operators.mutants_of(file, text) if m.function == "find_stop"]
 found = [m for m in found if (m.before, m.after) in (("position >= 0", "position > 0"), ("0", "1"))]
-print(json.dumps([(m.after, server.run(m, [test], {test: 0.1}).outcome) for m in found]))
+print(json.dumps([(m.after, server.run(m, {test: 0.1}).outcome) for m in found]))
 """
 
 

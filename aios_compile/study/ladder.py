@@ -35,6 +35,7 @@ from aios_compile.study.verify_logits import run as run_module
 
 BATCH = 8
 LEAST_TOKENS = 32  # that a compiled model generates
+MEASURED_SECONDS = 1.0  # of a compiled model, at least
 
 
 @dataclass(frozen=True)
@@ -164,11 +165,13 @@ def _compiled(
     prompts = [list(request.ids[: request.num_prompt])] * batch
     count = max(LEAST_TOKENS, request.num_tokens)  # a few are too quick for the clock
     keywords = {"max_tokens": count, "temperature": 0, "ignore_eos": True}
-    best = 0.0
-    for _ in range(3):
+    best = total_us = 0.0
+    while total_us < 1e6 * MEASURED_SECONDS:  # the best: whoever else is busy only slows it down
         results = model.generate(prompts, **keywords)
         first = min(r.metrics.ttft_us for r in results)
-        spent = max(r.metrics.total_us for r in results) - first
+        last = max(r.metrics.total_us for r in results)
+        total_us += last
+        spent = last - first
         best = max(best, 1e6 * batch * (count - 1) / spent)
     error = None
     if oracle is not None:

@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from tests.mutation import areas, coverage, report, selection, server
@@ -105,17 +106,18 @@ def _run(chosen: argparse.Namespace) -> None:
 
 def _try(selector: selection.Selector, mutant: Mutant) -> server.Verdict:
     """Run the tests that are likely to notice a mutant; if none does, all that run it."""
-    verdict = None
-    for budget in (selection.FIRST, selection.WHOLE):
-        tests = selector.choose(mutant, budget)
-        if verdict and len(tests) == verdict.num_tests:
-            break
-        verdict = server.run(mutant, list(tests), tests)
-        if verdict.outcome != "survived":
-            if verdict.test:
-                selector.learn(mutant.file, verdict.test)
-            break
-    assert verdict is not None
+    first = selector.choose(mutant, selection.FIRST)
+    verdict = server.run(mutant, first)
+    if verdict.outcome == "survived":
+        more = selector.choose(mutant, selection.WHOLE)
+        last = server.run(mutant, {t: s for t, s in more.items() if t not in first})
+        verdict = replace(
+            last,
+            num_tests=verdict.num_tests + last.num_tests,
+            seconds=round(verdict.seconds + last.seconds, 2),
+        )
+    if verdict.test:
+        selector.learn(mutant.file, verdict.test)
     return verdict
 
 

@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,15 +55,15 @@ def preload() -> None:
     assert not [name for name in sys.modules if name.split(".")[0] == "aios_compile"]
 
 
-def run(mutant: Mutant, tests: Sequence[str], seconds: dict[str, float]) -> Verdict:
-    """Run one mutant in a child process, against `tests` in this order."""
+def run(mutant: Mutant, tests: dict[str, float]) -> Verdict:
+    """Run one mutant in a child process, against `tests` in this order; values: their seconds."""
     if not tests:
         return Verdict(mutant, "survived", "", 0, 0.0)
     begin = time.monotonic()
     aside = Path(tempfile.mkdtemp(prefix="mutant-"))
     child = os.fork()
     if not child:
-        _child(mutant, tests, seconds, aside)
+        _child(mutant, tests, aside)
     try:
         status = _wait(child)
         notes = _notes(aside)
@@ -109,7 +109,7 @@ def _notes(aside: Path) -> dict[str, Any]:
     return notes
 
 
-def _child(mutant: Mutant, tests: Sequence[str], seconds: dict[str, float], aside: Path) -> None:
+def _child(mutant: Mutant, tests: dict[str, float], aside: Path) -> None:
     """Run the tests with the mutant and end this process; 0 if none noticed it."""
     status = 1
     try:
@@ -121,7 +121,7 @@ def _child(mutant: Mutant, tests: Sequence[str], seconds: dict[str, float], asid
         overlay.install(mutant.file, str(mutant.number))
         options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "--tb=no"]
         options += [f"--basetemp={aside / 'tests'}", "--continue-on-collection-errors"]
-        status = int(pytest.main([*options, *tests], plugins=[_Watch(seconds, aside / "notes")]))
+        status = int(pytest.main([*options, *tests], plugins=[_Watch(tests, aside / "notes")]))
         status = 0 if status == pytest.ExitCode.NO_TESTS_COLLECTED else status
     finally:
         os._exit(status)
