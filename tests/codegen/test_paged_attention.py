@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import numpy as np
@@ -205,6 +206,22 @@ def test_long_contexts_are_shared_out_by_spans(options):
     batch.q, batch.shape = padded.as_strided((rows + 20, 4, 24), (row, 24, 1)), (rows + 20, 4, 40)
     many = batch.run(built, sinks, splits=3)
     assert torch.equal(many[:rows], few) and not many[rows:].any()
+
+
+def test_no_worker_does_the_share_of_another(monkeypatch):
+    """What two halves of the items write is all of the output, and no element twice."""
+    shape = (4, 2, 24, 40)
+    _, built = kernel(*shape, torch.float32, pages=96)
+    batch = Batch(((1, 30), (2, 20), (1, 40)), *shape, torch.float32, pages=96)
+    written = []
+    for half in (0, 1):
+
+        def run_half(run, n, p, items, splits, half=half):
+            run(ctypes.byref(n), p, *(ctypes.c_int64(items * (half + i) // 2) for i in (0, 1)))
+
+        monkeypatch.setattr(Kernel, "_share", staticmethod(run_half))
+        written.append(batch.run(built).isfinite())
+    assert torch.equal(written[0], ~written[1]) and written[0].any() and written[1].any()
 
 
 def test_padding_tokens_get_zeros():

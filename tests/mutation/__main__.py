@@ -98,6 +98,9 @@ def _run(chosen: argparse.Namespace) -> None:
             continue
         if time.monotonic() - begin > chosen.seconds:
             break
+        if not selector.covering(mutant):
+            print(f"unmapped {mutant.file}: no test of the map runs it; map its tests", flush=True)
+            continue
         verdict = _try(selector, mutant)
         report.save(results, area, verdict)
         print(f"{verdict.outcome:8} {verdict.seconds:6.1f} s {mutant.key} {mutant.file}:"
