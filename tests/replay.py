@@ -4,7 +4,8 @@
 
 A refactor shows an empty diff; a change shows what it changed. Kernels are named by their place and
 what they compute, not by the digest of their text, so that a changed text is a changed line. The
-other commit is checked out aside; models that it does not have are left out. Exit code 1: differs.
+other commit is checked out aside; models that it does not have are left out. Exit code 1: differs,
+2: nothing to compare, the commit is too old.
 """
 
 from __future__ import annotations
@@ -20,22 +21,29 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+QUANTISED = ("qwen3_gqa+int8", "qwen3_gqa+int4")
 LONGEST = 400  # lines of diff that are printed
 
 
 def write_sources(folder: Path, models: list[str]) -> None:
-    """Write kernels, step and plan of each zoo model below `folder`, for bf16 weights."""
+    """Write kernels, step and plan of each zoo model below `folder`, for bf16 weights.
+
+    models: names of the zoo, with "+int8" and the like quantised.
+    """
     from aios_compile.codegen.cpp.step import emit_step
     from aios_compile.config import CompileOptions
     from aios_compile.study.plan_model import open_without_weights, plan_model
     from tests import zoo
 
-    for name in [m for m in models or zoo.ZOO if m in zoo.ZOO]:
+    for name in models or (*zoo.ZOO, *QUANTISED):
+        base, _, quantization = name.partition("+")
+        if base not in zoo.ZOO:
+            continue
         out = folder / name
         out.mkdir(parents=True)
         config = out / "config.json"
-        config.write_text(json.dumps(zoo.config_of(name, "bfloat16")))
-        options = CompileOptions()
+        config.write_text(json.dumps(zoo.config_of(base, "bfloat16")))
+        options = CompileOptions(quantization=quantization or None)
         planned = plan_model(open_without_weights(config, options), options)
         sources = planned.emitted.sources
         titles = {s.symbol: re.sub(r"_[0-9a-f]{8}$", "", s.symbol) for s in sources}
@@ -80,13 +88,22 @@ def main() -> int:
         git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*git, "add", "--detach", str(tree), chosen.against], check=True,
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        old.mkdir()
+        new.mkdir()
         try:
             for root, folder in ((tree, old), (ROOT, new)):
-                command = [sys.executable, str(Path(__file__).resolve()), "--write", str(folder)]
+                script = root / "tests" / "replay.py"  # its own: functions move between commits
+                if not script.exists():
+                    print(f"{chosen.against} is too old: it has no tests/replay.py")
+                    return 2
+                command = [sys.executable, str(script), "--write", str(folder)]
                 environment = {**os.environ, "PYTHONPATH": str(root)}
                 arguments = ["--models", ",".join(models)] if models else []
                 subprocess.run([*command, *arguments], cwd=root, env=environment, check=True)
             lines = differences(old, new)
+            if not {p.name for p in old.iterdir()} & {p.name for p in new.iterdir()}:
+                print(f"no model that both this tree and {chosen.against} know")
+                return 2
         finally:
             subprocess.run([*git, "remove", "--force", str(tree)], check=True)
     print("\n".join(lines[:LONGEST]) or f"no difference from {chosen.against}")
