@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -88,9 +88,12 @@ def climb(
         except AiosError as error:
             yield Rung(f"{kernels}, {title}: {error.message}", 0.0)
     if options.quantization is None:
+        form = CompileOptions(quantization="int8").quantization_format()
+        quantised = replace(subject, options=replace(subject.options, quantization=form))
         try:
+            cost = _cost(quantised, options.disable_passes, len(request.ids))
             with load(given | {"quantization": "int8"}) as model:
-                yield _compiled("int8 weights", model, request, 1, None, oracle)
+                yield _compiled("int8 weights", model, request, 1, cost, oracle)
         except AiosError as error:
             yield Rung(f"int8 weights: {error.message}", 0.0)
 
@@ -159,7 +162,7 @@ def _compiled(
     model: Any,
     request: Request,
     batch: int,
-    cost: Cost | None,
+    cost: Cost,
     oracle: Tensor | None = None,
 ) -> Rung:
     prompts = [list(request.ids[: request.num_prompt])] * batch
@@ -176,8 +179,7 @@ def _compiled(
     error = None
     if oracle is not None:
         error = _error(torch.as_tensor(model(list(request.ids)))[-1], oracle)
-    counts = (cost.launches, cost.bytes_a_token) if cost else (model.program.num_launches, None)
-    return Rung(name, best, counts[0], counts[1], error)
+    return Rung(name, best, cost.launches, cost.bytes_a_token, error)
 
 
 def svg(rungs: Sequence[Rung]) -> str:
