@@ -3,6 +3,7 @@
     python -m tests.mutation map [TESTS...]     note once which test runs which statement
     python -m tests.mutation run [--areas passes,cpp] [--limit 40] [--seed 1]
     python -m tests.mutation report [--json]
+    python -m tests.mutation check              do the tests that killed pass without a mutant?
 
 docs/mutation.md tells what is mutated and how. Results are kept in --folder; `run` goes on where it
 was stopped. Exit code 1: less than 85 % killed of the mutants that change anything.
@@ -38,7 +39,7 @@ TESTED_BY = (
 def main() -> int:
     """Run one command; return the exit status."""
     parser = argparse.ArgumentParser(description="Mutation testing; see docs/mutation.md.")
-    parser.add_argument("command", choices=("map", "run", "report"))
+    parser.add_argument("command", choices=("map", "run", "report", "check"))
     parser.add_argument("tests", nargs="*", help="map: folders or files of tests")
     parser.add_argument("--folder", type=Path, default=areas.ROOT / "out" / "mutation")
     parser.add_argument(
@@ -57,6 +58,12 @@ def main() -> int:
     if chosen.command == "run":
         _run(chosen)
     found = report.load(chosen.folder)
+    if chosen.command == "check":
+        killers = sorted({v["test"] for v in found.values() if v["test"]})
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        return subprocess.run(
+            [*command, "--hypothesis-seed=0", *killers], cwd=areas.ROOT
+        ).returncode
     why = report.reasons()
     rows = report.rows(found, why)
     if chosen.json:
