@@ -76,6 +76,9 @@ def climb(
     yield _eager(source, request, oracle)
     yield _captured(subject, request, oracle)
     given = {f.name: getattr(options, f.name) for f in fields(CompileOptions)} | {"progress": False}
+    with load(given) as model:  # all programs run on the threads that the whole one chooses
+        if model.runner is not None:
+            given["num_threads"] = model.runner.num_threads
     kernels = {"cpp": "C++", "triton": "Triton"}[subject.options.target]
     for num_groups, title in enumerate(("no optional pass", "+ raise", "+ rewrite", "+ fuse")):
         left_out = {*options.disable_passes, *_optional(STAGES[num_groups:], subject)}

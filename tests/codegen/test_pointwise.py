@@ -72,6 +72,10 @@ CASES = {
         lambda x, y: torch.slice_scatter(x, y, 1, 3, 8) + 1,
         [(("T", 10), f32), (("T", 5), f32)],
     ),
+    "slice_scatter_flipped": Case(  # no cut of the loop says which part is read
+        lambda x, y: torch.slice_scatter(x, y, 1, 3, 8).flip(1) + 1,
+        [(("T", 10), f32), (("T", 5), f32)],
+    ),
     "pad": Case(lambda x: F.pad(x, (3, 2)) + 1, [(("T", 30), f32)]),
     "split_parts": Case(lambda x: torch.split(x, [10, 23], -1)[1] * 2, [(("T", 33), f32)]),
     "flip": Case(lambda x: x.flip(-1), [(("T", 33), f32)]),

@@ -20,7 +20,12 @@ class Loaded:
     """A compiled model that answers with the logits of PyTorch; the fewer passes are left out,
     the quicker: a token a millisecond with all of them."""
 
+    chosen: list[int | None] = []
+
+    runner = SimpleNamespace(num_threads=3)
+
     def __init__(self, path: Path, options: dict[str, Any]) -> None:
+        self.chosen.append(options["num_threads"])
         if options["quantization"]:
             raise ConfigError("no kernel for these rows")
         self.decoder = zoo.decoder(path)
@@ -56,6 +61,7 @@ def test_every_stage_computes_the_same(tmp_path: Path) -> None:
     in_pytorch = [by_name[n] for n in ("PyTorch eager", "captured, in PyTorch")]
     assert all(r.error is not None and r.error < 1e-5 for r in (*in_pytorch, *programs))
     assert all(r.tokens_per_second > 0 for r in in_pytorch)
+    assert Loaded.chosen[0] is None and set(Loaded.chosen[1:]) == {3}, "the same threads for all"
     assert round(by_name["8 sequences in a batch"].tokens_per_second) == 8000
     assert rungs[-1].name.startswith("int8 weights: no kernel") and not rungs[-1].tokens_per_second
 
