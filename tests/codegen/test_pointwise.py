@@ -85,6 +85,10 @@ CASES = {
     ),
     "tril": Case(lambda x: x.tril(-1), [((19, 23), f32)]),
     "index_rows": Case(lambda i, w: w[i] * 2, [(("T",), i64), ((40, 20), f32)]),
+    "index_columns": Case(lambda w, i: w[:, i.abs() % 5] + 1, [((7, 5), f32), (("T",), i64)]),
+    "index_apart": Case(
+        lambda w, i: w[i.abs() % 7, :, i.abs() % 5] + 1, [((7, 3, 5), f32), (("T",), i64)]
+    ),
     "index_select": Case(lambda w, i: w.index_select(1, i.abs()), [((7, 20), f32), (("T",), i64)]),
     "gather": Case(lambda w, i: w.gather(-1, i.abs()), [(("T", 20), f32), (("T", 5), i64)]),
     "two_outputs": Case(lambda x, y: (x + y, x * y), [(("T", 33), f32), (("T", 33), f32)]),
