@@ -200,6 +200,20 @@ def test_a_body_that_mixes_rows_is_refused() -> None:
     assert pointwise.spec_of(body, operands_of(body)) is None
 
 
+@pytest.mark.parametrize(
+    ("function", "indices"),
+    [
+        (lambda x, i, y: x.scatter(1, i, y), 65),  # 65 compares for each element
+        (lambda x, i, y: x.scatter(1, i, y, reduce="multiply"), 5),
+    ],
+    ids=["many indices", "another reduction"],
+)
+def test_a_scatter_that_is_no_short_chain_is_refused(function: Any, indices: int) -> None:
+    inputs = [(("T", 9), f32), (("T", indices), i64), (("T", indices), f32)]
+    body = trace(function, *inputs)
+    assert pointwise.spec_of(body, operands_of(body)) is None
+
+
 def test_offsets_past_2_to_the_31_elements() -> None:
     """Row 2 starts 2^31 + 14 elements in: a 32-bit product would wrap. Few pages are touched."""
     body = trace(lambda x: x * 2, ((3, 20), f32))
