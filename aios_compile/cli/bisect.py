@@ -69,7 +69,7 @@ def _search(
         return found
     import torch
 
-    with _loaded(model, options) as loaded:
+    with _loaded(model, options, "float32") as loaded:  # as the programs of the passes here
         return study.find_wrong_step(subject, torch.as_tensor(loaded(ids)))
 
 
@@ -92,16 +92,23 @@ def _compare_programs(
 def _compare_answers(
     model: str, subject: Any, options: CompileOptions, other: CompileOptions
 ) -> Any:
-    from aios_compile.study.bisect_settings import find_different_answer
+    from aios_compile.study.bisect_settings import changed, find_different_answer
 
-    return find_different_answer(subject, options, other, lambda chosen: _loaded(model, chosen))
+    setting = changed(options, other)
+    as_given = "kv_cache_dtype" in setting or all(name in NOT_IN_KEY for name in setting)
+    return find_different_answer(
+        subject,
+        options,
+        other,
+        lambda chosen: _loaded(model, chosen, "" if as_given else "float32"),
+    )
 
 
-def _loaded(model: str, options: CompileOptions) -> Any:
-    """Load a model that keeps keys and values in float32, unless it was told how."""
+def _loaded(model: str, options: CompileOptions, kv_cache_dtype: str) -> Any:
+    """Load a model; kv_cache_dtype: instead of the options', "" for theirs."""
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-    if options.kv_cache_dtype == "auto":
-        given["kv_cache_dtype"] = "float32"
+    if kv_cache_dtype:
+        given["kv_cache_dtype"] = kv_cache_dtype
     return load(model, {**given, "progress": False})
 
 
