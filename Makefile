@@ -1,6 +1,6 @@
 # make demo    install into .venv, compile the bundled model, print its passes, stream text
 # make test    install the test tools too, then ruff, mypy --strict and all CPU tests
-# make nightly random graphs by the thousand, every family, the long proofs (hours)
+# make nightly random programs by the thousand, every family, the long proofs (hours)
 # make mutants small mistakes in passes, emitters, scheduler, planner: do tests fail? (docs/mutation.md)
 # make gpu     what needs a GPU: whole models in captured graphs against eager
 # make replay generated sources of the model zoo, this tree against the commit AGAINST
@@ -17,6 +17,8 @@ PROMPT ?= ROMEO:
 PIP_FLAGS ?=
 
 AGAINST ?= HEAD
+# Counts of the fuzzer's parts (examples a pass), and scripts of what failed.
+FUZZ_REPORT ?= out/fuzz
 
 .PHONY: demo test nightly mutants gpu lint format docs clean replay
 
@@ -29,8 +31,10 @@ test: $(VENV)/.installed-test lint
 
 # The slower suites, by hand.
 nightly: $(VENV)/.installed-test
-	FUZZ_EXAMPLES=5000 FOREIGN_FAMILIES=all $(BIN)/python -m pytest -q -n $(WORKERS) \
-		tests/fuzz tests/foreign tests/nightly
+	FUZZ_EXAMPLES=5000 FUZZ_REPORT=$(FUZZ_REPORT) FOREIGN_FAMILIES=all \
+		$(BIN)/python -m pytest -q -n $(WORKERS) tests/fuzz tests/foreign tests/nightly
+	FUZZ_TRITON=400 $(BIN)/python -m pytest -q -n $(WORKERS) tests/interpreted/test_fuzz.py
+	cat $(FUZZ_REPORT)/*.json
 
 # The map of the tests is made once (half an hour on one core); a mutant costs some seconds.
 MUTANTS ?= --limit 40 --seed 1
