@@ -38,20 +38,14 @@ def spoiled(name: str, module: Any, sizes: Any, stages: Any, **options: Any) -> 
     return compile_graph(module, sizes, [change(s) for s in stages], **options)
 
 
-@pytest.mark.parametrize(
-    ("name", "planted"),
-    [("halves_swapped", "raise_rope"), ("dropped_residual", "fuse_add_rms_norm")],
-)
-def test_a_planted_bug_becomes_a_script(
-    name: str, planted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiler = functools.partial(spoiled, name)
+def test_a_planted_bug_becomes_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = functools.partial(spoiled, "halves_swapped")
     tally = run_campaign(
         range(20),
         seed=0,
         objects=tmp_path / "objects",
         scripts=tmp_path,
-        passes=(planted,),
+        passes=("raise_rope",),
         compiler=compiler,
         max_failures=1,
     )
