@@ -13,7 +13,9 @@ import pytest
 
 from aios_compile.engine_process import start_front
 from aios_compile.errors import ConfigError
+from aios_compile.model_source import open_source
 from aios_compile.runtime.program_runner import state_page_bytes
+from aios_compile.study.verify_logits import verify_logits
 from tests import zoo
 from tests.compiled.conftest import SMALL_STEPS, Load
 from tests.compiled.invariance import check, facts
@@ -74,6 +76,9 @@ def test_windows_eager_and_the_pool(
     assert [facts(output) for output in model.generate(prompts, **fields)] == expected
     core.step = plain  # type: ignore[method-assign]
 
+    source = open_source(zoo.make("mistral_window", zoo_folder, "float32"), model.options)
+    assert "no budget is held against" in verify_logits(model, source)
+    assert "allowed" in verify_logits(floats, source)
     monkeypatch.setenv("AIOS_EAGER", "1")
     eager = load("mistral_window", **SMALL, **INT8)
     ids = zoo.token_ids(zoo.make("mistral_window", zoo_folder, "float32"))
