@@ -103,7 +103,7 @@ def measure(folder: Path, row: str, args: argparse.Namespace) -> dict[str, Any]:
             "16 at once": lambda w, t: ours(model, w, t, len(w.prompts)),
             "one at a time": lambda w, t: ours(model, w, t, 1),
             "static batches of 16": lambda w, t: ours(model, w, t, CONCURRENT),
-            "16 at once, no prefix cache": lambda w, t: ours(cold, w, t, len(w.prompts)),
+            "16 at once without prefix cache": lambda w, t: ours(cold, w, t, len(w.prompts)),
         }
         for name in args.without.split(",") if args.without else ():
             variants.pop(name, None)
