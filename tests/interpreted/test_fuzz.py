@@ -30,4 +30,4 @@ def test_random_programs_equal_eager(part: int, tmp_path: Path) -> None:
     )
     assert not tally.failures, tally.failures
     assert all(r.startswith("CodegenError") for r in tally.refused), tally.refused
-    assert sum(tally.refused.values()) <= tally.examples // 4, tally.refused
+    assert sum(tally.refused.values()) <= tally.examples // 2, tally.refused
