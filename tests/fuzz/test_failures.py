@@ -48,6 +48,7 @@ def test_a_planted_bug_becomes_a_script(tmp_path: Path, monkeypatch: pytest.Monk
         passes=("raise_rope",),
         compiler=compiler,
         max_failures=1,
+        max_trials=50,
     )
     (failure,) = tally.failures
     assert failure.message.startswith("wrong: output")
@@ -98,7 +99,7 @@ def test_a_reverted_pass_is_a_failure(tmp_path: Path) -> None:
 
     tally = run_campaign(
         range(8), seed=0, objects=tmp_path, scripts=tmp_path, passes=("raise_rope",),
-        compiler=broken, max_failures=1,
+        compiler=broken, max_failures=1, max_trials=10,
     )  # fmt: skip
     assert tally.failures[0].message == "reverted: raise_rope: ValueError: no rotation"
 

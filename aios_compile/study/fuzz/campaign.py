@@ -23,7 +23,7 @@ from aios_compile.study.fuzz.example import (
 from aios_compile.study.fuzz.generate import draw
 from aios_compile.study.fuzz.graph_ops import OPS
 from aios_compile.study.fuzz.patterns import PATTERNS
-from aios_compile.study.fuzz.shrink import shrink, write_script
+from aios_compile.study.fuzz.shrink import MAX_TRIALS, shrink, write_script
 
 PASSES = tuple(info_of(p).name for p in PIPELINE)
 
@@ -112,11 +112,12 @@ def run_campaign(
     say: Say = lambda text: None,
     compiler: Compile | None = None,
     max_failures: int = 5,
+    max_trials: int = MAX_TRIALS,
 ) -> Tally:
     """Run the examples of `numbers` for at most `seconds`; shrink what fails to scripts.
 
     objects: keeps built kernels. compiler: instead of compile_graph (tests plant bugs with it).
-    Ends early after `max_failures` failures.
+    Ends early after `max_failures` failures. max_trials: examples tried while one is shrunk.
     """
     check_names(passes, ops)
     tally, begin = Tally(), time.monotonic()
@@ -133,7 +134,7 @@ def run_campaign(
         except FuzzFailure as failure:
             say(f"example {number}: {failure}")
             tally.examples += 1
-            small, message = _shrunk(example, objects, compiler, str(failure))
+            small, message = _shrunk(example, objects, compiler, str(failure), max_trials)
             path = write_script(small, message, scripts / f"fuzz_{seed}_{number}.py")
             tally.failures.append(Failure(seed, number, message, str(path)))
             say(f"example {number} is {path}")
@@ -154,7 +155,11 @@ def _outcome(example: Example, objects: Path, compiler: Compile | None) -> Outco
 
 
 def _shrunk(
-    example: Example, objects: Path, compiler: Compile | None, message: str
+    example: Example,
+    objects: Path,
+    compiler: Compile | None,
+    message: str,
+    max_trials: int,
 ) -> tuple[Example, str]:
     """Return the smallest failing example of the same kind, and its message."""
     kind = message.split(":")[0]
@@ -168,5 +173,5 @@ def _shrunk(
             return str(failure).split(":")[0] == kind
         return False
 
-    small = shrink(example, fails)
+    small = shrink(example, fails, max_trials)
     return small, messages[small]
