@@ -20,8 +20,12 @@ from aios_compile.study.fuzz.graph_ops import OPS
 from aios_compile.study.fuzz.patterns import PATTERNS
 
 
+NOT_PLANTED = {"quantize_kv": "needs caches of int8, which no setup has yet"}
+
+
 def test_every_pass_has_a_pattern() -> None:
-    assert {p.pass_name for p in PATTERNS} == {info_of(p).name for p in PIPELINE}
+    names = {info_of(p).name for p in PIPELINE}
+    assert {p.pass_name for p in PATTERNS} == names - set(NOT_PLANTED)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p.pass_name}-{p.name}")

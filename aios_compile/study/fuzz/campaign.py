@@ -29,11 +29,12 @@ PASSES = tuple(info_of(p).name for p in PIPELINE)
 
 
 def passes_of(target: str) -> tuple[str, ...]:
-    """Return the passes that can fire on a target of this machine."""
+    """Return the passes that are planted and can fire on a target of this machine."""
     found = [info_of(p).name for p in PIPELINE if info_of(p).target in ("", target)]
     if not build.Target.host().bf16_dot:
         found = [name for name in found if name != "round_activations"]
-    return tuple(found)
+    planted = {p.pass_name for p in PATTERNS}
+    return tuple(name for name in found if name in planted)
 
 
 Say = Callable[[str], None]
