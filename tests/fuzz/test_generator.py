@@ -19,7 +19,6 @@ from aios_compile.study.fuzz.generate import REPEATS, TARGET_OF, draw
 from aios_compile.study.fuzz.graph_ops import OPS
 from aios_compile.study.fuzz.patterns import PATTERNS
 
-
 NOT_PLANTED = {"quantize_kv": "needs caches of int8, which no setup has yet"}
 
 
