@@ -33,7 +33,7 @@ def assemble(
     traced: fx.GraphModule, lowered: fx.GraphModule, bindings: list[Any], layer_paths: list[str]
 ) -> IRModule:
     """Return level 1. `bindings[i]` says what captured input i is (see capture._binding)."""
-    root = fx.GraphModule(lowered, lowered.graph)
+    root = torch_private.lazy_graph_module(lowered, lowered.graph)
     module = IRModule(root, Level.CAPTURED)
     _own_regions(module, traced)
     _bind_inputs(module, bindings)

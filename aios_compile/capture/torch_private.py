@@ -21,6 +21,7 @@ from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._guards import TracingContext, tracing
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx import traceback as fx_traceback
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
 try:  # torch 2.13
@@ -54,9 +55,18 @@ def capture_settings() -> Iterator[None]:
         "inline_single_use_invoke_subgraph": False,
     }
     known = {k: v for k, v in wanted.items() if hasattr(dynamo.config, k)}
-    settings = dynamo.config.patch(known)
-    with torch.no_grad(), settings, get_metrics_context(), dynamo_timed("aios_capture"):
+    settings, lazy = dynamo.config.patch(known), _use_lazy_graph_module(True)
+    with torch.no_grad(), settings, lazy, get_metrics_context(), dynamo_timed("aios_capture"):
         yield
+
+
+def lazy_graph_module(owner: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """Return a graph module, copies of it too, whose Python is generated when it is called.
+
+    Passes copy and change graphs all the time and hardly ever call one: the graph is interpreted.
+    """
+    with _use_lazy_graph_module(True):
+        return _make_graph_module(owner, graph)
 
 
 def full_graph(model: torch.nn.Module, kwargs: dict[str, Any]) -> Any:

@@ -68,7 +68,11 @@ def _make_body(
         env[node] = body.node_copy(node, lambda n: env[n])
         env[node].meta = dict(node.meta)
     body.output(env[results[0]] if len(results) == 1 else tuple(env[r] for r in results))
-    return fx.GraphModule(owner, body), arguments
+    # The owner's own class below torch's class of one instance: lazy where the owner is.
+    kind = type(owner).__mro__[1] if isinstance(owner, fx.GraphModule) else fx.GraphModule
+    made = kind(owner, body)
+    assert isinstance(made, fx.GraphModule)
+    return made, arguments
 
 
 def is_convex(nodes: Iterable[fx.Node]) -> bool:
