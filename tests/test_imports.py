@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -54,7 +54,10 @@ def test_the_whole_runtime_and_checkpoint_import_without_torch() -> None:
 
 @pytest.mark.parametrize("flag", ["--help", "--version"])
 def test_the_command_line_answers_without_torch_in_no_time(flag: str) -> None:
-    """Under 0.3 s more than a bare interpreter: the best of three, as the machine may be busy."""
+    """Under 0.3 s more than a bare interpreter.
+
+    Of processor time, the best of three: it is what an idle machine shows, and a busy one too.
+    """
     code = "import sys; sys.argv[0] = 'aios'\nfrom aios_compile.cli.main import main; main()"
     answer = run(BLOCK + code, flag)
     assert answer.returncode == 0 and "aios" in answer.stdout, answer.stderr
@@ -62,9 +65,11 @@ def test_the_command_line_answers_without_torch_in_no_time(flag: str) -> None:
     def seconds(program: str, *arguments: str) -> float:
         times = []
         for _ in range(3):
-            begin = time.perf_counter()
+            before = os.times()
             run(program, *arguments)
-            times.append(time.perf_counter() - begin)
+            after = os.times()
+            user = after.children_user - before.children_user
+            times.append(user + after.children_system - before.children_system)
         return min(times)
 
     assert seconds(code, flag) - seconds("pass") < 0.3
