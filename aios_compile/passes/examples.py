@@ -50,7 +50,8 @@ DTYPES = {
     "u8": torch.uint8,
     "b8": torch.bool,
 }
-OPTIONS = PassOptions(quantization="int8_g32_f16", quantize_kv=True)  # what the examples assume
+# What the examples assume.
+OPTIONS = PassOptions(quantization="int8_g32_f16", quantize_kv=True, bf16_dot=True)
 _ANNOTATION = re.compile(r"(?:(weight|input|state)\s+)?(\w+)\[(.*)\]")
 
 

@@ -35,10 +35,15 @@ def run(module: IRModule, bf16_dot: bool, target: str = "cpp") -> PassResult:
     return results[0] if results else PassResult("none", "exact", False)
 
 
-def test_only_loaded_bf16_matrices_of_many_rows() -> None:
+def traced() -> IRModule:
     module = helpers.trace(several)
     for node in module.root.graph.nodes:
         node.meta["source_lines"] = (f"model.py: {node.name}",)
+    return module
+
+
+def test_only_loaded_bf16_matrices_of_many_rows() -> None:
+    module = traced()
     result = run(module, True)
     assert result.hits == 1 and result.kept and result.max_error is not None
     assert result.max_error < 1e-5  # exact activations: what is proven is the rewrite
@@ -49,7 +54,7 @@ def test_only_loaded_bf16_matrices_of_many_rows() -> None:
 
 
 def test_not_without_the_instructions_and_not_for_a_gpu() -> None:
-    module = helpers.trace(several)
+    module = traced()
     assert run(module, False).hits == 0
     assert run(module, True, "triton").hits == 0
     assert "aios.bf16_linear" not in helpers.targets(module)

@@ -42,7 +42,6 @@ SEPARATE = {
     ),
     "joined features": lambda x, w: torch.cat((x, x * 2), -1)[:, 3],
     "repeated features": lambda x, w: x.repeat(1, 3)[:, 5:],
-    "padded features": lambda x, w: F.pad(x, (1, 2)).flip(1),
     "chosen features": lambda x, w: x[:, [3, 1]] + x.index_select(1, torch.tensor([0, 2])),
     "a matrix for each token": lambda x, w: torch.bmm(
         w.view(4, 16, 64)[x[:, 0].long()], x[:, :, None]
@@ -70,6 +69,26 @@ def test_separate(name):
         return SEPARATE[name](x, w)
 
     assert mixing_nodes(trace(f)) == []
+
+
+def test_padded_features_are_separate_and_padded_tokens_are_not():
+    """Put in by hand: traced outside of a model, torch fixes T for a padding."""
+
+    def f(x: "f32[T, 64]"):
+        return x * 2
+
+    for widths, mixes in (([1, 2], False), ([0, 0, 1, 0], True)):
+        module = trace(f)
+        graph, double = module.root.graph, module.root.graph.find_nodes(
+            op="call_function", target=torch.ops.aten.mul.Tensor
+        )[0]  # fmt: skip
+        with graph.inserting_after(double):
+            pad = graph.call_function(torch.ops.aten.constant_pad_nd.default, (double, widths, 0.0))
+        value, (features, tokens) = double.meta["val"], (sum(widths[:2]), sum(widths[2:]))
+        shape = (value.shape[0] + tokens, value.shape[1] + features)
+        pad.meta = {**double.meta, "val": value.new_empty(shape)}
+        double.replace_all_uses_with(pad, delete_user_cb=lambda user, pad=pad: user is not pad)
+        assert bool(mixing_nodes(module)) == mixes
 
 
 def test_captured_decoder_mixes_only_in_attention():
