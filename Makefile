@@ -31,9 +31,9 @@ test: $(VENV)/.installed-test lint
 
 # The slower suites, by hand.
 nightly: $(VENV)/.installed-test
-	FUZZ_EXAMPLES=5000 FUZZ_REPORT=$(FUZZ_REPORT) FOREIGN_FAMILIES=all \
-		$(BIN)/python -m pytest -q -n $(WORKERS) tests/fuzz tests/foreign tests/nightly
-	FUZZ_TRITON=400 $(BIN)/python -m pytest -q -n $(WORKERS) tests/interpreted/test_fuzz.py
+	NIGHTLY=1 FUZZ_EXAMPLES=5000 FUZZ_REPORT=$(FUZZ_REPORT) FOREIGN_FAMILIES=all FUZZ_TRITON=400 \
+		$(BIN)/python -m pytest -q -n $(WORKERS) tests/fuzz tests/foreign tests/nightly \
+		tests/interpreted tests/codegen/test_quantized_linear.py
 	cat $(FUZZ_REPORT)/*.json
 
 # The map of the tests is made once (half an hour on one core); a mutant costs some seconds.

@@ -1,6 +1,6 @@
 """Random programs on the Triton target, its kernels in the interpreter, against eager.
 
-make test runs 24 of them; FUZZ_TRITON=N runs N (make nightly: 400).
+make test runs 12 of them; FUZZ_TRITON=N runs N (make nightly: 400).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from aios_compile.study.fuzz.campaign import run_campaign
 
-EXAMPLES = int(os.environ.get("FUZZ_TRITON", "24"))
+EXAMPLES = int(os.environ.get("FUZZ_TRITON", "12"))
 PARTS = 2
 
 

@@ -58,7 +58,8 @@ def _body(spec: MatmulSpec) -> list[str]:
     dtypes = {spec.operands[a.operand].dtype for a in (spec.left, spec.right)}
     widen = "" if len(dtypes) == 1 else ".to(tl.float32)"
     precision = '"tf32"' if dtypes == {"bf16", "f16"} else '"ieee"'  # exact for both halves
-    left, right = _address(spec, spec.left, "depth_left"), _address(spec, spec.right, "depth_right")
+    left = _address(spec, spec.left, ("i1", "depth_left"))
+    right = _address(spec, spec.right, ("depth_right", "i2"))
     lines = [
         "item = tl.program_id(0).to(tl.int64)",
         f"across = ({n} + BLOCK_N - 1) // BLOCK_N",
@@ -80,11 +81,11 @@ def _body(spec: MatmulSpec) -> list[str]:
     lines.append(f"mask = (i1 < {m}) & (i2 < {n})")
     if spec.bias is not None:
         scale = "" if spec.beta == 1 else f"{spec.beta!r} * "
-        place = _address(spec, spec.bias, "i3")
-        lines.append(f"bias = tl.load({place} + tl.zeros_like(i1 + i2), mask=mask, other=0.0)")
+        place = _address(spec, spec.bias, ("i1", "i2"))
+        lines.append(f"bias = tl.load({place}, mask=mask, other=0.0)")
         result = f"{scale}bias.to(tl.float32) + {result}"
     out = len(spec.operands) - 1
-    place = f"{variable(spec.operands[out], out)} + {_texts(spec).address(spec.store)}"
+    place = _address(spec, Access(out, spec.store), ("i1", "i2"))
     return [*lines, f"tl.store({place}, {result}, mask=mask)"]
 
 
@@ -92,9 +93,16 @@ def _texts(spec: MatmulSpec) -> Texts:
     return Texts(spec.operands, (), 3, {})
 
 
-def _address(spec: MatmulSpec, access: Access, depth: str) -> str:
-    """Return the pointers of an operand's tile; the place in the depth is called `depth`."""
+def _address(spec: MatmulSpec, access: Access, tile: tuple[str, str]) -> str:
+    """Return the pointers of an operand's tile, whose rows and columns have the names in `tile`.
+
+    An operand that is expanded, or one element wide, does not depend on both: zeros of the tile's
+    shape make its pointers as many as the mask's.
+    """
     name = variable(spec.operands[access.operand], access.operand)
     address: Linear = access.address
+    depth = next((at for at in tile if at.startswith("depth")), "i3")
     place = re.sub(r"\bi3\b", depth, _texts(spec).address(address))
-    return f"{name} + ({place})"
+    whole = all(re.search(rf"\b{at}\b", place) for at in tile)
+    zeros = "" if whole else f" + tl.zeros_like({tile[0]} + {tile[1]})"
+    return f"{name} + ({place}){zeros}"
