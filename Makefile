@@ -33,7 +33,7 @@ test: $(VENV)/.installed-test lint
 nightly: $(VENV)/.installed-test
 	NIGHTLY=1 FUZZ_EXAMPLES=5000 FUZZ_REPORT=$(FUZZ_REPORT) FOREIGN_FAMILIES=all FUZZ_TRITON=400 \
 		$(BIN)/python -m pytest -q -n $(WORKERS) tests/fuzz tests/foreign tests/nightly \
-		tests/interpreted tests/codegen/test_quantized_linear.py
+		tests/interpreted tests/codegen tests/compiled tests/formats tests/passes
 	cat $(FUZZ_REPORT)/*.json
 
 # The map of the tests is made once (half an hour on one core); a mutant costs some seconds.

@@ -26,6 +26,7 @@ INT8: dict[str, Any] = {"kv_cache_dtype": "int8"}
 SMALL = {"kv_cache_memory_bytes": 1 << 18}  # few pages: the eager references copy them each step
 
 
+@pytest.mark.nightly
 def test_the_example_checkpoint(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """Perplexity within 0.1 % of the bf16 cache (all of the text: -0.008 %) at 9 bits a value
     (heads of 32); the report; R3.
@@ -93,6 +94,7 @@ def test_windows_eager_and_the_pool(
     assert [r.outputs[0].token_ids for r in ours] == [r.outputs[0].token_ids for r in theirs]
 
 
+@pytest.mark.nightly
 def test_with_quantised_weights_and_in_a_process_of_its_own(load: Load, zoo_folder: Path) -> None:
     both = {**INT8, "quantization": "int4"}
     model, plain = load("qwen3_gqa", **both), load("qwen3_gqa", quantization="int4")

@@ -75,6 +75,7 @@ def test_formats_by_name_and_what_is_refused(load: Load) -> None:
             load(SHAKESPEARE, quantization=bad)
 
 
+@pytest.mark.nightly
 def test_a_tied_table_is_stored_once_by_choice(load: Load) -> None:
     """The bf16 table beside the head's codes goes; logits stay near those with it."""
     options = {"quantization": "int8", "quantize_embeddings": True}

@@ -108,6 +108,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return with_weights(source, folder / "meant", meant), path, meant
 
 
+@pytest.mark.nightly
 def test_compiled_k_types(wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way: the codes stay codes, to the bit; answers as transformers gives them.
 

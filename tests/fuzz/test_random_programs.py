@@ -33,12 +33,16 @@ def report(tally: Tally, part: int) -> None:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_compiled_equals_eager(part: int, tmp_path: Path) -> None:
+def test_compiled_equals_eager(
+    part: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Parts can run side by side: each takes every fourth example."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     tally = run_campaign(
         range(FIRST + part, FIRST + EXAMPLES, PARTS),
         seed=SEED,
-        objects=tmp_path / "objects",
+        objects=shared / "fuzz-objects",
         say=print,
         scripts=Path(os.environ.get("FUZZ_REPORT", tmp_path)) / "failures",
     )

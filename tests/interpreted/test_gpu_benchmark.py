@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,7 @@ TINY = "--device interpreter --shapes micro --batch 1 --context 20 --tokens 2 --
 TINY += " --cases 1 --pages 16 --requests 1 --lengths 2,3"
 
 
-# The third part, our own rows, takes longest: `make nightly` runs it.
-PARTS = ["peers", "engine"] + ["ours"] * ("NIGHTLY" in os.environ)
+PARTS = ["peers", "engine", pytest.param("ours", marks=pytest.mark.nightly)]  # the longest
 
 
 @pytest.mark.parametrize("part", PARTS)
