@@ -10,11 +10,9 @@ the sequences are. The order of the sections is fixed; their begins depend on th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 HEADER = 64  # words: three counts, then the begin of each section
 COUNTS = 3
-Per = Literal["token", "sequence", "row", "starts", "table", "penalty", "bias", "allowed"]
 
 # What is made from the sections below, for each token.
 TOKEN_INPUTS = ("token_ids", "positions", "sequence_lengths", "slots")

@@ -29,6 +29,10 @@ class PassInfo:
     target: str
     doc: str
 
+    def runs_on(self, target: str) -> bool:
+        """Return whether the pass belongs to the pipeline of a target ("cpp", "triton")."""
+        return self.target in ("", target)
+
 
 def graph_pass(
     numerics: Numerics, *, required: bool = False, target: str = ""

@@ -105,7 +105,7 @@ def run_pipeline(
 
 
 def _for_target(passes: Iterable[PassFunction], target: str) -> tuple[PassFunction, ...]:
-    return tuple(p for p in passes if info_of(p).target in ("", target))
+    return tuple(p for p in passes if info_of(p).runs_on(target))
 
 
 def _left_out(passes: Sequence[PassFunction], names: Iterable[str]) -> set[str]:

@@ -76,7 +76,7 @@ def ablate(
     for function in [p for stage in stages for p in stage.passes]:
         info = info_of(function)
         wanted = only is None or info.name in only
-        if info.required or not wanted or info.target not in ("", options.target):
+        if info.required or not wanted or not info.runs_on(options.target):
             continue
         try:
             without[info.name] = cost((info.name,))

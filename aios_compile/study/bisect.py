@@ -10,11 +10,11 @@ against level 1.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -34,7 +34,7 @@ from aios_compile.ir.refresh import refresh
 from aios_compile.model_source import ModelSource
 from aios_compile.passes.certificate import Certifier
 from aios_compile.passes.context import PassOptions
-from aios_compile.passes.graph_pass import info_of
+from aios_compile.passes.graph_pass import PassFunction, info_of
 from aios_compile.passes.measure import Samples, one_thread, run_steps
 from aios_compile.passes.pipeline import STAGES
 from aios_compile.passes.runner import Stage, run_pipeline
@@ -130,6 +130,32 @@ def find_wrong_capture(error: CaptureError) -> Finding:
     return Finding("capture", "capture", "", line, "capture/", error.message)
 
 
+class Step(NamedTuple):
+    """A pass that changed the program, how often, and the program before."""
+
+    function: PassFunction
+    num_hits: int
+    saved: IRModule
+
+
+def steps(
+    subject: Subject, module: IRModule, stages: Sequence[Stage], disabled: Sequence[str]
+) -> Iterator[Step]:
+    """Run the stages on `module`, pass by pass; yield after each that changed it."""
+    for stage in stages:
+        for function in stage.passes:
+            info = info_of(function)
+            if info.name in disabled or not info.runs_on(subject.options.target):
+                continue
+            saved = snapshot.take(module)
+            one = Stage(module.level, (function,))
+            (result,) = run_pipeline(module, [one], subject.options, verify=0)
+            if result.kept and result.hits:
+                yield Step(function, result.hits, saved)
+        done = Stage(stage.level_after, (), stage.analysis)
+        run_pipeline(module, [done], subject.options, verify=0)
+
+
 def find_wrong_pass(
     subject: Subject,
     stages: Sequence[Stage] = STAGES,
@@ -145,33 +171,22 @@ def find_wrong_pass(
         module, subject.options, subject.seed, None, subject.samples, subject.weights
     )
     optional = 0
-    for stage in stages:
-        passes = [p for p in stage.passes if info_of(p).target in ("", subject.options.target)]
-        for function in passes:
-            info = info_of(function)
-            if info.name in disabled:
-                continue
-            saved = snapshot.take(module)
-            one = Stage(module.level, (function,))
-            (result,) = run_pipeline(module, [one], subject.options, verify=0)
-            if not (result.kept and result.hits):
-                continue
-            optional += 0 if info.required else result.hits
-            certificate = certifier.measure(saved, module, function)
-            say(f"{info.name}: error {certificate.max_error:.1e}")
-            if not certificate.holds:
-                found = Finding(
-                    "pass",
-                    info.name,
-                    file=f"passes/{info.name}.py",
-                    detail=certificate.where,
-                    error=certificate.max_error,
-                    budget=certificate.error_budget,
-                    bisect=-1 if info.required else optional,
-                )
-                return with_node(found, subject, saved, module), saved
-        done = Stage(stage.level_after, (), stage.analysis)
-        run_pipeline(module, [done], subject.options, verify=0)
+    for function, num_hits, saved in steps(subject, module, stages, disabled):
+        info = info_of(function)
+        optional += 0 if info.required else num_hits
+        certificate = certifier.measure(saved, module, function)
+        say(f"{info.name}: error {certificate.max_error:.1e}")
+        if not certificate.holds:
+            found = Finding(
+                "pass",
+                info.name,
+                file=f"passes/{info.name}.py",
+                detail=certificate.where,
+                error=certificate.max_error,
+                budget=certificate.error_budget,
+                bisect=-1 if info.required else optional,
+            )
+            return with_node(found, subject, saved, module), saved
     return Finding(), module
 
 

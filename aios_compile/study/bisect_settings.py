@@ -30,6 +30,7 @@ from aios_compile.study.bisect import (
     logits_of,
     oracle_of,
     relative_error,
+    steps,
     with_node,
 )
 
@@ -103,26 +104,15 @@ def find_difference(
     if error > budget:
         detail = "the programs differ before any pass: both may be right"
         return Finding("setting", detail=detail, error=error, budget=budget)
-    for stage in stages:
-        for function in [p for p in stage.passes if info_of(p).name not in disabled]:
-            info = info_of(function)
-            if info.target not in ("", subject.options.target):
-                continue
-            saved = snapshot.take(module)
-            one = Stage(module.level, (function,))
-            (result,) = run_pipeline(module, [one], subject.options, verify=0)
-            if not (result.kept and result.hits):
-                continue
-            error = error_now(info.name)
-            if error > budget:
-                found = Finding(
-                    "pass", info.name, file=f"passes/{info.name}.py", error=error, budget=budget,
-                    detail="logits differ from those of the other setting",
-                )  # fmt: skip
-                return with_node(found, subject, saved, module)
-        run_pipeline(
-            module, [Stage(stage.level_after, (), stage.analysis)], subject.options, verify=0
-        )
+    for function, _, saved in steps(subject, module, stages, disabled):
+        name = info_of(function).name
+        error = error_now(name)
+        if error > budget:
+            found = Finding(
+                "pass", name, file=f"passes/{name}.py", error=error, budget=budget,
+                detail="logits differ from those of the other setting",
+            )  # fmt: skip
+            return with_node(found, subject, saved, module)
     return Finding()
 
 

@@ -105,7 +105,7 @@ def _optional(stages: Sequence[Stage], subject: Subject) -> list[str]:
     """Return the optional passes of some stages for the subject's target."""
     infos = [info_of(p) for stage in stages for p in stage.passes]
     target = subject.options.target
-    return [i.name for i in infos if not i.required and i.target in ("", target)]
+    return [i.name for i in infos if not i.required and i.runs_on(target)]
 
 
 def _cost(subject: Subject, left_out: Collection[str], context: int) -> Cost:

@@ -89,3 +89,29 @@ def check(model: aios_compile.CompiledModel, prompt: list[int], num_trials: int)
         for name, count in trial.counts.items():
             total[name] = total.get(name, 0) + count
     return total
+
+
+def check_freed_window_pages(model: aios_compile.CompiledModel) -> list[int]:
+    """Poison the pages that left a window of 7 before each step: the answers are those of a run
+    that keeps them. Return how many were given back at each step.
+    """
+    core, runner = model.engine._core, model.runner
+    assert core.state.options.window_tokens == 7 and runner is not None
+    fields = {"max_tokens": 40, "temperature": 0.8, "seed": 3, "logprobs": 2, "ignore_eos": True}
+    prompts = [[5, 6, 7, 8] * 9, [9, 8, 7]]
+    windowed = core.state.options
+    core.state.options = replace(windowed, window_tokens=None, enable_prefix_caching=False)
+    expected = [facts(output) for output in model.generate(prompts, **fields)]
+    core.state.options = windowed
+    plain, num_free = core.step, list[int]()
+
+    def poisoning() -> None:
+        runner.poison_pages([0, *core.state.pool.free])
+        plain()
+        num_free.append(sum(s.num_dropped for s in core.state.running))
+
+    core.step = poisoning  # type: ignore[method-assign]
+    found = [facts(output) for output in model.generate(prompts, **fields)]
+    core.step = plain  # type: ignore[method-assign]
+    assert found == expected
+    return num_free

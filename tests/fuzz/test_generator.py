@@ -15,7 +15,7 @@ from aios_compile.study.fuzz.builder import Builder, Pattern, draw_sizes
 from aios_compile.study.fuzz.campaign import passes_of
 from aios_compile.study.fuzz.contexts import SOURCES, USES
 from aios_compile.study.fuzz.example import Example, Setup, capture, options_of, stages_of
-from aios_compile.study.fuzz.generate import REPEATS, TARGET_OF, draw
+from aios_compile.study.fuzz.generate import INFO_OF, REPEATS, draw
 from aios_compile.study.fuzz.graph_ops import OPS
 from aios_compile.study.fuzz.patterns import PATTERNS
 
@@ -43,7 +43,7 @@ def test_a_pattern_fires_alone(pattern: Pattern) -> None:
         stored=pattern.stored,
         quantization=pattern.quantization,
         rounded=pattern.rounded,
-        target=TARGET_OF[pattern.pass_name] or "cpp",
+        target=INFO_OF[pattern.pass_name].target or "cpp",
     )
     module = capture(Example(b.program(), setup))
     stages = stages_of(setup)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from aios_compile.capture.capture import capture
-from aios_compile.ir.module import IRModule, drop_dead, outputs, placeholders
+from aios_compile.ir.module import IRModule, drop_dead, placeholders
 from aios_compile.models.config import ModelConfig
 from aios_compile.models.decoder import Decoder
 from aios_compile.passes.context import PassContext, PassOptions
@@ -193,7 +193,3 @@ def captured_module(
     module = capture(model.to(dtype), flat=flat)
     module.tensors.update(model.named_parameters(remove_duplicate=False))
     return module
-
-
-def output_values(module: IRModule, region: str = "") -> list[Any]:
-    return outputs(module.graphs()[region].graph)

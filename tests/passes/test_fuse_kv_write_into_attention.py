@@ -7,14 +7,9 @@ import functools
 from typing import Any
 
 import pytest
-import torch
 
-from aios_compile.ir.module import outputs
-from aios_compile.ir.verifier import verify
 from aios_compile.passes.fuse_kv_write_into_attention import fuse_kv_write_into_attention
-from aios_compile.passes.page_attention import page_attention
-from tests.passes import helpers, level2
-from tests.passes.test_fuse_qk_norm_rope_kv_write import IDS, attend, norm, rope
+from tests.passes.test_fuse_qk_norm_rope_kv_write import attend, check_layers, norm, rope
 from tests.passes.test_fuse_qk_norm_rope_kv_write import body as body_of_kind
 from tests.passes.test_fuse_qk_norm_rope_kv_write import fused as dense
 
@@ -59,17 +54,4 @@ def test_different_tables_are_refused() -> None:
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_one_hit_a_layer_region_and_the_caches_stay_right(qk_norm: bool) -> None:
-    module = level2.program(qk_norm=qk_norm)
-    values = {"token_ids": torch.tensor(IDS), "positions": torch.arange(len(IDS))}
-    (want,) = helpers.evaluate(module, values, len(IDS))
-    helpers.apply(page_attention, module)
-    assert helpers.apply(fuse_kv_write_into_attention, module).hits == {"layer": 1, "": 0}
-    verify(module)
-    assert len(outputs(module.regions()["layer"].graph)) == 3
-    caches = level2.empty_caches(module)
-    parts = [
-        level2.step(module, [(IDS[a:b], a, [3, 7, 2])], caches)["logits"]
-        for a, b in ((0, 30), (30, 31), (31, 33))
-    ]
-    helpers.assert_same([want], [torch.cat(parts)])
-    assert helpers.apply(fuse_kv_write_into_attention, module).total == 0
+    check_layers(fuse_kv_write_into_attention, qk_norm)

@@ -53,6 +53,24 @@ def fused(
     return module
 
 
+def check_layers(function: Any, qk_norm: bool) -> None:
+    """One hit a layer region; three steps through permuted pages equal dense attention."""
+    module = level2.program(qk_norm=qk_norm)
+    values = {"token_ids": torch.tensor(IDS), "positions": torch.arange(len(IDS))}
+    (want,) = helpers.evaluate(module, values, len(IDS))
+    helpers.apply(page_attention, module)
+    assert helpers.apply(function, module).hits == {"layer": 1, "": 0}
+    verify(module)
+    assert len(outputs(module.regions()["layer"].graph)) == 3
+    caches = level2.empty_caches(module)
+    parts = [
+        level2.step(module, [(IDS[a:b], a, [3, 7, 2])], caches)["logits"]
+        for a, b in ((0, 30), (30, 31), (31, 33))
+    ]
+    helpers.assert_same([want], [torch.cat(parts)])
+    assert helpers.apply(function, module).total == 0
+
+
 def body(module: IRModule, kind: str = "qk_norm_rope_kv_write") -> list[str]:
     (call,) = (n for n in module.root.graph.nodes if n.op == "call_module" and is_kernel_call(n))
     assert call.meta["kernel"] == kind
@@ -169,17 +187,4 @@ def test_keys_that_are_used_again_are_refused() -> None:
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_one_hit_a_layer_region_and_the_caches_stay_right(qk_norm: bool) -> None:
-    module = level2.program(qk_norm=qk_norm)
-    values = {"token_ids": torch.tensor(IDS), "positions": torch.arange(len(IDS))}
-    (want,) = helpers.evaluate(module, values, len(IDS))
-    helpers.apply(page_attention, module)
-    assert helpers.apply(fuse_qk_norm_rope_kv_write, module).hits == {"layer": 1, "": 0}
-    verify(module)
-    assert len(outputs(module.regions()["layer"].graph)) == 3
-    caches = level2.empty_caches(module)
-    parts = [
-        level2.step(module, [(IDS[a:b], a, [3, 7, 2])], caches)["logits"]
-        for a, b in ((0, 30), (30, 31), (31, 33))
-    ]
-    helpers.assert_same([want], [torch.cat(parts)])
-    assert helpers.apply(fuse_qk_norm_rope_kv_write, module).total == 0
+    check_layers(fuse_qk_norm_rope_kv_write, qk_norm)

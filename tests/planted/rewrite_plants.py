@@ -295,27 +295,25 @@ def one_layers_rows_for_all(graph: fx.Graph, context: PassContext) -> int:
     return len(names[1:])
 
 
-@plant("quantize_weights", "quantised")
-def unquantised_input_scaled(graph: fx.Graph, context: PassContext) -> int:
-    nodes = calls(graph, aios.quantized_linear.default)
+def _scale_inputs(graph: fx.Graph, context: PassContext, target: Any, factor: float) -> int:
+    nodes = calls(graph, target)
     for node in nodes:
         x: Any = node.args[0]
         with graph.inserting_before(node):
-            new = context.call(graph, aten.mul.Tensor, x, 1.01, source=[node])
+            new = context.call(graph, aten.mul.Tensor, x, factor, source=[node])
         node.args = (new, *node.args[1:])
     return len(nodes)
+
+
+@plant("quantize_weights", "quantised")
+def unquantised_input_scaled(graph: fx.Graph, context: PassContext) -> int:
+    return _scale_inputs(graph, context, aios.quantized_linear.default, 1.01)
 
 
 @plant("round_activations", "rounded")
 def rounded_input_scaled(graph: fx.Graph, context: PassContext) -> int:
     """Scale by less than the rounding: exact activations while proving leave no room for it."""
-    nodes = calls(graph, aios.bf16_linear.default)
-    for node in nodes:
-        x: Any = node.args[0]
-        with graph.inserting_before(node):
-            new = context.call(graph, aten.mul.Tensor, x, 1.001, source=[node])
-        node.args = (new, *node.args[1:])
-    return len(nodes)
+    return _scale_inputs(graph, context, aios.bf16_linear.default, 1.001)
 
 
 @plant("keep_quantized_weights", "stored")

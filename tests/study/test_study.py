@@ -198,7 +198,7 @@ def test_an_empty_plan_is_drawn_too() -> None:
     empty: dict[str, Any] = {
         "arena_bytes": 0, "naive_bytes": 0, "lower_bound_bytes": 0, "buffers": []
     }  # fmt: skip
-    ElementTree.fromstring(memory_svg(empty))
+    assert ElementTree.fromstring(memory_svg(empty)).tag.endswith("svg")
 
 
 def test_ablation_counts_launches_and_bytes(compiled: Compiled) -> None:

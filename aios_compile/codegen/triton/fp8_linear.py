@@ -22,7 +22,7 @@ from aios_compile.codegen.triton import linear_spec, quantized_linear
 from aios_compile.codegen.triton.cards import DEFAULT, Card
 from aios_compile.codegen.triton.frame import Launch, Variant, module_text, python_dim
 from aios_compile.codegen.triton.linear_spec import LinearSpec
-from aios_compile.codegen.triton.linear_text import kernel_text, tail_lines, x_row
+from aios_compile.codegen.triton.linear_text import kernel_text, tail_lines, tile_lines, x_row
 from aios_compile.codegen.triton.norm_prologue import gain_lines, scale_text, scaled
 from aios_compile.codegen.triton.quantized_linear import QuantizedLinearSpec, weight_lines
 from aios_compile.codegen.triton.template import TEMPLATES
@@ -155,15 +155,8 @@ def _rows(spec: QuantizedLinearSpec) -> list[str]:
 def _tiles(spec: QuantizedLinearSpec) -> list[str]:
     """Return the body for a tile of tokens: w[n, k] times x[k, t], a group of k a step."""
     base, plane, streams = spec.linear, spec.plane, range(spec.linear.streams)
-    rows, across = python_dim(base.x.operand.shape[0]), f"({base.columns} + BLOCK_N - 1) // BLOCK_N"
     lines = [
-        "item = tl.program_id(0).to(tl.int64)",
-        f"across = {across}",
-        "i0 = (item // across * BLOCK_T + tl.arange(0, BLOCK_T))[None, :]",
-        "i1 = (item % across * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]",
-        f"mask0 = i0 < {rows}",
-        f"mask1 = i1 < {base.columns}",
-        f"token = tl.minimum(i0, {rows} - 1)",
+        *tile_lines(base),
         f"column = tl.minimum(i1, {base.columns - 1})",
         f"k = tl.arange(0, {plane.group})",
         f"x_at = {x_row(base, 'token')} + k[:, None]",

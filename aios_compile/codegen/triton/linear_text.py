@@ -68,6 +68,22 @@ def x_row(spec: LinearSpec, token: str) -> str:
     return f"{variable(x.operand, x.index)}{offset} + {token} * {python_dim(x.operand.strides[0])}"
 
 
+def tile_lines(spec: LinearSpec) -> list[str]:
+    """Return the lines that set i0 [1, BLOCK_T], i1 [BLOCK_N, 1], their masks, and token: a program
+    has one tile, those of BLOCK_T tokens side by side.
+    """
+    rows = python_dim(spec.x.operand.shape[0])
+    return [
+        "item = tl.program_id(0).to(tl.int64)",
+        f"across = ({spec.columns} + BLOCK_N - 1) // BLOCK_N",
+        "i0 = (item // across * BLOCK_T + tl.arange(0, BLOCK_T))[None, :]",
+        "i1 = (item % across * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]",
+        f"mask0 = i0 < {rows}",
+        f"mask1 = i1 < {spec.columns}",
+        f"token = tl.minimum(i0, {rows} - 1)",
+    ]
+
+
 def w_row(spec: LinearSpec, column: str, stream: int) -> str:
     """Return the address of the first weight of a stream's column."""
     w = spec.weight

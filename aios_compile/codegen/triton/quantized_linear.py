@@ -28,7 +28,13 @@ from aios_compile.codegen.triton import linear_spec
 from aios_compile.codegen.triton.cards import DEFAULT, Card
 from aios_compile.codegen.triton.frame import Launch, Variant, module_text, python_dim
 from aios_compile.codegen.triton.linear_spec import FLOATS, LinearSpec
-from aios_compile.codegen.triton.linear_text import PRODUCT, kernel_text, tail_lines, x_row
+from aios_compile.codegen.triton.linear_text import (
+    PRODUCT,
+    kernel_text,
+    tail_lines,
+    tile_lines,
+    x_row,
+)
 from aios_compile.codegen.triton.norm_prologue import gain_lines, scale_text, scaled
 from aios_compile.ir.quant_format import QuantFormat
 
@@ -203,16 +209,9 @@ def _scale(base: LinearSpec, squares: str) -> list[str]:
 def _tiles(spec: QuantizedLinearSpec) -> list[str]:
     """Return the body for a tile of tokens: weights in two parts times x[k, t] on tensor cores."""
     base, plane = spec.linear, spec.plane
-    count, rows = len(_halves(plane)), python_dim(base.x.operand.shape[0])
-    across = f"({base.columns} + BLOCK_N - 1) // BLOCK_N"
+    count = len(_halves(plane))
     lines = [
-        "item = tl.program_id(0).to(tl.int64)",
-        f"across = {across}",
-        "i0 = (item // across * BLOCK_T + tl.arange(0, BLOCK_T))[None, :]",
-        "i1 = (item % across * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]",
-        f"mask0 = i0 < {rows}",
-        f"mask1 = i1 < {base.columns}",
-        f"token = tl.minimum(i0, {rows} - 1)",
+        *tile_lines(base),
         "column = (item % across * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]",
         f"column = tl.minimum(column, {base.columns - 1})",
         f"byte = tl.arange(0, {STRIP})[None, None, :]",

@@ -74,13 +74,6 @@ class Builder:
             known[name] = value
         return name
 
-    def try_add(self, expression: str) -> str | None:
-        """Add a statement if torch allows it."""
-        try:
-            return self.add(expression)
-        except Rejected:
-            return None
-
     def shape(self, name: str) -> Shape:
         """Return a value's shape; "T" for the tokens, "?" for what depends on them otherwise."""
         first, second = (known[name].shape for known in self.samples)

@@ -30,7 +30,7 @@ PASSES = tuple(info_of(p).name for p in PIPELINE)
 
 def passes_of(target: str) -> tuple[str, ...]:
     """Return the passes that are planted and can fire on a target of this machine."""
-    found = [info_of(p).name for p in PIPELINE if info_of(p).target in ("", target)]
+    found = [info_of(p).name for p in PIPELINE if info_of(p).runs_on(target)]
     if not build.Target.host().bf16_dot:
         found = [name for name in found if name != "round_activations"]
     planted = {p.pass_name for p in PATTERNS}

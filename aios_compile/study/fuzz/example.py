@@ -121,7 +121,7 @@ def _run(example: Example, objects: Path, compiler: Compile | None) -> Outcome:
         info_of(p).name
         for stage in stages
         for p in stage.passes
-        if info_of(p).target in ("", setup.target)
+        if info_of(p).runs_on(setup.target)
     }
     try:
         compiled = make(

@@ -20,7 +20,7 @@ from aios_compile.study.fuzz.program import Parameter, Rejected
 
 TOKENS = (1, 2, 3, 15, 16, 17, 31, 33, 40, 48)
 OPTIONAL = [info_of(p).name for s in STAGES for p in s.passes if not info_of(p).required]
-TARGET_OF = {info_of(p).name: info_of(p).target for s in STAGES for p in s.passes}
+INFO_OF = {info_of(p).name: info_of(p) for s in STAGES for p in s.passes}
 HALVES = ("bf16", "f16")
 REPEATS = ("once", "chained", "same_inputs", "other_weights", "beside_another")
 
@@ -56,7 +56,7 @@ def _is_for(pattern: Pattern, target: str) -> bool:
     if pattern.rounded and not build.Target.host().bf16_dot:
         return False  # no kernel for it here
     lossy = pattern.stored or pattern.quantization
-    return TARGET_OF[pattern.pass_name] in ("", target) and (target == "cpp" or not lossy)
+    return INFO_OF[pattern.pass_name].runs_on(target) and (target == "cpp" or not lossy)
 
 
 def random_graph(rng: random.Random, ops: Sequence[str] = ()) -> Example:
