@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -155,6 +156,51 @@ def test_a_norm_of_x_is_part_of_the_kernel(name: str) -> None:
         x, out = torch.randn(tokens, depth) * 10, poisoned((tokens, rows))
         run(source, module, [x, planar, g, out], T=tokens)
         close(out, aios.rms_norm.default(x, g, 1e-3, True), w)
+
+
+def in_reverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter run the programs of a launch from the last to the first."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    ascending = InterpreterBuilder.set_grid_idx
+
+    def descending(self, x, y, z):
+        ascending(self, self.grid_dim[0] - 1 - x, y, z)
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", descending)
+
+
+@pytest.mark.parametrize("name", ["int8_g32_f16", "uint4_g128_f16_min_zero", "e4m3_g32_f32"])
+def test_parts_of_the_depth_are_added_in_their_order(name: str, monkeypatch: Any) -> None:
+    """The same bits for 2 to 32 tokens, and whoever of a tile's programs comes last."""
+    rows, depth, form = 37, 1024, QuantFormat.parse(name)
+    body, operands = quantized_body(normed, name, rows, depth, (("g", (depth,)),))
+    emitter = fp8_linear if form.is_float else quantized_linear
+    spec = emitter.spec_of(body, operands)
+    assert spec is not None
+    source = emitter.emit(spec)
+    module = load(source)
+    splits = [v["launches"][0]["constexprs"]["SPLIT"] for v in module.VARIANTS]
+    assert splits[1] == splits[2] > 1 == splits[3] and source.counters > 0
+    floats = form.is_float
+    random = quantize_rows(torch.randn(rows, depth), name) if floats else None
+    packed = random_rows(form, rows, depth) if random is None else random
+    planar, x, g = pack_planar(packed, form), torch.randn(20, depth), torch.randn(depth)
+    x_normed = aios.rms_norm.default(x, g, 1e-3, True)
+    expected = body(x, packed, g) if floats else x_normed @ dequantize(packed, form).T
+
+    def computed(tokens: int) -> torch.Tensor:
+        out = poisoned((tokens, rows))
+        run(source, module, [x[:tokens], planar, g, out], T=tokens)
+        return out
+
+    few, many = computed(2), computed(20)
+    torch.testing.assert_close(many, expected, atol=2e-3 * float(expected.abs().max()), rtol=0)
+    one = computed(1)
+    in_reverse(monkeypatch)
+    assert torch.equal(few, many[:2]) and torch.equal(computed(20), many)
+    assert torch.equal(computed(1), one)
+    torch.testing.assert_close(one, many[:1], atol=1e-3 * float(expected.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize(("name", "depth"), [("e4m3_g32_f32", 96), ("e4m3_g128_f32", 256)])

@@ -32,7 +32,7 @@ PREFILL_TOKENS = 2048  # the number of tokens for which an unbounded variant is 
 
 @dataclass(frozen=True)
 class Config:
-    """The blocks of one variant. `split`: programs that share a tile's depth (dot only)."""
+    """The blocks of one variant. `split`: programs that share a tile's depth."""
 
     kind: str
     block_t: int
@@ -49,15 +49,17 @@ class Problem:
     """The sizes of a linear: columns are a stream's; a weight and an activation have bytes.
 
     parts: how many products an activation takes part in. normed: its squares are summed besides.
+    scans: each program reads all of x once before its part of the product.
     """
 
     columns: int
     depth: int
     streams: int
-    weight_bytes: int
+    weight_bytes: float
     x_bytes: int
     parts: int = 1
     normed: bool = False
+    scans: bool = False
 
 
 def candidates(problem: Problem, kind: str, tokens: int, card: Card) -> list[Config]:
@@ -138,7 +140,7 @@ def cost_us(c: Config, p: Problem, tokens: int, card: Card) -> float:
     in_flight = min(resident, programs / card.processors) * step * buffers * card.processors
     drawn = card.bytes_per_us * min(1.0, in_flight / (card.bytes_per_us * LATENCY_US))
     heaviest = math.ceil(programs / card.processors) * tile_bytes / down
-    x_bytes = programs * c.block_t * p.depth * p.x_bytes / c.split
+    x_bytes = programs * c.block_t * p.depth * p.x_bytes * (1 / c.split + p.scans)
     staged = (weight_bytes * down + x_bytes) / (L2_FACTOR * card.bytes_per_us)
     memory = max(weight_bytes / drawn, heaviest / card.processor_bytes_per_us())
     flops = 2.0 * programs * c.block_t * c.block_n * p.streams * p.depth / c.split * p.parts

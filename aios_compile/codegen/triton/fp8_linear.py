@@ -5,35 +5,44 @@ w: rows of codes and a scale a group (codegen/planar.py). x: rounded to e4m3 by 
 norm's root mean square cancels out of the codes). A group's product is a sum on the tensor cores of
 its own, times the group's scale in float32: no long sum stays in the cores' short accumulators.
 What e4m3 rounds is the whole error: the products are exact. rows: one token on the vector units;
-tiles: up to 16, 32 or 64 tokens. Bytes: codes and scales once for each tile of tokens, x twice.
+tiles: up to 16, 32 or 64 tokens. Up to 32 tokens several programs may share the depth of a tile
+(split_depth.py). Bytes: codes and scales once for each tile of tokens, x once for the largest value
+in each program and once for the product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
 
 from aios_compile.codegen.cpp.frame import layout, symbol_of
-from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.operand import BYTES, Operand
 from aios_compile.codegen.source import KernelSource
-from aios_compile.codegen.triton import linear_spec, quantized_linear
+from aios_compile.codegen.triton import (
+    linear_spec,
+    quantized_configs,
+    quantized_linear,
+    split_depth,
+)
 from aios_compile.codegen.triton.cards import DEFAULT, Card
+from aios_compile.codegen.triton.configs import Config, Problem
 from aios_compile.codegen.triton.frame import Launch, Variant, module_text, python_dim
 from aios_compile.codegen.triton.linear_spec import LinearSpec
 from aios_compile.codegen.triton.linear_text import kernel_text, tail_lines, tile_lines, x_row
 from aios_compile.codegen.triton.norm_prologue import gain_lines, scale_text, scaled
+from aios_compile.codegen.triton.quantized_configs import STRIP
 from aios_compile.codegen.triton.quantized_linear import QuantizedLinearSpec, weight_lines
+from aios_compile.codegen.triton.split_depth import Shared
 from aios_compile.codegen.triton.template import TEMPLATES
 from aios_compile.errors import CodegenError
 from aios_compile.ir.quant_format import E4M3_MAX
 from aios_compile.ir.quantized import SMALLEST
 
-# (row bound, kernel, columns, warps): the bound is the tokens of a tile; of `rows` it is one.
-VARIANTS = ((1, "rows", 4, 4), (16, "tiles", 32, 4), (32, "tiles", 32, 4), (None, "tiles", 64, 8))
 SEARCHED = 32  # k of a step that looks for the largest value: more would fill the registers
-STRIPS, STRIP = 32, 16  # bytes of codes that a thread reads at once, threads of a row
+STRIPS = 32  # threads of a row
 EVICT = 'eviction_policy="evict_first"'
 
 
@@ -57,26 +66,47 @@ def emit(spec: QuantizedLinearSpec, card: Card = DEFAULT) -> KernelSource:
             advice="quantization='int8' runs on every GPU; fp8 on cuda:90 and cuda:100",
         )
     base, plane = spec.linear, spec.plane
-    symbol, operands = symbol_of("fp8_linear", spec), list(base.operands)
+    chosen = choose(spec, card)
+    shared = [Shared(c.split, -(-base.columns // c.block_n), c.block_t, False) for _, c in chosen]
+    workspace, counters = split_depth.workspace(base, shared), split_depth.counters(shared)
+    operands = [*base.operands, *workspace, *split_depth.counter_operand(counters)]
+    symbol = symbol_of("fp8_linear", (spec, card.target))
     rows, variants = python_dim(base.x.operand.shape[0]), []
     parts = [(TEMPLATES / "fp8.py.txt").read_text().rstrip("\n")]
-    for most, kind, block_n, warps in VARIANTS:
-        name = f"{symbol}_{kind}_{'any' if most is None else most}"
-        tokens, across = most or 64, -(-base.columns // block_n)
-        sizes: tuple[tuple[str, int | str], ...] = (("BLOCK_N", block_n),)
-        if kind == "rows":
-            body, grid = _rows(spec), str(across)
+    for (most, config), depth in zip(chosen, shared):
+        name = f"{symbol}_{config.kind}_{'any' if most is None else most}"
+        tokens, grid = config.block_t, str(depth.tiles * config.split)
+        sizes: list[tuple[str, int | str]] = [("BLOCK_N", config.block_n), ("SPLIT", config.split)]
+        if config.kind == "rows":
+            body = _rows(spec, operands, depth)
         else:
-            sizes = (("BLOCK_T", tokens), *sizes)
-            body, grid = _tiles(spec), f"(({rows} + {tokens - 1}) // {tokens}) * {across}"
+            sizes = [("BLOCK_T", tokens), *sizes]
+            body = _tiles(spec, operands, depth)
+            if most is None:
+                grid = f"(({rows} + {tokens - 1}) // {tokens}) * {depth.tiles}"
         parts.append(kernel_text(name, operands, tuple(n for n, _ in sizes), body))
-        variants.append(Variant(most, (Launch(name, grid, sizes, warps, 3),)))
+        launch = Launch(name, grid, tuple(sizes), config.num_warps, config.num_stages)
+        variants.append(Variant(most, (launch,)))
     comment = [f"fp8_linear: e4m3, groups of {plane.group}", *(f"  {layout(o)}" for o in operands)]
     comment += [f"model: {line}" for line in base.lines]
-    text = module_text(comment, operands, parts, variants, base.x.operand.shape[0])
+    text = module_text(comment, operands, parts, variants, base.x.operand.shape[0], workspace)
     return KernelSource(
-        "fp8_linear", symbol, "triton", text, len(operands), linear_spec.inplace(base), base.lines
-    )
+        "fp8_linear", symbol, "triton", text, len(base.operands), linear_spec.inplace(base),
+        base.lines, tuple(workspace), counters,
+    )  # fmt: skip
+
+
+def choose(spec: QuantizedLinearSpec, card: Card = DEFAULT) -> list[tuple[int | None, Config]]:
+    """Return (row bound, configuration) of each variant; tiles go through a group of k a step."""
+    base, plane = spec.linear, spec.plane
+    problem = Problem(
+        base.columns, base.depth, base.streams, plane.row_bytes / base.depth,
+        BYTES[base.x.operand.dtype], scans=True,
+    )  # fmt: skip
+    row = Config("rows", 1, 4, STRIPS * STRIP, 4, 3)
+    tile = Config("tiles", quantized_configs.FEW_TOKENS, 32, plane.group, 4, 3)
+    wide, many = replace(tile, block_t=32), replace(tile, block_t=64, block_n=64, num_warps=8)
+    return quantized_configs.with_parts(problem, row, tile, wide, many, card)
 
 
 def _gained(base: LinearSpec, name: str, place: str, mask: str) -> list[str]:
@@ -110,14 +140,15 @@ def _scales(base: LinearSpec, axis: int, shape: str) -> list[str]:
     return lines
 
 
-def _rows(spec: QuantizedLinearSpec) -> list[str]:
+def _rows(spec: QuantizedLinearSpec, operands: list[Operand], depth: Shared) -> list[str]:
     """Return the body for one token; codes are blocks [BLOCK_N, STRIPS, 16]."""
     base, plane, streams = spec.linear, spec.plane, range(spec.linear.streams)
     mask = f", mask=place < {base.depth}, other=0.0"
     lines = [
+        *split_depth.begin_lines(depth.split),
         "i0 = tl.full([1], 0, tl.int64)",
         f"mask0 = i0 < {python_dim(base.x.operand.shape[0])}",
-        "i1 = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)",
+        "i1 = item * BLOCK_N + tl.arange(0, BLOCK_N)",
         f"mask1 = i1 < {base.columns}",
         f"column = tl.minimum(i1, {base.columns - 1})[:, None, None]",
         f"byte = tl.arange(0, {STRIPS})[None, :, None] * {STRIP}",
@@ -126,15 +157,16 @@ def _rows(spec: QuantizedLinearSpec) -> list[str]:
     ]
     step = str(STRIPS * STRIP)
     stats = _stats(base, f"tl.load(x_at + place{mask})", f"[1, {STRIPS}, {STRIP}]", "place", mask)
-    first = next(i for i, line in enumerate(stats) if line.startswith("for "))
-    stats.insert(first + 1, "    place = start + byte")
+    loop = next(i for i, line in enumerate(stats) if line.startswith("for "))
+    stats.insert(loop + 1, "    place = start + byte")
     lines += [line.replace("STEP", step) for line in stats]
     lines += ["largest = tl.max(largest, 2)"]
     lines += ["squares = tl.sum(squares, 2)"] if base.norm else []
     lines += _scales(base, 1, "")
     for s in streams:
         lines += [*weight_lines(spec, s), f"sums{s} = tl.zeros([BLOCK_N, {STRIPS}], tl.float32)"]
-    lines += [f"for start in range(0, {base.depth}, {step}):"]
+    begin, step = split_depth.steps(depth.split, step)
+    lines += [f"for start in range({begin}, {base.depth}, {step}):"]
     inner = ["place = start + byte", f"x = tl.load(x_at + place{mask}).to(tl.float32)"]
     inner += [*_gained(base, "x", "place", mask)]
     inner += ["x = e4m3(x * inverse[:, None, None]).to(tl.float32)"]
@@ -148,15 +180,21 @@ def _rows(spec: QuantizedLinearSpec) -> list[str]:
             f"sums{s} += tl.sum(codes * x, 2) * tl.sum(scale, 2)",  # one scale a strip
         ]
     lines += [f"    {line}" for line in inner]
-    lines += [f"sum{s} = tl.sum(sums{s}, 1) * back" for s in streams]
-    return [*lines, *tail_lines(base)]
+    lines += [f"sum{s} = tl.sum(sums{s}, 1)" for s in streams]
+    return [*lines, *_finish(base, operands, depth)]
 
 
-def _tiles(spec: QuantizedLinearSpec) -> list[str]:
+def _finish(base: LinearSpec, operands: list[Operand], depth: Shared) -> list[str]:
+    """Return the lines from the sums of codes to the outputs."""
+    tail = [*(f"sum{s} *= back" for s in range(base.streams)), *tail_lines(base)]
+    return split_depth.finish_lines(base, operands, depth, tail)
+
+
+def _tiles(spec: QuantizedLinearSpec, operands: list[Operand], depth: Shared) -> list[str]:
     """Return the body for a tile of tokens: w[n, k] times x[k, t], a group of k a step."""
     base, plane, streams = spec.linear, spec.plane, range(spec.linear.streams)
     lines = [
-        *tile_lines(base),
+        *tile_lines(base, split_depth.begin_lines(depth.split)),
         f"column = tl.minimum(i1, {base.columns - 1})",
         f"k = tl.arange(0, {plane.group})",
         f"x_at = {x_row(base, 'token')} + k[:, None]",
@@ -167,7 +205,8 @@ def _tiles(spec: QuantizedLinearSpec) -> list[str]:
     lines += _scales(base, 0, "[None, :]")
     for s in streams:
         lines += [*weight_lines(spec, s), f"sum{s} = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)"]
-    lines += [f"for start in range(0, {base.depth}, {plane.group}):"]
+    first, step = split_depth.steps(depth.split, str(plane.group))
+    lines += [f"for start in range({first}, {base.depth}, {step}):"]
     inner = ["x = tl.load(x_at + start).to(tl.float32)"]
     inner += [*_gained(base, "x", "start + k[:, None]", ""), "numbers = e4m3(x * inverse)"]
     for s in streams:
@@ -177,5 +216,4 @@ def _tiles(spec: QuantizedLinearSpec) -> list[str]:
             f"sum{s} += multiply(codes, numbers) * scale",
         ]
     lines += [f"    {line}" for line in inner]
-    lines += [f"sum{s} *= back" for s in streams]
-    return [*lines, *tail_lines(base)]
+    return [*lines, *_finish(base, operands, depth)]

@@ -30,6 +30,7 @@ from aios_compile.codegen.triton import (
     linear_spec,
     norm_prologue,
     skinny_linear,
+    split_depth,
     tile_linear,
 )
 from aios_compile.codegen.triton.cards import DEFAULT, Card
@@ -69,14 +70,14 @@ def emit(
     chosen = choose(spec, card) if chosen is None else chosen
     chosen = [(most, replace(c, prefetch=card.dependent_launch)) for most, c in chosen]
     used = [config for _, config in chosen]
-    workspace = skinny_linear.workspace(spec, used)
+    shared = [skinny_linear.shared(spec, config) for config in used]
+    workspace = split_depth.workspace(spec, shared)
     if spec.norm is not None and any(config.kind in TILED for config in used):
         workspace.append(norm_prologue.normed_operand(spec))
     if any(config.kind == "library" for config in used):
         workspace += library_linear.workspace(spec)
-    counters = skinny_linear.counters(spec, used)
-    operands: list[Operand] = [*spec.operands, *workspace]
-    operands += [Operand("counters", "i32", (counters,), (1,))] if counters else []
+    counters = split_depth.counters(shared)
+    operands = [*spec.operands, *workspace, *split_depth.counter_operand(counters)]
     kernels, variants = [PRODUCT], []
     for most, config in chosen:
         name = f"{symbol}_{config.kind}_{'any' if most is None else most}"

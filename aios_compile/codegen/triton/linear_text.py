@@ -68,13 +68,15 @@ def x_row(spec: LinearSpec, token: str) -> str:
     return f"{variable(x.operand, x.index)}{offset} + {token} * {python_dim(x.operand.strides[0])}"
 
 
-def tile_lines(spec: LinearSpec) -> list[str]:
+def tile_lines(
+    spec: LinearSpec, begin: Sequence[str] = ("item = tl.program_id(0).to(tl.int64)",)
+) -> list[str]:
     """Return the lines that set i0 [1, BLOCK_T], i1 [BLOCK_N, 1], their masks, and token: a program
-    has one tile, those of BLOCK_T tokens side by side.
+    has one tile, those of BLOCK_T tokens side by side. begin: what sets `item`, the tile.
     """
     rows = python_dim(spec.x.operand.shape[0])
     return [
-        "item = tl.program_id(0).to(tl.int64)",
+        *begin,
         f"across = ({spec.columns} + BLOCK_N - 1) // BLOCK_N",
         "i0 = (item // across * BLOCK_T + tl.arange(0, BLOCK_T))[None, :]",
         "i1 = (item % across * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]",

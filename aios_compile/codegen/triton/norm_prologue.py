@@ -16,7 +16,7 @@ from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.strided import Strided
 from aios_compile.codegen.triton.frame import Launch, python_dim
 from aios_compile.codegen.triton.linear_spec import LinearSpec
-from aios_compile.codegen.triton.linear_text import kernel_text, space_of, x_row
+from aios_compile.codegen.triton.linear_text import kernel_text, space_of, tail_lines, x_row
 
 
 def gain_lines(spec: LinearSpec, place: str, mask: str = "") -> list[str]:
@@ -39,6 +39,14 @@ def scale_text(spec: LinearSpec, squares: str) -> str:
     """Return 1 / rms of rows whose squares have the given sum."""
     assert spec.norm is not None
     return f"1.0 / tl.sqrt({squares} / {spec.depth} + {spec.norm.eps!r})"
+
+
+def finish_lines(spec: LinearSpec) -> list[str]:
+    """Return the lines from the sums (and `total`, the squares of x) to the outputs."""
+    if spec.norm is None:
+        return tail_lines(spec)
+    scale = f"scale = {scale_text(spec, 'total')}"
+    return [scale, *(f"sum{s} *= scale" for s in range(spec.streams)), *tail_lines(spec)]
 
 
 def normed_operand(spec: LinearSpec) -> Operand:

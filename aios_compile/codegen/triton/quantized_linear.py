@@ -6,7 +6,9 @@ float32's precision (the CPU kernel rounds activations to 8 bits). rows: one tok
 vector units; 16 codes meet 16 activations, their sum takes the scale once. tiles: the weights as
 two bfloat16 parts on the tensor cores, 16 bits of mantissa, and so are float32 activations.
 Bytes: codes, scales and minimums once for each tile of tokens; 16 bytes of codes a load. Grid: one
-program for BLOCK_N columns of 1, 16, 32 or 64 tokens.
+program for BLOCK_N columns of 1, 16, 32 or 64 tokens, and up to 32 tokens several that share the
+depth (split_depth.py); 2 to 32 tokens have the same steps and parts, so a row has the same bits
+whatever their number.
 """
 
 from __future__ import annotations
@@ -20,33 +22,27 @@ from torch import Tensor, fx
 
 from aios_compile.codegen.access import outputs
 from aios_compile.codegen.cpp.frame import layout, symbol_of, variable
-from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.operand import BYTES, Operand
 from aios_compile.codegen.planar import PREFIX, Plane, plane_of
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import resolve
-from aios_compile.codegen.triton import linear_spec
+from aios_compile.codegen.triton import linear_spec, quantized_configs, split_depth
 from aios_compile.codegen.triton.cards import DEFAULT, Card
+from aios_compile.codegen.triton.configs import Config, Problem
 from aios_compile.codegen.triton.frame import Launch, Variant, module_text, python_dim
 from aios_compile.codegen.triton.linear_spec import FLOATS, LinearSpec
 from aios_compile.codegen.triton.linear_text import (
     PRODUCT,
     kernel_text,
-    tail_lines,
     tile_lines,
     x_row,
 )
-from aios_compile.codegen.triton.norm_prologue import gain_lines, scale_text, scaled
+from aios_compile.codegen.triton.norm_prologue import finish_lines, gain_lines, scaled
+from aios_compile.codegen.triton.quantized_configs import STRIP
+from aios_compile.codegen.triton.split_depth import Shared
 from aios_compile.ir.quant_format import QuantFormat
 
-STRIP = 16  # bytes of codes that a thread reads at once
 DTYPES = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
-# (row bound, kernel, columns, strips a step, warps): the bound is the tokens of a tile.
-VARIANTS = (
-    (1, "rows", 4, 32, 2),
-    (16, "tiles", 32, 4, 4),
-    (32, "tiles", 32, 2, 4),
-    (None, "tiles", 64, 2, 4),
-)
 
 
 @dataclass(frozen=True)
@@ -88,33 +84,61 @@ def reference(spec: QuantizedLinearSpec, body: fx.GraphModule, *tensors: Tensor)
     return body(*tensors)
 
 
-def emit(spec: QuantizedLinearSpec, card: Card = DEFAULT) -> KernelSource:
-    """Return the module. Tiles hold half as many tokens where factors live in registers."""
+def problem_of(spec: QuantizedLinearSpec) -> Problem:
+    """Return the sizes that the cost model needs; x has as many parts as products."""
     base, plane = spec.linear, spec.plane
-    symbol = symbol_of("quantized_linear", (spec, card.async_dots))
-    operands, tallest = list(base.operands), 64 if card.async_dots else 32
+    x = base.x.operand.dtype
+    return Problem(
+        base.columns, base.depth, base.streams, plane.row_bytes / base.depth, BYTES[x],
+        2 if x == "bf16" else 3, base.norm is not None,
+    )  # fmt: skip
+
+
+def emit(
+    spec: QuantizedLinearSpec, card: Card = DEFAULT,
+    chosen: Sequence[tuple[int | None, Config]] | None = None,
+) -> KernelSource:  # fmt: skip
+    """Return the module; `chosen` overrides the model's choice of configurations."""
+    base, plane = spec.linear, spec.plane
+    symbol = symbol_of("quantized_linear", (spec, chosen, card.target))
+    if chosen is None:
+        chosen = quantized_configs.choose(problem_of(spec), strip_codes(plane), card)
+    shared = [_shared(base, config) for _, config in chosen]
+    workspace, counters = split_depth.workspace(base, shared), split_depth.counters(shared)
+    operands = [*base.operands, *workspace, *split_depth.counter_operand(counters)]
     rows, parts, variants = python_dim(base.x.operand.shape[0]), [PRODUCT], []
-    for most, kind, block_n, strips, warps in VARIANTS:
-        name = f"{symbol}_{kind}_{'any' if most is None else most}"
-        tokens, across = most or tallest, -(-base.columns // block_n)
-        sizes: tuple[tuple[str, int | str], ...] = (("BLOCK_N", block_n), ("STRIPS", strips))
-        if kind == "rows":
-            text = kernel_text(name, operands, tuple(n for n, _ in sizes), _rows(spec))
-            grid = str(across)
+    for (most, config), depth in zip(chosen, shared):
+        name = f"{symbol}_{config.kind}_{'any' if most is None else most}"
+        strips = config.block_k // strip_codes(plane)
+        sizes = [("BLOCK_N", config.block_n), ("STRIPS", strips), ("SPLIT", config.split)]
+        grid = str(depth.tiles * config.split)
+        if config.kind == "rows":
+            body = _rows(spec, operands, depth)
         else:
-            sizes = (("BLOCK_T", tokens), *sizes)
-            text = kernel_text(name, operands, tuple(n for n, _ in sizes), _tiles(spec))
-            grid = f"(({rows} + {tokens - 1}) // {tokens}) * {across}"
-        parts.append(text)
-        spills = most is None and base.norm is not None and not card.async_dots  # with two stages
-        variants.append(Variant(most, (Launch(name, grid, sizes, warps, 3 if spills else 2),)))
+            body = _tiles(spec, operands, depth)
+            sizes = [("BLOCK_T", config.block_t), *sizes]
+            if most is None:
+                grid = f"(({rows} + {config.block_t - 1}) // {config.block_t}) * {depth.tiles}"
+        parts.append(kernel_text(name, operands, tuple(n for n, _ in sizes), body))
+        launch = Launch(name, grid, tuple(sizes), config.num_warps, config.num_stages)
+        variants.append(Variant(most, (launch,)))
     comment = [f"quantized_linear: {plane.bits} bits, groups of {plane.group}"]
     comment += [f"  {layout(o)}" for o in operands] + [f"model: {x}" for x in base.lines]
-    text = module_text(comment, operands, parts, variants, base.x.operand.shape[0])
+    text = module_text(comment, operands, parts, variants, base.x.operand.shape[0], workspace)
     return KernelSource(
-        "quantized_linear", symbol, "triton", text, len(operands), linear_spec.inplace(base),
-        base.lines,
+        "quantized_linear", symbol, "triton", text, len(base.operands), linear_spec.inplace(base),
+        base.lines, tuple(workspace), counters,
     )  # fmt: skip
+
+
+def _shared(base: LinearSpec, config: Config) -> Shared:
+    tiles = -(-base.columns // config.block_n)
+    return Shared(config.split, tiles, config.block_t, base.norm is not None)
+
+
+def strip_codes(plane: Plane) -> int:
+    """Return the codes of 16 bytes."""
+    return STRIP * (8 // plane.bits)
 
 
 def _halves(plane: Plane) -> range:
@@ -156,15 +180,16 @@ def _codes(plane: Plane, half: int) -> str:
     return f"{text}.to(tl.float32)"
 
 
-def _rows(spec: QuantizedLinearSpec) -> list[str]:
+def _rows(spec: QuantizedLinearSpec, operands: list[Operand], depth: Shared) -> list[str]:
     """Return the body for one token; codes are blocks [BLOCK_N, STRIPS, 16]."""
     base, plane = spec.linear, spec.plane
     streams, count = range(base.streams), len(_halves(plane))
     strips = base.depth // (STRIP * count)
     lines = [
+        *split_depth.begin_lines(depth.split),
         "i0 = tl.full([1], 0, tl.int64)",
         f"mask0 = i0 < {python_dim(base.x.operand.shape[0])}",
-        "i1 = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)",
+        "i1 = item * BLOCK_N + tl.arange(0, BLOCK_N)",
         f"mask1 = i1 < {base.columns}",
         f"column = tl.minimum(i1, {base.columns - 1})[:, None, None]",
         f"byte = tl.arange(0, {STRIP})[None, None, :]",
@@ -173,7 +198,8 @@ def _rows(spec: QuantizedLinearSpec) -> list[str]:
     for s in streams:
         lines += [*weight_lines(spec, s), f"sums{s} = tl.zeros([BLOCK_N, STRIPS], tl.float32)"]
     lines += ["squares = tl.zeros([1, STRIPS], tl.float32)"] if base.norm else []
-    lines += [f"for start in range(0, {strips}, STRIPS):"]
+    first, step = split_depth.steps(depth.split, "STRIPS")
+    lines += [f"for start in range({first}, {strips}, {step}):"]
     inner = [
         "strip = start + tl.arange(0, STRIPS)[None, :, None]",
         f"inside = strip < {strips}",
@@ -195,23 +221,16 @@ def _rows(spec: QuantizedLinearSpec) -> list[str]:
             inner.append(f"sums{s} += tl.sum(u * x{h}, 2) * scale + total{h} * shift")
     lines += [f"    {line}" for line in inner]
     lines += [f"sum{s} = tl.sum(sums{s}, 1)" for s in streams]
-    return [*lines, *_scale(base, "tl.sum(squares, 1)"), *tail_lines(base)]
+    lines += ["total = tl.sum(squares, 1)"] if base.norm else []
+    return [*lines, *split_depth.finish_lines(base, operands, depth, finish_lines(base))]
 
 
-def _scale(base: LinearSpec, squares: str) -> list[str]:
-    """Return the lines that divide the sums by the root mean square of x; none without a norm."""
-    if base.norm is None:
-        return []
-    lines = [f"scale = {scale_text(base, squares)}"]
-    return lines + [f"sum{s} *= scale" for s in range(base.streams)]
-
-
-def _tiles(spec: QuantizedLinearSpec) -> list[str]:
+def _tiles(spec: QuantizedLinearSpec, operands: list[Operand], depth: Shared) -> list[str]:
     """Return the body for a tile of tokens: weights in two parts times x[k, t] on tensor cores."""
     base, plane = spec.linear, spec.plane
     count = len(_halves(plane))
     lines = [
-        *tile_lines(base),
+        *tile_lines(base, split_depth.begin_lines(depth.split)),
         "column = (item % across * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]",
         f"column = tl.minimum(column, {base.columns - 1})",
         f"byte = tl.arange(0, {STRIP})[None, None, :]",
@@ -222,7 +241,8 @@ def _tiles(spec: QuantizedLinearSpec) -> list[str]:
         lines += [*weight_lines(spec, s), f"sum{s} = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)"]
     strips, zeros = base.depth // (STRIP * count), f"[STRIPS * {STRIP}, BLOCK_T], tl.float32"
     lines += [f"squares = tl.zeros({zeros})"] if base.norm else []
-    lines += [f"for start in range(0, {strips}, STRIPS):"]
+    first, step = split_depth.steps(depth.split, "STRIPS")
+    lines += [f"for start in range({first}, {strips}, {step}):"]
     inner = [
         "strip = start + tl.arange(0, STRIPS)[None, :, None]",
         f"inside = strip < {strips}",
@@ -250,5 +270,6 @@ def _tiles(spec: QuantizedLinearSpec) -> list[str]:
             ]
             if base.x.operand.dtype != "bf16":
                 inner.append(f'sum{s} = product(w0, x{h}_1, sum{s}, "ieee")')
-    end = [*_scale(base, "tl.sum(squares, 0)[None, :]"), *tail_lines(base)]
-    return [*lines, *(f"    {line}" for line in inner), *end]
+    lines += [f"    {line}" for line in inner]
+    lines += ["total = tl.sum(squares, 0)[None, :]"] if base.norm else []
+    return [*lines, *split_depth.finish_lines(base, operands, depth, finish_lines(base))]

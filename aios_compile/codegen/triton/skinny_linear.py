@@ -4,18 +4,15 @@ rows: up to 4 tokens, products and sums in float32 on the vector units. A thread
 of its places in a block of k; the block is summed once, at the end: no exchange inside the loop,
 and the depth is split over all threads of a program. dot: up to 32 tokens on the tensor cores,
 w[n, k] times x[k, t], so that a tile of 16 columns is enough. `split` programs may share the depth
-of a tile: each writes its sums to the workspace, and the one that comes last (a counter a tile, at
-zero before and after) adds them in ascending order. A norm of x rides along: norm_prologue.py.
+of a tile: split_depth.py. A norm of x rides along: norm_prologue.py.
 Weights are marked evict_first: nothing reads them again in this step (where the tensor cores take
 them through cp.async, Triton 3.7 drops the hint).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from aios_compile.codegen.cpp.frame import variable
 from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.triton import split_depth
 from aios_compile.codegen.triton.configs import Config
 from aios_compile.codegen.triton.dependent_launch import prefetch_lines
 from aios_compile.codegen.triton.frame import Launch, python_dim
@@ -23,37 +20,20 @@ from aios_compile.codegen.triton.linear_spec import LinearSpec
 from aios_compile.codegen.triton.linear_text import (
     kernel_text,
     parts_of,
-    space_of,
     tail_lines,
     w_row,
     x_row,
 )
-from aios_compile.codegen.triton.norm_prologue import gain_lines, scale_text, scaled
+from aios_compile.codegen.triton.norm_prologue import finish_lines, gain_lines, scale_text, scaled
+from aios_compile.codegen.triton.split_depth import Shared
 
 EVICT = 'eviction_policy="evict_first"'
 
 
-def workspace(spec: LinearSpec, configs: Sequence[Config]) -> list[Operand]:
-    """Return the buffer for the parts' sums [split, stream, token, column], and their squares."""
-    sizes = [_partial_size(spec, c) + _squares_size(spec, c) for c in configs if c.split > 1]
-    return [Operand("partial", "f32", (max(sizes),), (1,))] if sizes else []
-
-
-def counters(spec: LinearSpec, configs: Sequence[Config]) -> int:
-    """Return how many tiles have parts."""
-    return max((_tiles(spec, c) for c in configs if c.split > 1), default=0)
-
-
-def _partial_size(spec: LinearSpec, config: Config) -> int:
-    return config.split * spec.streams * config.block_t * spec.columns
-
-
-def _squares_size(spec: LinearSpec, config: Config) -> int:
-    return 0 if spec.norm is None else config.split * config.block_t * _tiles(spec, config)
-
-
-def _tiles(spec: LinearSpec, config: Config) -> int:
-    return -(-spec.columns // config.block_n)
+def shared(spec: LinearSpec, config: Config) -> Shared:
+    """Return how a configuration shares the depth of its tiles."""
+    tiles = -(-spec.columns // config.block_n)
+    return Shared(config.split, tiles, config.block_t, spec.norm is not None)
 
 
 def kernels(
@@ -119,11 +99,9 @@ def _dot(spec: LinearSpec, operands: list[Operand], config: Config) -> list[str]
     streams, depth = range(spec.streams), spec.depth
     rows = python_dim(spec.x.operand.shape[0])
     factor, split_x, precision = parts_of(spec)
-    step = f"BLOCK_K * {config.split}" if config.split > 1 else "BLOCK_K"
-    lines = ["item = tl.program_id(0).to(tl.int64)"]
-    lines += ["part = (item % SPLIT).to(tl.int32)"] if config.split > 1 else []
-    lines += [
-        "i1 = (item // SPLIT * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]",
+    lines = [
+        *split_depth.begin_lines(config.split),
+        "i1 = (item * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]",
         f"mask1 = i1 < {spec.columns}",
         f"column = tl.minimum(i1, {spec.columns - 1})",
         "i0 = tl.arange(0, BLOCK_T)[None, :].to(tl.int64)",
@@ -137,7 +115,7 @@ def _dot(spec: LinearSpec, operands: list[Operand], config: Config) -> list[str]
     lines += [f"sum{s} = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)" for s in streams]
     if spec.norm is not None:
         lines += ["squares = tl.zeros([BLOCK_K, BLOCK_T], tl.float32)"]
-    first = "part * BLOCK_K" if config.split > 1 else "0"
+    first, step = split_depth.steps(config.split, "BLOCK_K")
     lines += [f"for start in range({first}, {depth}, {step}):"]
     even = depth % config.block_k == 0
     inner = [] if even else [f"left = {depth} - start"]
@@ -157,59 +135,5 @@ def _dot(spec: LinearSpec, operands: list[Operand], config: Config) -> list[str]
     lines += [f"    {line}" for line in inner]
     if spec.norm is not None:
         lines += ["total = tl.sum(squares, 0)[None, :]"]
-    if config.split > 1:
-        combined = [*_combine(spec, operands, config), *_finish(spec)]
-        return [*lines, *_share(spec, operands, config), *(f"    {line}" for line in combined)]
-    return [*lines, *_finish(spec)]
-
-
-def _finish(spec: LinearSpec) -> list[str]:
-    """Return the lines from the sums (and `total`, the squares) to the outputs."""
-    if spec.norm is None:
-        return tail_lines(spec)
-    scale = f"scale = {scale_text(spec, 'total')}"
-    return [scale, *(f"sum{s} *= scale" for s in range(spec.streams)), *tail_lines(spec)]
-
-
-def _places(spec: LinearSpec, operands: list[Operand], config: Config) -> dict[str, str]:
-    """Return where a part keeps its sums and its squares, without the part: address and step."""
-    index = space_of(operands, "partial")
-    rows = python_dim(spec.x.operand.shape[0])
-    base, cells = variable(operands[index], index), f"{rows} * {spec.columns}"
-    found = {}
-    for s in range(spec.streams):
-        found[f"sum{s}"] = f"{base} + ({s} * {rows} + i0) * {spec.columns} + i1"
-    squares = f"{config.split * spec.streams} * {cells}"
-    found["total"] = f"{base} + {squares} + item // SPLIT * {rows} + i0"
-    return found
-
-
-def _steps(spec: LinearSpec, config: Config) -> dict[str, str]:
-    """Return how far a part's values are behind those of the part before."""
-    rows = python_dim(spec.x.operand.shape[0])
-    step = f"{spec.streams} * {rows} * {spec.columns}"
-    found = {f"sum{s}": step for s in range(spec.streams)}
-    return found | ({"total": f"{_tiles(spec, config)} * {rows}"} if spec.norm else {})
-
-
-def _share(spec: LinearSpec, operands: list[Operand], config: Config) -> list[str]:
-    """Return the lines that keep a part's sums and ask whether all parts of the tile are there."""
-    index, places, lines = space_of(operands, "counters"), _places(spec, operands, config), []
-    for name, step in _steps(spec, config).items():
-        mask = "mask0" if name == "total" else "mask0 & mask1"
-        lines.append(f"tl.store({places[name]} + part * ({step}), {name}, mask={mask})")
-    lines += ["tl.debug_barrier()  # every thread's sums are written before the tile says so"]
-    lines += [f"counter = {variable(operands[index], index)} + item // SPLIT"]
-    return [*lines, 'if tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1:']
-
-
-def _combine(spec: LinearSpec, operands: list[Operand], config: Config) -> list[str]:
-    """Return the lines that add the parts' sums, past the first-level cache."""
-    places, lines = _places(spec, operands, config), ["tl.store(counter, 0)"]
-    for name, step in _steps(spec, config).items():
-        mask = "mask0" if name == "total" else "mask0 & mask1"
-        load = f'mask={mask}, other=0.0, cache_modifier=".cg"'
-        lines.append(f"{name} = tl.load({places[name]}, {load})")
-        for part in range(1, config.split):
-            lines.append(f"{name} += tl.load({places[name]} + {part} * ({step}), {load})")
-    return lines
+    finish = split_depth.finish_lines(spec, operands, shared(spec, config), finish_lines(spec))
+    return [*lines, *finish]
