@@ -168,7 +168,7 @@ def _resident(c: Config, p: Problem, card: Card, threads: int) -> int:
     """Return how many programs a multiprocessor holds by registers, shared memory and threads."""
     if c.kind == "rows":
         registers = 32 + _sums(c, p, card) * (c.block_t + 1)
-        shared = 1024
+        shared = 1024.0
     else:
         registers = 48 + c.block_t * c.block_n * p.streams // threads
         step = c.block_n * p.streams * p.weight_bytes + c.block_t * p.x_bytes
