@@ -174,7 +174,7 @@ def _resident(c: Config, p: Problem, card: Card, threads: int) -> int:
         step = c.block_n * p.streams * p.weight_bytes + c.block_t * p.x_bytes
         shared = max(1, c.num_stages - 1) * c.block_k * step
     by_registers = card.registers // (min(255, registers) * threads)
-    return max(1, min(32, card.threads // threads, by_registers, card.shared_bytes // shared))
+    return max(1, min(32, card.threads // threads, by_registers, int(card.shared_bytes // shared)))
 
 
 def best(problem: Problem, kinds: Sequence[str], most: int | None, card: Card) -> Config:
