@@ -15,6 +15,7 @@ from aios_compile.errors import EngineError
 from aios_compile.runtime import wire
 
 POLL_S = 0.05
+EXIT_S = 1.0  # from the end of the connection to the end of the process
 
 
 class EngineChild:
@@ -73,6 +74,12 @@ class EngineChild:
         with suppress(OSError):
             while (frame := self.outbox.get()) is not None:
                 self.connection.send(frame)
+
+    def wait(self) -> int | None:
+        """Return the status of a process whose connection ended, None if it goes on regardless."""
+        with suppress(subprocess.TimeoutExpired):
+            return self.process.wait(EXIT_S)
+        return None
 
     def kill(self) -> None:
         """End the process for certain (also a stopped one), and the connection. Idempotent."""

@@ -46,7 +46,7 @@ from aios_compile.runtime.metrics import (
 )
 from aios_compile.runtime.outputs import RequestOutput
 from aios_compile.runtime.request import mix_seed
-from aios_compile.runtime.suspects import Suspects
+from aios_compile.runtime.suspects import NO_EVIDENCE, Suspects, weight
 from aios_compile.sampling_params import SamplingParams
 
 MAX_FAILED_STARTS = 2  # one after another: the model does not load
@@ -242,14 +242,17 @@ class EngineFront:
                 self._reason = f"the engine process does not start: {error}"
                 continue
             self.child = child
+            points = NO_EVIDENCE
             try:
-                num_failed = 0 if self._serve(child) else num_failed + 1
+                was_ready = self._serve(child)
+                num_failed = 0 if was_ready else num_failed + 1
+                points = self._weigh(child) if was_ready else NO_EVIDENCE
             finally:
                 with self._lock:
                     self._outbox = None
                 child.kill()
             if not self._closing:
-                self._note_death()
+                self._note_death(points)
         self._shut_down()
 
     def _serve(self, child: EngineChild) -> bool:
@@ -275,7 +278,7 @@ class EngineFront:
                 self._send_all(child)
             elif not self._handle(message):
                 return is_ready
-            if is_ready and self._is_silent():
+            if is_ready and self._hangs():
                 return True
         return is_ready
 
@@ -294,8 +297,12 @@ class EngineFront:
             self._outbox.put(self._requests[following].start_message(self.epoch))
 
     def _is_silent(self) -> bool:
-        """Return whether a step hangs, or nothing was heard for too long (a stopped process)."""
-        if time.monotonic() - self._heard > self._stall_s:
+        """Return whether nothing was heard for too long, as of a process that was stopped."""
+        return time.monotonic() - self._heard > self._stall_s
+
+    def _hangs(self) -> bool:
+        """Return whether it is silent, or a step runs for too long."""
+        if self._is_silent():
             return True
         began = self._pulse.started_us
         return began is not None and now_us() - began > self._stall_s * 1e6
@@ -346,13 +353,20 @@ class EngineFront:
         total_us = now_us() - request.submitted_us
         self._ends.on_end(now_us(), total_us, chunk.finish_reason or "error")
 
-    def _note_death(self) -> None:
+    def _weigh(self, child: EngineChild) -> int:
+        """Return what the end of a process that was ready says against its requests."""
+        if self._closing:
+            return NO_EVIDENCE
+        is_silent, hangs = self._is_silent(), self._hangs()
+        return weight(None if hangs else child.wait(), is_silent=is_silent)
+
+    def _note_death(self, points: int) -> None:
         """Find out whether a request is the reason; the others go on in the next process."""
         with self._lock:
             self._counted = accumulated(self._counted, self._families)
             self._families = ()
             gave_or_idle = self._has_given or not self._requests
-            guilty = self._suspects.note_death(gave_or_idle, self._requests)
+            guilty = self._suspects.note_death(points, gave_or_idle, self._requests)
             request = None if guilty is None else self._requests.pop(guilty)
         if request is not None:
             request.fail(EngineDiedError("the engine died again and again as it ran this request"))

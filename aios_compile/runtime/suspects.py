@@ -1,17 +1,34 @@
 """Which request kills engines: after processes that died without a token, one at a time is tried.
 
-A request that brings down every engine that runs it must not take the others along. When two
-processes in a row died before anybody got a token, all requests are suspects. The oldest is sent
-alone (with those that are cleared); a token for it clears it, and the next one follows; if two
-processes die under it, it is the one.
+A request that brings down every engine that runs it must not take the others along. When processes
+died in a row before anybody got a token, all requests are suspects. The oldest is sent alone (with
+those that are cleared); a token for it clears it, and the next one follows; if processes die under
+it again and again, it is the one.
+
+How a process ended says how much it tells. A crash, an exit or a step that hangs is the process's
+own doing: two of them are enough. A kill from outside (an operator, the kernel short of memory) or
+a process that was stopped may be chance, and on a loaded machine the first token takes long enough
+for several in a row to come before it: six are needed. Who died before it was ready ran no request.
 """
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable
 
-MAX_BARREN_DEATHS = 2  # in a row, without a token for anybody
-MAX_TRIAL_DEATHS = 2
+OWN_DOING, FROM_OUTSIDE, NO_EVIDENCE = 3, 1, 0
+ENOUGH = 6  # points in a row: two deaths by its own doing, six from outside
+OUTSIDE_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def weight(returncode: int | None, *, is_silent: bool) -> int:
+    """Return the points of a death against the requests of a process that had been ready.
+
+    returncode: as of subprocess, None if it had not ended when we killed it: a step hung, or
+    (is_silent) nothing was heard, as of a process that was stopped.
+    """
+    by_signal = returncode is not None and -returncode in OUTSIDE_SIGNALS
+    return FROM_OUTSIDE if is_silent or by_signal else OWN_DOING
 
 
 class Suspects:
@@ -19,8 +36,8 @@ class Suspects:
 
     def __init__(self) -> None:
         self._waiting: list[int] = []  # the first one is on trial
-        self._num_barren = 0
-        self._num_trial = 0
+        self._barren = 0  # points of deaths without a token for anybody
+        self._trial = 0  # points against the one on trial
 
     @property
     def on_trial(self) -> int | None:
@@ -43,18 +60,21 @@ class Suspects:
             return None
         was_on_trial = number == self.on_trial
         self._waiting.remove(number)
-        self._num_trial *= not was_on_trial
+        self._trial *= not was_on_trial
         return self.on_trial if was_on_trial else None
 
-    def note_death(self, gave_tokens: bool, requests: Iterable[int]) -> int | None:
-        """Take in the end of a process; return the request that was found guilty."""
+    def note_death(self, points: int, gave_tokens: bool, requests: Iterable[int]) -> int | None:
+        """Take in the end of a process; return the request that was found guilty.
+
+        points: of `weight`.
+        """
         if self._waiting:
-            self._num_trial += 1
-            if self._num_trial < MAX_TRIAL_DEATHS:
+            self._trial += points
+            if self._trial < ENOUGH:
                 return None
-            self._num_trial = 0
+            self._trial = 0
             return self._waiting.pop(0)
-        self._num_barren = 0 if gave_tokens else self._num_barren + 1
-        if self._num_barren >= MAX_BARREN_DEATHS:
-            self._waiting, self._num_barren = sorted(requests), 0
+        self._barren = 0 if gave_tokens else self._barren + points
+        if self._barren >= ENOUGH:
+            self._waiting, self._barren = sorted(requests), 0
         return None

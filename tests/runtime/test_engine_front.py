@@ -25,7 +25,13 @@ from aios_compile.errors import (
 )
 from aios_compile.runtime import wire
 from aios_compile.runtime.outputs import Logprob, StreamChunk
-from aios_compile.runtime.suspects import Suspects
+from aios_compile.runtime.suspects import (
+    FROM_OUTSIDE,
+    NO_EVIDENCE,
+    OWN_DOING,
+    Suspects,
+    weight,
+)
 from tests.runtime.fake_executor import greedy
 from tests.runtime.killing import answers, fake_front, requests, run_while_killing
 
@@ -106,18 +112,45 @@ def test_counters_go_on_over_a_restart() -> None:
 
 
 def test_suspects() -> None:
-    suspects = Suspects()
-    assert suspects.note_death(False, [1, 2, 3]) is None and suspects.on_trial is None
-    assert suspects.note_death(True, [1, 2, 3]) is None, "somebody got a token in between"
-    assert suspects.note_death(False, [1, 2, 3]) is None
-    assert suspects.note_death(False, [3, 1, 2]) is None and suspects.on_trial == 1
+    suspects, own, outside = Suspects(), OWN_DOING, FROM_OUTSIDE
+    assert suspects.note_death(own, False, [1, 2, 3]) is None and suspects.on_trial is None
+    assert suspects.note_death(own, True, [1, 2, 3]) is None, "somebody got a token in between"
+    assert suspects.note_death(own, False, [1, 2, 3]) is None
+    assert suspects.note_death(own, False, [3, 1, 2]) is None and suspects.on_trial == 1
     assert not suspects.arrive(4)
     assert [suspects.may_run(i) for i in (0, 1, 2, 3, 4)] == [True, True, False, False, False]
     assert suspects.clear(3) is None, "aborted before its turn"
     assert suspects.clear(1) == 2 and suspects.may_run(1)
-    assert suspects.note_death(True, [1, 2, 4]) is None, "once may be chance"
-    assert suspects.note_death(True, [1, 2, 4]) == 2 and suspects.on_trial == 4
+    assert suspects.note_death(own, True, [1, 2, 4]) is None, "once may be chance"
+    for _ in range(2):  # that many points make one death by its own doing
+        assert suspects.note_death(outside, True, [1, 2, 4]) is None, "nor kills from outside"
+    assert suspects.note_death(NO_EVIDENCE, True, [1, 2, 4]) is None, "it was not ready"
+    assert suspects.note_death(outside, True, [1, 2, 4]) == 2 and suspects.on_trial == 4
     assert suspects.clear(4) is None and suspects.on_trial is None and suspects.arrive(5)
+
+
+def test_what_a_death_says() -> None:
+    for status, is_silent, expected in (
+        (-signal.SIGSEGV, False, OWN_DOING), (5, False, OWN_DOING), (0, False, OWN_DOING),
+        (None, False, OWN_DOING),  # a step hung and we killed it
+        (None, True, FROM_OUTSIDE),  # stopped, so nothing was heard
+        (-signal.SIGKILL, False, FROM_OUTSIDE), (-signal.SIGTERM, False, FROM_OUTSIDE),
+    ):  # fmt: skip
+        assert weight(status, is_silent=is_silent) == expected
+
+
+def test_early_kills_from_outside_condemn_nobody() -> None:
+    """The first token takes longer than each of four processes lives, as on a loaded machine."""
+    with fake_front(step_seconds=0.4) as front:
+        stream = front.stream([1, 2], temperature=0, max_tokens=3, ignore_eos=True)
+        for epoch in (1, 2, 3, 4):
+            while front.epoch < epoch or front._outbox is None:
+                time.sleep(0.002)
+            time.sleep(0.05)
+            assert front.child is not None
+            os.kill(front.child.process.pid, signal.SIGKILL)
+        assert [t for c in stream for t in c.token_ids] == greedy([1, 2], 3)
+        assert front.epoch == 5
 
 
 def test_a_process_that_never_starts_is_an_error_for_everybody() -> None:
