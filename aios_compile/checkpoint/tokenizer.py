@@ -28,6 +28,7 @@ SETTINGS = "tokenizer_settings.json"  # in a folder written by save()
 MAX_TOKENIZER_BYTES = 128 << 20
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MOST_TEXTS = 1 << 15  # of single tokens that are kept: about 4 MB
 
 
 class Tokenizer:
@@ -46,6 +47,7 @@ class Tokenizer:
         self._backend.add_special_tokens(
             [AddedToken(token, special=True, normalized=False) for token in present]
         )
+        self.texts_alone: dict[tuple[int, bool], str] = {}  # of single tokens; see TokenStream
         template = settings.get("chat_template")
         self.chat_template = ChatTemplate(template, self.special_tokens) if template else None
 
@@ -169,8 +171,20 @@ class TokenStream:
             piece = self._tokenizer.decode(self._ids[self._num_given :], self._skip)
         self._ids = self._ids[self._num_given :]
         self._num_given = len(self._ids)
-        self._given = self._tokenizer.decode(self._ids, self._skip)
+        self._given = self._text_of_window()
         return piece
+
+    def _text_of_window(self) -> str:
+        """Return the text of the window; nearly always it is one token, whose text is kept."""
+        if len(self._ids) != 1:
+            return self._tokenizer.decode(self._ids, self._skip)
+        known, key = self._tokenizer.texts_alone, (self._ids[0], self._skip)
+        text = known.get(key)
+        if text is None:
+            text = self._tokenizer.decode(self._ids, self._skip)
+            if len(known) < MOST_TEXTS:
+                known[key] = text
+        return text
 
 
 def _parse(data: bytes, where: str) -> tokenizers.Tokenizer:

@@ -16,6 +16,7 @@ from aios_compile.runtime.request import Sequence
 from aios_compile.runtime.sampling_rows import PromptRows, SampledRow, SamplingRows
 from aios_compile.runtime.schedule_state import Chunk, Plan, SequenceState
 
+LEAST_STEADY = 4
 _NO_DRAFTS: Mapping[int, Seq[int]] = {}
 
 
@@ -36,6 +37,7 @@ class BatchBuilder:
         self._rows = SamplingRows(limits)
         self._counting: Ints = np.arange(max(limits.max_model_len, tokens), dtype=np.int64)
         self._batch: Batch | None = None
+        self._steady: _Steady | None = None  # of the last batch, if it was decodes alone
 
     def build(
         self,
@@ -48,6 +50,10 @@ class BatchBuilder:
 
         drafts: by sequence id at least as many tokens as its chunk verifies.
         """
+        num = len(plan.chunks)
+        if self._steady is not None and plan.num_tokens == plan.num_rows == num:
+            if self._steady.ids == [chunk[0] for chunk in plan.chunks]:
+                return self._build_steady(self._steady, plan)
         token, row = 0, 0
         sampled: list[SampledRow] = []
         prompts: list[PromptRows] = []
@@ -83,7 +89,37 @@ class BatchBuilder:
         if padded > token:
             self._pad(token, padded)
         self._rows.write(sampled, prompts)
-        return self._views(padded, len(plan.chunks), row)
+        self._steady = None
+        if plan.num_decodes == plan.num_tokens == len(sampled) == num:
+            self._steady = _Steady.of(sampled, [states[c.sequence_id] for c in plan.chunks])
+        return self._views(padded, num, row)
+
+    def _build_steady(self, steady: _Steady, plan: Plan) -> Batch:
+        """Return the batch of the same sequences one token later: a few arrays at once.
+
+        Row i is still chunk i, and padding, query starts and logit rows are as they were.
+        """
+        num, size = len(plan.chunks), self.limits.page_size
+        starts = [chunk[1] for chunk in plan.chunks]
+        pairs = zip(steady.sequences, starts)
+        self._token_ids[:num] = [sequence.tokens[start] for sequence, start in pairs]
+        places = self._context_lengths[:num]  # until 1 is added
+        places[:] = starts
+        marks = [(state.page_epoch, len(state.pages)) for state in steady.states]
+        if marks != steady.marks:
+            steady.marks = marks
+            for s, state in enumerate(steady.states):
+                self._write_page_table(s, state)
+        if not self.limits.unfolds:
+            self._positions[:num] = places
+            pages, offsets = np.divmod(places, size)
+            slots = self._slots[:num]
+            np.multiply(self._page_tables[self._counting[:num], pages], size, out=slots)
+            slots += offsets
+        places += 1
+        np.maximum(places, steady.num_prompt_tokens, out=self._lengths[:num])
+        self._rows.move_on(steady.rows, places)
+        return self._views(self._batch.num_tokens if self._batch else num, num, num)
 
     def _write_page_table(self, s: int, state: SequenceState) -> None:
         key = (state.sequence_id, state.page_epoch, len(state.pages))
@@ -174,3 +210,25 @@ class BatchBuilder:
         batch.bias_ids, batch.bias_values = rows.bias.columns
         (batch.allowed_ids,) = rows.allowed.columns
         return batch
+
+
+class _Steady:
+    """A batch of one sampled token a sequence: as long as nobody joins or leaves, it only moves."""
+
+    def __init__(self, rows: list[SampledRow], states: list[SequenceState]) -> None:
+        self.rows = rows
+        self.states = states
+        self.sequences = [row.sequence for row in rows]
+        self.ids = [state.sequence_id for state in states]
+        self.marks = [(state.page_epoch, len(state.pages)) for state in states]
+        self.num_prompt_tokens = np.array([s.num_prompt_tokens for s in self.sequences], np.int64)
+
+    @classmethod
+    def of(cls, rows: list[SampledRow], states: list[SequenceState]) -> _Steady | None:
+        """Return it, None if a row could be another one than the sampled one next time.
+
+        None also for so few that one after the other is quicker.
+        """
+        if len(rows) < LEAST_STEADY or any(state.all_rows for state in states):
+            return None
+        return cls(rows, states)

@@ -10,7 +10,7 @@ from aios_compile.runtime.batch import Batch, Limits, StepResult
 from aios_compile.runtime.output_text import Tokenizer
 from aios_compile.runtime.outputs import Logprob, TokenLogprobs
 from aios_compile.runtime.request import Request, Sequence
-from aios_compile.runtime.schedule_state import Plan, SequenceState
+from aios_compile.runtime.schedule_state import Chunk, Plan, SequenceState
 
 
 class Outcome(NamedTuple):
@@ -53,6 +53,11 @@ class Committer:
         for chunk in plan.chunks:
             state, sequence = states[chunk.sequence_id], sequences[chunk.sequence_id]
             request = requests[state.request_id]
+            if all_finite and _is_next_token(chunk, state) and self._append(sequence, sampled[row]):
+                tokens.append((sampled[row],))
+                touched[state.request_id] = request
+                row += 1
+                continue
             end = chunk.start + chunk.num_tokens - chunk.num_drafts
             samples = state.samples and end == state.num_tokens
             rows = range(row, row + chunk.num_rows - chunk.num_drafts)
@@ -81,6 +86,28 @@ class Committer:
                 ended.append((chunk.sequence_id, sequence.finish_reason))
                 request.num_unfinished -= 1
         return Outcome(ended, tokens, list(touched.values()))
+
+    def _append(self, sequence: Sequence, token_id: int) -> bool:
+        """Append a token to a sequence that goes on whatever it is; False: nothing was done.
+
+        What `_token` does in the case of nearly every token of a busy engine, in a quarter of the
+        time.
+        """
+        tokens = sequence.tokens
+        count = len(tokens) + 1
+        if (
+            not sequence.is_plain
+            or token_id in sequence.end_ids
+            or count >= sequence.most_tokens
+            or count >= self._limits.max_model_len
+            or sequence.finish_reason is not None
+        ):
+            return False
+        tokens.append(token_id)
+        if sequence.text is not None:
+            sequence.text.append(token_id, True)
+        self.num_sampled += 1
+        return True
 
     def _prompt_rows(
         self, request: Request, first: int, rows: range, batch: Batch, result: StepResult
@@ -160,6 +187,13 @@ class Committer:
         if self._tokenizer is None:
             return None
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _is_next_token(chunk: Chunk, state: SequenceState) -> bool:
+    """Return whether a chunk is the last token alone, and its row is the one that is sampled."""
+    return (
+        chunk[2] == 1 == chunk[3] and state.samples and chunk[1] + 1 == state.num_tokens
+    )  # as Chunk's fields, in half the time
 
 
 def finish_text(sequence: Sequence) -> None:

@@ -276,6 +276,7 @@ class Engine:
             self._core.inbox.submit(requests)
             for request in requests:
                 request.delivery.wait()
+                request.decode_texts()  # while the others run
         except BaseException:
             self._core.inbox.abort(requests)
             raise

@@ -79,6 +79,13 @@ class Sequence:
             self.text = OutputText(tokenizer, params.stop, params.include_stop_str_in_output)
         self.penalties = PenaltyCounts(self.tokens, params) if params.has_penalties else None
         self.has_changing_bias = params.min_tokens > 0 or bool(admitted.bad_words)
+        # a token that is none of end_ids changes nothing but tokens and text, until the last one
+        self.is_plain = (
+            self.penalties is None and params.logprobs is None
+            and params.min_tokens == 0 and not params.stop
+        )  # fmt: skip
+        self.end_ids = admitted.eos_token_ids | admitted.stop_token_ids
+        self.most_tokens = self.num_prompt_tokens + admitted.max_tokens
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         self.cumulative_logprob = 0.0
         self.finish_reason: str | None = None
@@ -219,6 +226,12 @@ class Request:
                 chunks.append(sequence.next_chunk())
                 sequence.has_sent_all = sequence.finish_reason is not None
         return chunks
+
+    def decode_texts(self) -> None:
+        """Decode the texts of a request that has ended, in the thread that wants them."""
+        for sequence in self.sequences:
+            if sequence.text is not None:
+                sequence.text.decode()
 
     def output(self) -> RequestOutput:
         """Return the result; every sequence has finished."""

@@ -106,6 +106,12 @@ class SamplingRows:
         if changed:
             self._write_allowed(owners)
 
+    def move_on(self, sampled: list[SampledRow], positions: Ints) -> None:
+        """Write the rows of `sampled` again, without drafts, after one more token of each."""
+        self.positions[: len(positions)] = positions
+        if self._changing_bias or self._has_penalties:
+            self.write(sampled, [])
+
     def _write_sampled_row(self, row: int, sequence: Sequence) -> None:
         params = sequence.admitted.params
         self.temperature[row] = params.temperature

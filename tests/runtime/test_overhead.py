@@ -42,9 +42,10 @@ def host_us_per_step(num_prompts: int, num_tokens: int) -> float:
 
 
 def test_a_decode_step_costs_little() -> None:
-    """10 us at batch 1, 220 us at 64 on a 2-core Zen 4 machine; a busy one gets more."""
-    assert min(host_us_per_step(1, 500) for _ in range(3)) < 200
-    assert min(host_us_per_step(64, 100) for _ in range(3)) < 3000
+    """26 us at batch 1, 110 us at 64 on a 2-core Zen 4 machine; a busy one gets more."""
+    one, many = (min(host_us_per_step(n, 100) for _ in range(3)) for n in (1, 64))
+    print(f"{one:.0f} us at batch 1, {many:.0f} us at 64")
+    assert one < 200 and many < 2000
 
 
 def test_arrays_keep_their_place_from_step_to_step() -> None:
