@@ -50,10 +50,10 @@ class BatchBuilder:
 
         drafts: by sequence id at least as many tokens as its chunk verifies.
         """
-        num = len(plan.chunks)
-        if self._steady is not None and plan.num_tokens == plan.num_rows == num:
-            if self._steady.ids == [chunk[0] for chunk in plan.chunks]:
-                return self._build_steady(self._steady, plan)
+        num, steady = len(plan.chunks), self._steady
+        is_plain = steady is not None and plan.num_tokens == plan.num_rows == num
+        if is_plain and steady and steady.ids == [chunk[0] for chunk in plan.chunks]:
+            return self._build_steady(steady, plan)
         token, row = 0, 0
         sampled: list[SampledRow] = []
         prompts: list[PromptRows] = []
