@@ -41,7 +41,7 @@ from aios_compile.passes.pipeline import STAGES
 from aios_compile.passes.plan_memory import plan_memory
 from aios_compile.passes.runner import run_pipeline
 from aios_compile.progress import Progress
-from aios_compile.runtime.launch_list import launch_text
+from aios_compile.runtime.launch_list import launch_list, launch_text
 from aios_compile.study import debug
 from aios_compile.study.dump import Dumper
 from aios_compile.study.kernel_table import KERNEL_TABLE, kernel_rows
@@ -97,12 +97,14 @@ def compile_model(
     with progress.stage("generate"):
         refresh(module)
         card = gpu_card(options.device)
-        emitted = emit(module, options.device, progress.update, card)
+        joined = options.joined_launches()
+        emitted = emit(module, options.device, progress.update, card, bool(joined))
         edits = _apply_edits(module, emitted, weights, sizes, cache_root, progress)
         if module.not_generatable:  # one whole sequence a step, all of its logits
             sizes = replace(sizes, max_num_seqs=1)
         limits = limits_of(module, sizes)
         settings = settings_of(source, module, sizes, card)
+        settings["persistent_decode"] = joined
         program = lower_for(module, emitted, limits, settings, plan_memory)
         step = emit_step(program, tuple(emitted.sources)) if not card else launch_text(program)
     debug.show_kernels(emitted.sources, step)
@@ -112,7 +114,9 @@ def compile_model(
     elif card:
         writer.write_bytes(artefact.LIBRARY, b"")
         with ThreadPoolExecutor(1) as pool:  # Triton runs in processes: packing overlaps it
-            binaries = pool.submit(_compile_triton, emitted.sources, card, options)
+            used = sorted({call.kernel for call in launch_list(program)})  # not joined ones
+            sources = [emitted.sources[i] for i in used]
+            binaries = pool.submit(_compile_triton, sources, card, options)
             with progress.stage("pack"):
                 pack_weights(program, module, source.read, writer)
             with progress.stage("build"):

@@ -63,6 +63,9 @@ class CompileOptions:
     max_num_seqs: int | None = _option(None, "sequences in one step")
     max_num_batched_tokens: int | None = _option(None, "tokens in one step")
     kv_cache_memory_bytes: int | None = _option(None, "size of the KV cache, in bytes")
+    persistent_decode: bool = _option(
+        False, "on a GPU: one launch a layer for up to 32 tokens instead of one a kernel"
+    )
     gpu_memory_utilization: float = _option(0.9, "share of the GPU's memory to use, 0..1")
     enable_prefix_caching: bool = _option(True, "share the pages of equal prefixes")
     scheduling_policy: str = _option("fcfs", "fcfs, priority, fair_share or shortest_remaining")
@@ -122,6 +125,7 @@ class CompileOptions:
         for name in (
             "enable_prefix_caching",
             "local_files_only",
+            "persistent_decode",
             "progress",
             "quantize_embeddings",
         ):
@@ -199,6 +203,19 @@ class CompileOptions:
         """Return the checked speculative_config."""
         given = self.speculative_config
         return None if given is None else SpeculativeConfig.parse(given)
+
+    def joined_launches(self) -> str:
+        """Return the kind of device that persistent_decode is for, "" when it is off.
+
+        Raises ConfigError for the C++ target, whose step is one parallel region as it is.
+        """
+        kind = self.device.partition(":")[0]
+        if self.persistent_decode and kind not in ("cuda", "interpreter"):
+            raise ConfigError(
+                f"persistent_decode=True with device={self.device!r}: only a GPU has launches",
+                advice="leave it out: a step on the CPU is one parallel region as it is",
+            )
+        return kind if self.persistent_decode else ""
 
     def threads(self) -> int:
         """Return the number of threads: the option, or every core that this process may use."""

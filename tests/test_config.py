@@ -14,6 +14,7 @@ from aios_compile.errors import ConfigError
 # A second valid value for every field that is part of the key.
 OTHER_VALUES = {
     "quantization": "int8",
+    "persistent_decode": True,
     "quantize_embeddings": True,
     "device": "cpu",
     "dtype": "bfloat16",

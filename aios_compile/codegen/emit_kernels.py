@@ -32,12 +32,14 @@ LAYOUTS = {  # of the weight of a linear on the C++ target; "" for quantised row
 class Emitted:
     """The kernels of a program. `by_call`: kernel call node -> index into `sources`.
 
-    `packed`: (kernel call, operand index) -> layout of the weight that it reads.
+    `packed`: (kernel call, operand index) -> layout of the weight that it reads. `joined`: region
+    whose kernels one persistent launch runs -> that launch's index.
     """
 
     sources: list[KernelSource] = field(default_factory=list)
     by_call: dict[fx.Node, int] = field(default_factory=dict)
     packed: dict[tuple[fx.Node, int], str] = field(default_factory=dict)
+    joined: dict[str, int] = field(default_factory=dict)
 
 
 def emit_kernels(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from aios_compile.codegen.emit_kernels import Emitted, emit_kernels
@@ -24,10 +25,12 @@ def emit(
     device: str,
     on_progress: Callable[[int, int], None] | None = None,
     card: str = "",
+    persistent: bool = False,
 ) -> Emitted:
     """Emit every kernel of a level-3 module for a device; card: "cuda:90" and the like.
 
-    Raises CodegenError naming the model line, or a card that is not known.
+    persistent: as phases of one launch, which share a number of warps. Raises CodegenError naming
+    the model line, or a card that is not known.
     """
     if family(device) == "cpp":
         from aios_compile.codegen.cpp.emitters import EMITTERS
@@ -35,9 +38,12 @@ def emit(
         return emit_kernels(module, EMITTERS, on_progress)
     from aios_compile.codegen.triton.cards import DEFAULT, card_of
     from aios_compile.codegen.triton.emitters import emitters_for
+    from aios_compile.codegen.triton.persistent import WARPS as PHASE_WARPS
 
-    chosen = emitters_for(card_of(card) if card else DEFAULT)
-    return emit_kernels(module, chosen, on_progress, packs=False)
+    gpu = card_of(card) if card else DEFAULT
+    if persistent:
+        gpu = replace(gpu, warps=(PHASE_WARPS,))
+    return emit_kernels(module, emitters_for(gpu), on_progress, packs=False)
 
 
 def lower_for(
@@ -49,11 +55,17 @@ def lower_for(
 ) -> Program:
     """Return the program for settings["family"]; a GPU's begins and ends with kernels of its own.
 
-    Raises CodegenError as codegen.lower does.
+    settings["persistent_decode"]: join each layer's launches, for this device ("" for not). Raises
+    CodegenError as codegen.lower and join_launches do.
     """
     program = lower(module, emitted, sizes, settings, planner)
     if settings["family"] == "cpp":
         return program
+    from aios_compile.codegen.triton.cards import card_of
     from aios_compile.codegen.triton.frame_step import frame_step
+    from aios_compile.codegen.triton.join_launches import join_launches
 
+    if device := settings.get("persistent_decode"):
+        card = card_of(settings["target"])
+        program = join_launches(program, emitted, card, compiles=device != "interpreter")
     return frame_step(program, emitted)

@@ -35,6 +35,10 @@ class Device(Protocol):
         """Return how many kernels were compiled here since the device was opened."""
         ...
 
+    def num_processors(self) -> int | None:
+        """Return how many multiprocessors there are; None where programs run one by one."""
+        ...
+
     def use_binaries(self, artefact: Path) -> None:
         """Take compiled kernels from an artefact's folder rather than compile them."""
         ...

@@ -60,6 +60,7 @@ class GpuExecutor:
         captures: bool = True,
     ) -> None:
         self.program, self.modules, self.limits, self.device = program, modules, limits, device
+        check_residency(modules, device)
         self.buckets = limits.token_buckets or token_buckets(limits.max_num_batched_tokens)
         self.captures = captures
         self.calls: list[Call] = launch_list(program)
@@ -213,6 +214,22 @@ class GpuExecutor:
         self.graphs.clear()
         self._arena = self._weights = self._states = self._counters = None
         self.device.close()
+
+
+def check_residency(modules: Sequence[Any], device: Device) -> None:
+    """Check that the programs of persistent launches can all be resident: they wait for each other.
+
+    Raises EngineError for a device with fewer multiprocessors than they are planned for.
+    """
+    there = device.num_processors()
+    for module in modules:
+        for programs, held in getattr(module, "RESIDENT", {}).items():
+            if there is not None and programs > there * held:
+                raise EngineError(
+                    f"{module.__name__} waits inside a launch of {programs} programs, {held} a "
+                    f"multiprocessor; the device has {there} of them and would wait for ever",
+                    advice="load with persistent_decode=False: one launch a kernel",
+                )
 
 
 class LazyResult(StepResult):

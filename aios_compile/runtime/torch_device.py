@@ -121,6 +121,9 @@ class TorchDevice:
     def num_compiled(self) -> int:
         return 0
 
+    def num_processors(self) -> int | None:
+        return None
+
     def use_binaries(self, artefact: Path) -> None:
         pass
 
@@ -157,6 +160,10 @@ class CudaDevice(TorchDevice):
     @property
     def num_compiled(self) -> int:
         return len(self._compilations.names)
+
+    def num_processors(self) -> int:
+        """Return how many multiprocessors the card has."""
+        return int(self.torch.cuda.get_device_properties(self.name).multi_processor_count)
 
     def use_binaries(self, artefact: Path) -> None:
         binary_cache.use(artefact)

@@ -23,6 +23,7 @@ from aios_compile.errors import DeviceMemoryError
 from aios_compile.runtime.batch import Limits
 from aios_compile.runtime.gpu_executor import token_buckets
 from aios_compile.runtime.gpu_memory import plan_card
+from aios_compile.runtime.launch_list import launch_list
 from aios_compile.study.kernel_table import KernelRow, kernel_rows
 from aios_compile.study.plan_model import Planned, open_without_weights, plan_model
 
@@ -104,12 +105,14 @@ def compile_for(
     """
     card = card_of(target)
     planned = plan_for(model, target, keywords)
-    sources = planned.emitted.sources
+    used = sorted({call.kernel for call in launch_list(planned.program)})  # not joined ones
+    sources = [planned.emitted.sources[i] for i in used]
     binaries = compile_ahead(sources, target, out, jobs)
     shutil.rmtree(out / CACHE, ignore_errors=True)
     by_symbol = {s.symbol: tuple(b) for s, b in zip(sources, binaries)}
     rows = kernel_rows(planned.module, planned.emitted, planned.program)
-    reports = [report_of(row, by_symbol[row.symbol], card) for row in rows]
+    launched = [row for row in rows if row.symbol in by_symbol]
+    reports = [report_of(row, by_symbol[row.symbol], card) for row in launched]
     reports.sort(key=lambda report: -report.predicted_us * report.calls)
     options = CompileOptions.parse({**keywords, "device": "cuda"})
     memory = memory_table(planned.program, card, options.gpu_memory_utilization)

@@ -67,8 +67,10 @@ def kernel_rows(
     traffic = {i: Traffic() for i in range(len(emitted.sources))}
     launches = dict.fromkeys(traffic, 0)
     computes: dict[int, tuple[str, ...]] = {}
+    joined = {gm.graph: emitted.joined.get(name) for name, gm in module.regions().items()}
     for cost in call_costs(module, context):
-        index = emitted.by_call[cost.call]
+        run = joined.get(cost.call.graph)  # the persistent launch that the kernel is a phase of
+        index = emitted.by_call[cost.call] if run is None else run
         traffic[index] += cost.traffic * cost.times
         launches[index] += cost.times
         ops = [snapshot.target_name(n) for n in body_of(cost.call).graph.nodes if _computes(n)]
@@ -76,6 +78,8 @@ def kernel_rows(
     for item in program.function("step").items:  # the kernels around a step, which no call makes
         if isinstance(item, Launch) and item.kernel not in emitted.by_call.values():
             launches[item.kernel] += 1
+    for name, index in emitted.joined.items():  # once a call of the region, not once a phase
+        launches[index] = len(program.function(name).rows)
     phases = _phases(program)
     rows = [
         KernelRow(

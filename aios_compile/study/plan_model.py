@@ -71,10 +71,11 @@ def plan_model(
         seed=options.seed,
     )
     refresh(module)
-    emitted = emit(module, options.device, card=card)
+    joined = options.joined_launches()
+    emitted = emit(module, options.device, card=card, persistent=bool(joined))
     if module.not_generatable:
         sizes = replace(sizes, max_num_seqs=1)
-    settings = settings_of(source, module, sizes, card)
+    settings = settings_of(source, module, sizes, card) | {"persistent_decode": joined}
     program = lower_for(module, emitted, limits_of(module, sizes), settings, plan_memory)
     return Planned(captured, module, tuple(results), emitted, program)
 

@@ -63,12 +63,17 @@ class Model:
 
 @functools.cache
 def model(
-    name: str, dtype: str = "float32", tokens: int = 8, quantization: str | None = None
+    name: str,
+    dtype: str = "float32",
+    tokens: int = 8,
+    quantization: str | None = None,
+    persistent: bool = False,
 ) -> Model:
     """Capture, rewrite, emit and lower a zoo model for steps of so many tokens."""
     folder = Path(tempfile.gettempdir()) / "aios-zoo"
     sizes = {"max_model_len": 64, "max_num_seqs": SEQUENCES, "max_num_batched_tokens": tokens}
     given = {"device": "interpreter", "quantization": quantization, **sizes}
+    given |= {"persistent_decode": persistent}
     options = CompileOptions.parse({k: v for k, v in given.items() if v is not None})
     source = open_source(str(zoo.make(name, folder, dtype)), options)
     planned = plan_model(source, options, card="cuda:90")

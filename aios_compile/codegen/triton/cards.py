@@ -24,6 +24,7 @@ class Card:
     `dependent_launch`: a kernel may start before the one before it has ended (dependent_launch.py).
     `async_dots`: whether the tensor cores read their factors from shared memory (wgmma, tcgen05).
     `fp8`: whether they multiply e4m3 numbers (OCP's).
+    `warps`: that a streaming kernel's program may have; the phases of one launch share a number.
     """
 
     target: str
@@ -40,6 +41,7 @@ class Card:
     warp: int = 32
     dependent_launch: bool = False
     fp8: bool = False
+    warps: tuple[int, ...] = (2, 4, 8)
 
     def processor_bytes_per_us(self) -> float:
         """Return what one multiprocessor can draw when the others idle: twice its share."""

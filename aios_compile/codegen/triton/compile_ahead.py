@@ -116,8 +116,9 @@ def _compile(module: Any, launch: Any, most: int | None, target: str, place: Pat
     from triton.compiler import ASTSource, compile
 
     kernel, constexprs = launch["kernel"], launch["constexprs"]
-    operands = kernel.arg_names[: len(module.TYPES)]
-    types = dict(zip(operands, module.TYPES))
+    given = [module.TYPES[i] for i in launch.get("operands", range(len(module.TYPES)))]
+    operands = kernel.arg_names[: len(given)]
+    types = dict(zip(operands, given))
     types |= dict.fromkeys("TSRP", "i32") | dict.fromkeys(constexprs, "constexpr")
     attributes: dict[Any, Any] = {(i,): [["tt.divisibility", 16]] for i in range(len(operands))}
     # From 3.7 on a launch lists constexprs too, with nothing: Triton's key of a kernel covers that.

@@ -67,10 +67,16 @@ def candidates(problem: Problem, kind: str, tokens: int, card: Card) -> list[Con
     if kind == "rows":
         found = [
             Config("rows", tokens, n, k, warps)
-            for n, k, warps in itertools.product((1, 2, 4, 8), (256, 512, 1024, 2048), (2, 4, 8))
+            for n, k, warps in itertools.product((1, 2, 4, 8), (256, 512, 1024, 2048), card.warps)
         ]
         return [c for c in found if _rows_fit(c, problem, card)] or [
-            Config("rows", tokens, 8 // problem.streams, 64, 1)  # of a tiny model
+            Config(
+                "rows",
+                tokens,
+                8 // problem.streams,
+                64,
+                1 if len(card.warps) > 1 else card.warps[0],
+            )
         ]
     if kind == "dot":
         found = [

@@ -105,8 +105,9 @@ def entries(
     blocks = f"{sizes[0]} // {wide // shape['GROUP']} + {sizes[1]} + 1"
     stages = (3 if card.async_dots else 2, 3 if card.warp == 32 else 2)
     stages = (1, 1) if spec.k_scales is not None else stages  # Triton 3.7 stages no bytes
+    where = ("tl.program_id(0)", "tl.program_id(1)", "tl.num_programs(0)")
     split = Entry(
-        "attend_split", (*rows, *arguments, *spaces, *sizes), f"{programs}, {kv_heads}",
+        "attend_split", (*rows, *arguments, *spaces, *sizes, *where), f"{programs}, {kv_heads}",
         (("BLOCK_M", narrow), ("WRITES", int(writes))), num_stages=stages[0],
     )  # fmt: skip
     queries = (rows[0], rows[1], rows[5], rows[6])

@@ -24,7 +24,8 @@ def choose(problem: Problem, strip_codes: int, card: Card) -> list[tuple[int | N
     strip_codes: codes of 16 bytes. Tiles of many tokens hold half as many where factors live in
     registers, and more stages where two spill.
     """
-    row = Config("rows", 1, 4, 32 * strip_codes, 2, 2)
+    warps = card.warps[0]
+    row = Config("rows", 1, 2 * warps, 32 * strip_codes, warps, 2)
     tile = Config("tiles", FEW_TOKENS, 32, 4 * strip_codes, 4, 2)
     many = replace(tile, block_t=64 if card.async_dots else 32, block_n=64, block_k=2 * strip_codes)
     many = replace(many, num_stages=3 if problem.normed and not card.async_dots else 2)
