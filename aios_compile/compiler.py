@@ -96,16 +96,13 @@ def compile_model(
     debug.show_level(dumper.folder)
     with progress.stage("generate"):
         refresh(module)
-        card = gpu_card(options.device)
-        joined = options.joined_launches()
-        emitted = emit(module, options.device, progress.update, card, bool(joined))
+        card, joined = gpu_card(options.device), options.joined_launches()
+        emitted = emit(module, options.device, progress.update, card, joined)
         edits = _apply_edits(module, emitted, weights, sizes, cache_root, progress)
         if module.not_generatable:  # one whole sequence a step, all of its logits
             sizes = replace(sizes, max_num_seqs=1)
-        limits = limits_of(module, sizes)
-        settings = settings_of(source, module, sizes, card)
-        settings["persistent_decode"] = joined
-        program = lower_for(module, emitted, limits, settings, plan_memory)
+        settings = settings_of(source, module, sizes, card, joined)
+        program = lower_for(module, emitted, limits_of(module, sizes), settings, plan_memory)
         step = emit_step(program, tuple(emitted.sources)) if not card else launch_text(program)
     debug.show_kernels(emitted.sources, step)
     quantized: list[QuantizedWeight] = []
@@ -113,9 +110,8 @@ def compile_model(
         writer.write_bytes(artefact.LIBRARY, b"")
     elif card:
         writer.write_bytes(artefact.LIBRARY, b"")
+        sources = launched_sources(program, emitted)
         with ThreadPoolExecutor(1) as pool:  # Triton runs in processes: packing overlaps it
-            used = sorted({call.kernel for call in launch_list(program)})  # not joined ones
-            sources = [emitted.sources[i] for i in used]
             binaries = pool.submit(_compile_triton, sources, card, options)
             with progress.stage("pack"):
                 pack_weights(program, module, source.read, writer)
@@ -226,9 +222,12 @@ def gpu_card(device: str) -> str:
 
 
 def settings_of(
-    source: ModelSource, module: IRModule, sizes: ResolvedSizes, card: str = ""
+    source: ModelSource, module: IRModule, sizes: ResolvedSizes, card: str = "", joined: str = ""
 ) -> dict[str, Any]:
-    """Return what the runtime needs to know of a model; it becomes Program.settings."""
+    """Return what the runtime needs to know of a model; it becomes Program.settings.
+
+    joined: the kind of device for which a layer's kernels become one launch, "" for none.
+    """
     from aios_compile.ir.module import outputs
 
     logits = outputs(module.root.graph)[0].meta["val"]
@@ -246,6 +245,7 @@ def settings_of(
         "window_tokens": window_tokens(module),
         "target": card or build.Target.host().name,
         "family": "triton" if card else "cpp",
+        "persistent_decode": joined,
     }
 
 
@@ -264,6 +264,11 @@ def _apply_edits(
     for line in lines:
         progress.note(line)
     return lines
+
+
+def launched_sources(program: Program, emitted: Emitted) -> list[KernelSource]:
+    """Return the modules that a step launches: not those that are phases of another."""
+    return [emitted.sources[i] for i in sorted({call.kernel for call in launch_list(program)})]
 
 
 def _compile_triton(

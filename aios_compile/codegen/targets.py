@@ -25,12 +25,12 @@ def emit(
     device: str,
     on_progress: Callable[[int, int], None] | None = None,
     card: str = "",
-    persistent: bool = False,
+    joined: str = "",
 ) -> Emitted:
     """Emit every kernel of a level-3 module for a device; card: "cuda:90" and the like.
 
-    persistent: as phases of one launch, which share a number of warps. Raises CodegenError naming
-    the model line, or a card that is not known.
+    joined: not empty if they become phases of one launch, which share a number of warps. Raises
+    CodegenError naming the model line, or a card that is not known.
     """
     if family(device) == "cpp":
         from aios_compile.codegen.cpp.emitters import EMITTERS
@@ -41,7 +41,7 @@ def emit(
     from aios_compile.codegen.triton.persistent import WARPS as PHASE_WARPS
 
     gpu = card_of(card) if card else DEFAULT
-    if persistent:
+    if joined:
         gpu = replace(gpu, warps=(PHASE_WARPS,))
     return emit_kernels(module, emitters_for(gpu), on_progress, packs=False)
 

@@ -18,12 +18,12 @@ from typing import Any
 from aios_compile.codegen.program import Program
 from aios_compile.codegen.triton.cards import LATENCY_US, LAUNCH_US, Card, card_of
 from aios_compile.codegen.triton.compile_ahead import CACHE, Binary, compile_ahead
+from aios_compile.compiler import launched_sources
 from aios_compile.config import CompileOptions
 from aios_compile.errors import DeviceMemoryError
 from aios_compile.runtime.batch import Limits
 from aios_compile.runtime.gpu_executor import token_buckets
 from aios_compile.runtime.gpu_memory import plan_card
-from aios_compile.runtime.launch_list import launch_list
 from aios_compile.study.kernel_table import KernelRow, kernel_rows
 from aios_compile.study.plan_model import Planned, open_without_weights, plan_model
 
@@ -105,8 +105,7 @@ def compile_for(
     """
     card = card_of(target)
     planned = plan_for(model, target, keywords)
-    used = sorted({call.kernel for call in launch_list(planned.program)})  # not joined ones
-    sources = [planned.emitted.sources[i] for i in used]
+    sources = launched_sources(planned.program, planned.emitted)
     binaries = compile_ahead(sources, target, out, jobs)
     shutil.rmtree(out / CACHE, ignore_errors=True)
     by_symbol = {s.symbol: tuple(b) for s, b in zip(sources, binaries)}

@@ -72,10 +72,10 @@ def plan_model(
     )
     refresh(module)
     joined = options.joined_launches()
-    emitted = emit(module, options.device, card=card, persistent=bool(joined))
+    emitted = emit(module, options.device, card=card, joined=joined)
     if module.not_generatable:
         sizes = replace(sizes, max_num_seqs=1)
-    settings = settings_of(source, module, sizes, card) | {"persistent_decode": joined}
+    settings = settings_of(source, module, sizes, card, joined)
     program = lower_for(module, emitted, limits_of(module, sizes), settings, plan_memory)
     return Planned(captured, module, tuple(results), emitted, program)
 
