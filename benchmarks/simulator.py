@@ -4,8 +4,9 @@
 
 The cost model is fitted to the sweep of `aios bench`; then traces, whose rates and lengths it has
 not seen, are played in real time on the engine and simulated with that model. Each round fits anew,
-as the speed of a machine drifts; medians over the rounds are printed side by side. Real times are
-those at which tokens were handed out.
+as the speed of a machine drifts; medians over the rounds are printed side by side. Real times begin
+when the engine has the request (as its metrics count; a sleep before it overshoots), and the
+simulated requests come at those times; tokens are there when they are handed out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,8 +47,8 @@ def trace(spec: Any, count: int, tokens_s: float, most_tokens: int, seed: int) -
     )  # fmt: skip
 
 
-def play(model: Any, arrivals: list[Arrival]) -> dict[str, float]:
-    """Submit each request at its time; return the summary of what really happened."""
+def play(model: Any, arrivals: list[Arrival]) -> tuple[dict[str, float], list[Arrival]]:
+    """Submit each request at its time; return what really happened, and when they really came."""
     begin, streams = time.perf_counter() + 0.05 - arrivals[0].at_us / 1e6, []
     times: list[list[float]] = [[] for _ in arrivals]
     for arrival, seen in zip(arrivals, times):
@@ -65,7 +67,7 @@ def play(model: Any, arrivals: list[Arrival]) -> dict[str, float]:
             pass
     outputs = [stream.output() for stream in streams]
     gaps = [1e6 * (b - a) for seen in times for a, b in pairwise(seen)]
-    starts = [begin + arrival.at_us / 1e6 for arrival in arrivals]
+    starts = [stream.submitted_us / 1e6 for stream in streams]
     values = {
         "ttft": [1e6 * (seen[0] - start) for seen, start in zip(times, starts)],
         "inter_token": gaps,
@@ -76,7 +78,8 @@ def play(model: Any, arrivals: list[Arrival]) -> dict[str, float]:
     for name, micros in values.items():
         for percent in (50, 90, 99):
             found[f"{name}_p{percent}_ms"] = percentile(micros, percent) / 1e3
-    return found
+    came = [replace(a, at_us=1e6 * (start - starts[0])) for a, start in zip(arrivals, starts)]
+    return found, came
 
 
 def fitted(path: Path, args: argparse.Namespace) -> tuple[CostModel, float]:
@@ -109,8 +112,8 @@ def main() -> None:
             with aios_compile.load_and_compile(
                 args.model, num_threads=args.threads, decision_log=str(path), progress=False
             ) as model:
-                really = play(model, arrivals)
-            found[name].append((really, simulate(arrivals, limits, options, cost).summary()))
+                really, came = play(model, arrivals)
+            found[name].append((really, simulate(came, limits, options, cost).summary()))
     result = {name: compare(pairs) for name, pairs in found.items()}
     for name, row in result.items():
         print(name)

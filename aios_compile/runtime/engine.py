@@ -301,6 +301,11 @@ class TextStream:
     def prompt_token_ids(self) -> list[int]:
         return self._request.admitted.prompt_token_ids
 
+    @property
+    def submitted_us(self) -> int:
+        """When the engine had it, on the clock of `time.perf_counter`."""
+        return self._request.submitted_us
+
     def is_admitted(self) -> bool:
         """Return whether it was checked and queued; in this process it always is."""
         return True

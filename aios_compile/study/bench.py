@@ -1,7 +1,8 @@
 """A sweep over what steps can be, on the engine itself: speeds, and a log to fit a cost model to.
 
-Decodes of 1, 2, 3, ... sequences, prompts of all lengths alone and beside running streams, each a
-few times, with pauses in which the engine's thread sleeps, as it does between requests.
+Decodes of 1, 2, 3, ... sequences, some of them with long contexts, prompts of all lengths alone and
+beside running streams, each a few times, with pauses in which the engine's thread sleeps, as it
+does between requests.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 COUNTS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 24, 32, 48, 64, 96, 128, 192, 256)
 LENGTHS = (3, 6, 12, 24, 48, 96, 160, 256, 384, 512, 1024, 2048)
+CONTEXTS = {1: 2048, 3: 680, 8: 256, 16: 128}  # decodes of so many with so long prompts
 DECODE_TOKENS = 16
 PAUSE_S = 0.004
 
@@ -57,6 +59,9 @@ def bench(model: Any, rounds: int = 3, seed: int = 0) -> Bench:
     for _ in range(rounds):
         for count in counts:
             steps[count] += sweep.decode(count)
+        for count, length in CONTEXTS.items():
+            if count <= limits.max_running:
+                sweep.decode(count, min(length, longest - 2 * DECODE_TOKENS))
         for length in lengths:
             firsts[length].append(sweep.prefill(length))
             if length > 24:
@@ -94,13 +99,16 @@ class _Sweep:
 
         return self._engine.open_stream(prompt, None, fields, on_change=note)
 
-    def decode(self, count: int) -> list[float]:
-        """Return the times between tokens, in microseconds, once all sequences run."""
+    def decode(self, count: int, length: int = 2) -> list[float]:
+        """Return the times between tokens, in microseconds, once all sequences run.
+
+        length: of the prompts, or a little more.
+        """
         time.sleep(PAUSE_S)
         longer = DECODE_TOKENS + 8 + count // 8  # they begin earlier and end later than the last
-        streams = [self._open(2 + i % 3, longer, []) for i in range(count - 1)]
+        streams = [self._open(length + i % 3, longer, []) for i in range(count - 1)]
         times: list[float] = []
-        _read([*streams, self._open(3, DECODE_TOKENS, times)])
+        _read([*streams, self._open(length + 1, DECODE_TOKENS, times)])
         return [1e6 * (b - a) for a, b in pairwise(times)]
 
     def prefill(self, length: int) -> float:

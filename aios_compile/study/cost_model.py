@@ -1,11 +1,13 @@
 """How long a step takes, as a small additive model fitted to the steps of a decision log.
 
-step_us = tokens(T) + row * R + context * C + page * P + arrival * A + prompt * Q
+step_us = tokens(T) + row * R + key * K + context * C + page * P + arrival * A + prompt * Q
 
-T tokens computed, R logit rows, C pairs of a query and a key that it sees (what attention does), P
-pages copied or swapped, A requests with Q prompt tokens that arrived while it ran. tokens(T) rises
-from knot to knot in straight lines: kernels work in tiles of 4 and 16 tokens, a few tokens are
-bound by bytes and many by arithmetic, so one slope for all lengths is off by a third somewhere.
+T tokens computed, R logit rows, P pages copied or swapped, A requests with Q prompt tokens that
+arrived while it ran. Attention reads K keys, once for all queries of a chunk, and multiplies C
+pairs of a query and a key that it sees: a prompt's tokens share what a decode reads for itself, so
+that a pair of a decode costs several times one of a prompt. tokens(T) rises from knot to knot in
+straight lines: kernels work in tiles of 4 and 16 tokens, a few tokens are bound by bytes and many
+by arithmetic, so one slope for all lengths is off by a third somewhere.
 
 The log has the time of every event, so nothing else is measured: a step lasts from its Schedule to
 the next one, or to its Commit when nothing was left to do. How far single steps are off is kept as
@@ -32,7 +34,7 @@ from aios_compile.runtime.replay import read_records
 from aios_compile.runtime.schedule_state import Plan, SchedulerState
 from aios_compile.runtime.scheduler import advance
 
-VERSION = 2
+VERSION = 3
 LEAST_STEPS = 20
 NUM_TRIMS = 3  # rounds in which steps far off (another process had the core) are left out
 TRIM_AT = 4.0  # times the median deviation
@@ -42,12 +44,12 @@ LAST_TILE = KNOTS.index(17)  # past it a slope without steps is the one before
 PRIOR = 8.0  # how many steps that counts as
 QUANTILES = 41
 LISTS = ("tokens_us", "noise", "stalls_us")
-SLOPES = ("row_us", "context_us", "page_us", "arrival_us", "prompt_us")
+SLOPES = ("row_us", "key_us", "context_us", "page_us", "arrival_us", "prompt_us")
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Microseconds. Written as JSON: {"version": 2, "step_us": ..., ...}.
+    """Microseconds. Written as JSON: {"version": 3, "tokens_us": [...], ...}.
 
     tokens_us: what a step of KNOTS[i] tokens takes more than one of KNOTS[i - 1], without its rows
     and attention. commit_share: of a step's time, when its tokens are there. wake_us: from a
@@ -58,6 +60,7 @@ class CostModel:
 
     tokens_us: tuple[float, ...]
     row_us: float = 0.0
+    key_us: float = 0.0
     context_us: float = 0.0
     page_us: float = 0.0
     arrival_us: float = 0.0
@@ -125,10 +128,19 @@ class CostModel:
 
 
 def features(plan: Plan, num_arrived: int = 0, num_prompt_tokens: int = 0) -> tuple[float, ...]:
-    """Return how far each rise between knots is climbed, then R, C, P, A, Q."""
+    """Return how far each rise between knots is climbed, then R, K, C, P, A, Q."""
+    keys = sum(c.start + c.num_tokens for c in plan.chunks)
     pairs = sum(c.num_tokens * (c.start + (c.num_tokens + 1) / 2) for c in plan.chunks)
     pages = len(plan.copies) + len(plan.swap_outs) + len(plan.swap_ins)
-    return (*_rises(plan.num_tokens), plan.num_rows, pairs, pages, num_arrived, num_prompt_tokens)
+    attention = keys, pairs
+    return (
+        *_rises(plan.num_tokens),
+        plan.num_rows,
+        *attention,
+        pages,
+        num_arrived,
+        num_prompt_tokens,
+    )
 
 
 def _rises(num_tokens: int) -> tuple[float, ...]:

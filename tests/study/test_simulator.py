@@ -28,7 +28,7 @@ def cost_of(step_us: float, token_us: float, *slopes: float) -> CostModel:
     return CostModel(tuple(rises), *slopes)
 
 
-COST = cost_of(300.0, 20.0, 5.0, 0.01, 50.0)
+COST = cost_of(300.0, 20.0, 5.0, 0.1, 0.01, 50.0)
 
 
 def a_plan(num_tokens: int, num_rows: int, start: int, num_pages: int) -> Plan:
@@ -45,7 +45,7 @@ def test_the_fit_finds_the_costs_of_a_simulated_machine() -> None:
         a_plan(rng.randint(1, 512), rng.randint(1, 16), rng.randint(0, 300), rng.choice([0, 3]))
         for _ in range(600)
     ]
-    true = cost_of(400.0, 13.0, 7.0, 0.02, 90.0)
+    true = cost_of(400.0, 13.0, 7.0, 0.2, 0.02, 90.0)
     rows = [features(plan) for plan in plans]
     times = [true(plan) * rng.uniform(0.98, 1.02) for plan in plans]
     found = fit(rows, times)
@@ -53,6 +53,7 @@ def test_the_fit_finds_the_costs_of_a_simulated_machine() -> None:
     for count in (10, 200, 2000):  # the last is beyond all that was seen
         assert found.step_us(count) == pytest.approx(true.step_us(count), rel=0.1)
     assert found.context_us == pytest.approx(0.02, rel=0.1)
+    assert found.key_us == pytest.approx(0.2, rel=0.1)
     assert found.median_error < 0.02 and found.num_steps == 600 and not found.stalls_a_second
     for place in range(0, 600, 40):  # another process had the core
         times[place] += 50_000
@@ -83,16 +84,16 @@ def test_no_cost_is_negative() -> None:
 def test_features_of_a_plan() -> None:
     plan = Plan(chunks=[Chunk(0, 10, 1, 1), Chunk(1, 4, 3, 0)], num_tokens=4, num_rows=1)
     plan.copies.append((1, 2))
-    # the query at 10 sees 11 keys; those at 4, 5, 6 see 5, 6, 7
-    assert features(plan, 2, 30)[len(KNOTS) :] == (1, 11 + 5 + 6 + 7, 1, 2, 30)
+    # the query at 10 sees 11 keys; those at 4, 5, 6 see 5, 6, 7, which are 7 different ones
+    assert features(plan, 2, 30)[len(KNOTS) :] == (1, 11 + 7, 11 + 5 + 6 + 7, 1, 2, 30)
     assert features(plan)[: len(KNOTS)] == (1, 1, 1, *(0,) * (len(KNOTS) - 3))
 
 
 def test_cost_models_are_json(tmp_path: Path) -> None:
     path = tmp_path / "cost.json"
     COST.save(path)
-    assert json.loads(path.read_text())["version"] == 2 and CostModel.load(path) == COST
-    for text in ("", "[]", "{}", '{"version": 1}', '{"version": 2, "noise": "x"}'):
+    assert json.loads(path.read_text())["version"] == 3 and CostModel.load(path) == COST
+    for text in ("", "[]", "{}", '{"version": 2}', '{"version": 3, "noise": "x"}'):
         path.write_text(text)
         with pytest.raises(LogError):
             CostModel.load(path)

@@ -39,7 +39,8 @@ class ClockedExecutor(NullExecutor):
     def step(self, batch: Batch) -> Any:
         tokens = batch.num_tokens
         micros = 400 + 70 * 4 * -(-min(tokens, 16) // 4) + 45 * tokens + 8 * batch.num_rows
-        micros += 0.1 * float(batch.positions.sum())
+        # attention: pairs, and keys that each sequence reads once (most of it in decodes)
+        micros += 0.03 * float(batch.positions.sum()) + 0.2 * float(batch.context_lengths.sum())
         self.move(self.now_us + micros * self.rng.uniform(0.9, 1.1))
         return super().step(batch)
 
@@ -75,7 +76,8 @@ def play(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             core, plain = engine._core, engine._core._take_commands
 
             def take() -> bool:
-                if not core.state.has_work and executor.arrivals:
+                is_idle = not core.state.has_work and not core.inbox.has_news
+                if is_idle and executor.arrivals:
                     executor.move(executor.arrivals[0].at_us)
                     executor.now_us += WAKE_US  # the thread wakes up
                 before = len(core.requests)
@@ -125,10 +127,9 @@ def test_times_are_within_a_tenth_on_other_traces(play: Any) -> None:
         "busier": trace("poisson", 90.0, 15, 25, 48, 2),
         "bursts": trace("bursts", 30.0, 90, 30, 0, 3),
         "calm": trace("poisson", 8.0, 60, 40, 0, 4),
+        "longer answers": trace("poisson", 20.0, 15, 80, 64, 5),
     }.items():
         _, really = play(name, arrivals)
         simulated = simulate(arrivals, LIMITS, OPTIONS, cost).summary()
         for key, value in really.items():
-            # the third largest of 250: in the calm trace a coincidence of two long prompts
-            slack = 0.25 if name == "calm" and "p99" in key else 0.1
-            assert simulated[key] == pytest.approx(value, rel=slack), (name, key)
+            assert simulated[key] == pytest.approx(value, rel=0.1), (name, key)
