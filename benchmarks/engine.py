@@ -1,7 +1,8 @@
 """Many requests at once: throughput, first tokens and step times beside others, one run.
 
     python -m benchmarks.engine [MODEL | --shape qwen3-0.6b] [--rows bf16,int8,int4]
-                                [--peers static,continuous,llama] [--rounds 3] [--json FILE]
+                                [--parts scheduler,steps,...] [--variants ours,static,...]
+                                [--rounds 3] [--json FILE]
 
 64 requests in four groups that share a prefix, mixed lengths, all there at the start. Ours runs
 them 16 at a time (continuous batching), one at a time, and in static batches; with and without the
@@ -10,18 +11,21 @@ continuous batches in the same dtype, llama.cpp with 16 parallel sequences at th
 weight. All variants of a row take turns; tokens of ours must be equal in all of them, and it is
 counted how many requests of a peer are equal (bf16 rounds differently, so texts part after a
 while). A step is held against its floor: weights and KV over the bandwidth that memory of that size
-is read with, or operations over the measured peak, whichever is longer.
+is read with, or operations over the measured peaks, whichever is longer.
+
+A large model can be measured in pieces, by row, part and variant ("16 at once" is in each, as what
+the others are compared with): FILE keeps what earlier pieces found.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import aios_compile
@@ -29,10 +33,12 @@ from benchmarks.engine_floor import Floor
 from benchmarks.engine_peers import ContinuousBatches, LlamaCpp, StaticBatches, has_llama_cpp
 from benchmarks.engine_workload import CONCURRENT, Outcome, Workload, make_workload, ours, summary
 from benchmarks.gguf_file import KINDS, write_gguf
+from benchmarks.machine import describe
 from benchmarks.shapes import SHAPES, make
 from benchmarks.speculation import STANZA
 from tests.runtime.test_scheduler_time import step_us
 
+Keep = Callable[[str, dict[str, Any]], None]  # called with a row and what was found of it
 SIZES = {"shared_tokens": 96, "own_tokens": 24, "output_tokens": 48}
 SMALL_SIZES = {"shared_tokens": 64, "own_tokens": 8, "output_tokens": 16}  # for a slow model
 STEP_TOKENS = 24
@@ -50,22 +56,22 @@ def decode_seconds(model: Any, count: int) -> float:
     prompts = [[3 + i, 7, 11, 13 + i] for i in range(count)]
     outputs = model.generate(prompts, max_tokens=STEP_TOKENS, temperature=0, ignore_eos=True)
     times = [(o.metrics.total_us - o.metrics.ttft_us) / (STEP_TOKENS - 1) / 1e6 for o in outputs]
-    return statistics.median(times)
+    return median(times)
 
 
-def steps(model: Any, args: argparse.Namespace) -> dict[str, Any]:
+def steps(folder: Path, row: str, model: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Return a decode step of one and of 16 sequences beside its floor."""
-    floor, found = Floor(model, args.threads), {}
+    floor, found = Floor(folder, row, model, args.threads), {}
     decode_seconds(model, CONCURRENT)
     for count in (1, CONCURRENT):
         pairs = [
-            floor.seconds(count, STEP_TOKENS / 2, lambda c=count: decode_seconds(model, c))
+            floor.seconds(count, STEP_TOKENS // 2, lambda c=count: decode_seconds(model, c))
             for _ in range(2 * args.rounds + 1)
         ]
         found[f"of_{count}"] = {
-            "step_ms": 1e3 * statistics.median(seconds for _, seconds in pairs),
-            "floor_ms": 1e3 * statistics.median(bound for bound, _ in pairs),
-            "share_of_floor": statistics.median(bound / seconds for bound, seconds in pairs),
+            "step_ms": 1e3 * median(seconds for _, seconds in pairs),
+            "floor_ms": 1e3 * median(bound for bound, _ in pairs),
+            "share_of_floor": median(bound / seconds for bound, seconds in pairs),
             "share_spread": [f(b / s for b, s in pairs) for f in (min, max)],
         }
     found["tokens_against_one"] = CONCURRENT * found["of_1"]["step_ms"] / found["of_16"]["step_ms"]
@@ -74,12 +80,12 @@ def steps(model: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 def peers(folder: Path, row: str, args: argparse.Namespace, notes: list[str]) -> list[Any]:
     """Return the peers that were asked for and are there; why others are not goes to notes."""
-    wanted, found = args.peers.split(","), []
-    if row == "bf16" and {"static", "continuous"} & set(wanted):
+    found: list[Any] = []
+    if row == "bf16" and {"transformers", "continuous"} & args.variants:
         static = StaticBatches(folder, "bfloat16", args.threads)
-        found += [static] if "static" in wanted else []
-        found += [ContinuousBatches(static)] if "continuous" in wanted else []
-    if "llama" in wanted:
+        found += [static] if "transformers" in args.variants else []
+        found += [ContinuousBatches(static)] if "continuous" in args.variants else []
+    if "llama" in args.variants:
         missing = has_llama_cpp()
         if missing:
             notes.append(f"llama.cpp left out: {missing}")
@@ -91,26 +97,27 @@ def peers(folder: Path, row: str, args: argparse.Namespace, notes: list[str]) ->
     return found
 
 
-def measure(folder: Path, row: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure one configuration."""
+def requests(folder: Path, row: str, model: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Run the workload in all variants by turns."""
     sizes = {name: getattr(args, name) for name in SIZES}
+    work = make_workload(args.requests, **sizes, seed=1)
     notes: list[str] = []
+    variants: dict[str, Callable[[Workload, str], Outcome]] = {
+        "16 at once": lambda w, t: ours(model, w, t, len(w.prompts)),
+    }
     with ExitStack() as stack:
-        model = stack.enter_context(load(folder, row, args))
-        cold = stack.enter_context(load(folder, row, args, enable_prefix_caching=False))
-        work = make_workload(args.requests, **sizes, seed=1)
-        variants: dict[str, Callable[[Workload, str], Outcome]] = {
-            "16 at once": lambda w, t: ours(model, w, t, len(w.prompts)),
-            "one at a time": lambda w, t: ours(model, w, t, 1),
-            "static batches of 16": lambda w, t: ours(model, w, t, CONCURRENT),
-            "16 at once without prefix cache": lambda w, t: ours(cold, w, t, len(w.prompts)),
-        }
-        for name in args.without.split(",") if args.without else ():
-            variants.pop(name, None)
+        if "one" in args.variants:
+            variants["one at a time"] = lambda w, t: ours(model, w, t, 1)
+        if "static" in args.variants:
+            variants["static batches of 16"] = lambda w, t: ours(model, w, t, CONCURRENT)
+        if "cold" in args.variants:
+            cold = stack.enter_context(load(folder, row, args, enable_prefix_caching=False))
+            variants["16 at once without prefix cache"] = lambda w, t: ours(
+                cold, w, t, len(w.prompts)
+            )
         own = set(variants)
         others = peers(folder, row, args, notes)
         variants |= {peer.name: lambda w, _, p=peer: p.run(w) for peer in others}
-        result: dict[str, Any] = {"steps": steps(model, args), "notes": notes}
         runs: dict[str, list[Outcome]] = {name: [] for name in variants}
         warm = make_workload(4, **{**sizes, "output_tokens": 2}, seed=2)
         for name, variant in variants.items():
@@ -124,15 +131,25 @@ def measure(folder: Path, row: str, args: argparse.Namespace) -> dict[str, Any]:
         for peer in others:
             if isinstance(peer, LlamaCpp):
                 peer.close()
-        tokens = runs["16 at once"][0].tokens
+    tokens = runs["16 at once"][0].tokens
     for name in own:
         for run in runs[name]:
             assert run.tokens == tokens, f"{name}: other tokens than 16 at once"
-    result["variants"] = {name: summary(work, done, tokens) for name, done in runs.items()}
-    result["prefix_tokens_saved"] = saved / work.num_sharable_tokens
-    if "speculation" not in args.without:
-        result["speculation"] = speculation(folder, row, args)
-    return result
+    found = {name: summary(work, done, runs["16 at once"]) for name, done in runs.items()}
+    shared = saved / work.num_sharable_tokens
+    return {"variants": found, "prefix_tokens_saved": shared, "notes": notes}
+
+
+def measure(folder: Path, row: str, args: argparse.Namespace, keep: Keep) -> None:
+    """Measure the parts that were asked for of one configuration; each is kept as it is done."""
+    if {"steps", "requests"} & args.parts:
+        with load(folder, row, args) as model:
+            if "steps" in args.parts:
+                keep(row, {"steps": steps(folder, row, model, args)})
+            if "requests" in args.parts:
+                keep(row, requests(folder, row, model, args))
+    if "speculation" in args.parts:
+        keep(row, {"speculation": speculation(folder, row, args)})
 
 
 def speculation(folder: Path, row: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -157,7 +174,7 @@ def speculation(folder: Path, row: str, args: argparse.Namespace) -> dict[str, A
                     seconds[name].append(spent / 1e6)
         told = str(models["ngram"].engine.speculation)
     assert tokens["none"] == tokens["ngram"], "speculation changed a token"
-    none, ngram = (statistics.median(seconds[name]) for name in ("none", "ngram"))
+    none, ngram = (median(seconds[name]) for name in ("none", "ngram"))
     ratios = [a / b for a, b in zip(seconds["none"], seconds["ngram"])]
     return {
         "speedup_of_median": none / ngram,
@@ -167,25 +184,26 @@ def speculation(folder: Path, row: str, args: argparse.Namespace) -> dict[str, A
 
 
 def show(row: str, result: dict[str, Any]) -> None:
-    print(f"{row}")
-    base = result["variants"]["16 at once"]["seconds"]
-    for name, found in result["variants"].items():
-        first = found["ttft_p50_ms"]
+    print(row, flush=True)
+    for name, found in result.get("variants", {}).items():
+        first, (low, high) = found["ttft_p50_ms"], found["ratio_spread"]
         print(
-            f"  {name:50} {found['output_tokens_s']:8.1f} tokens/s, ours is "
-            f"{found['seconds'] / base:5.2f}x, first token "
+            f"  {name:50} {found['output_tokens_s']:8.1f} tokens/s, ours is {found['ratio']:5.2f}x "
+            f"({low:.2f}-{high:.2f}), first token "
             f"{'      -' if first is None else f'{first:7.1f}'} ms, "
             f"{found['equal_requests']} requests equal, {found['equal_first_tokens']} first tokens"
         )
-    for name in ("of_1", "of_16"):
+    if "variants" in result:
+        print(f"  shared prefill saved: {result['prefix_tokens_saved']:.1%}")
+    for name in ("of_1", "of_16") if "steps" in result else ():
         step = result["steps"][name]
         low, high = step["share_spread"]
         print(
             f"  a decode step {name.replace('_', ' ')}: {step['step_ms']:.3f} ms, floor "
             f"{step['floor_ms']:.3f} ms: {step['share_of_floor']:.0%} ({low:.0%}-{high:.0%})"
         )
-    print(f"  tokens of 16 against one: {result['steps']['tokens_against_one']:.2f}x")
-    print(f"  shared prefill saved: {result['prefix_tokens_saved']:.1%}")
+    if "steps" in result:
+        print(f"  tokens of 16 against one: {result['steps']['tokens_against_one']:.2f}x")
     if "speculation" in result:
         drafts = result["speculation"]
         low, high = drafts["speedup_spread"]
@@ -193,8 +211,19 @@ def show(row: str, result: dict[str, Any]) -> None:
             f"  prompt lookup on repetitive text: {drafts['speedup_of_median']:.2f}x "
             f"({low:.2f}-{high:.2f}); {drafts['drafts']}"
         )
-    for note in result["notes"]:
+    for note in result.get("notes", ()):
         print(f"  {note}")
+    if row == "scheduler_us":
+        print(f"  a step's own time: {result}")
+
+
+def merge(into: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Return `into` with what was found now, dictionaries merged; `into` is changed."""
+    for name, value in found.items():
+        known = into.get(name)
+        both = isinstance(value, dict) and isinstance(known, dict)
+        into[name] = merge(known, value) if both else value
+    return into
 
 
 def main() -> None:
@@ -204,8 +233,8 @@ def main() -> None:
     parser.add_argument("--folder", help="where the random checkpoint is kept")
     parser.add_argument("--gguf-folder", help="where llama.cpp's files are kept")
     parser.add_argument("--rows", default="bf16", help="of bf16, int8, int4")
-    parser.add_argument("--peers", default="static,continuous,llama")
-    parser.add_argument("--without", default="", help='e.g. "one at a time,speculation"')
+    parser.add_argument("--parts", default="scheduler,steps,requests,speculation")
+    parser.add_argument("--variants", default="one,static,cold,transformers,continuous,llama")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -220,17 +249,23 @@ def main() -> None:
         folder = make(args.shape, Path(args.folder or Path(tempfile.gettempdir()) / args.shape))
     if args.gguf_folder is None and not args.shape:
         args.gguf_folder = tempfile.mkdtemp(prefix="aios-gguf-")
-    result: dict[str, Any] = {"model": args.shape or str(folder), "given": vars(args)}
-    result["scheduler_us"] = {
-        "64 running": statistics.median(step_us(64) for _ in range(5)),
-        "1024 running": statistics.median(step_us(1024, num_steps=16) for _ in range(3)),
-    }
-    print(f"{result['model']}, {args.threads} threads, scheduler: {result['scheduler_us']}")
+    args.parts, args.variants = set(args.parts.split(",")), set(args.variants.split(","))
+    result: dict[str, Any] = {"model": args.shape or str(folder), "threads": args.threads}
+    if args.json and Path(args.json).exists():
+        result = json.loads(Path(args.json).read_text())
+
+    def keep(name: str, found: dict[str, Any]) -> None:
+        merge(result, {name: found} | describe())
+        show(name, found)
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+    print(f"{result['model']}, {args.threads} threads")
+    if "scheduler" in args.parts:
+        small, large = (step_us(64) for _ in range(5)), (step_us(1024, num_steps=16) for _ in "123")
+        keep("scheduler_us", {"64 running": median(small), "1024 running": median(large)})
     for row in args.rows.split(","):
-        result[row] = measure(folder, row, args)
-        show(row, result[row])
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        measure(folder, row, args, keep)
 
 
 if __name__ == "__main__":

@@ -79,15 +79,19 @@ def ours(model: Any, work: Workload, tenant: str, at_once: int) -> Outcome:
     return Outcome(time.perf_counter() - begin, tokens, first)
 
 
-def summary(work: Workload, runs: list[Outcome], tokens: Tokens) -> dict[str, Any]:
-    """Return medians over the rounds, and how far the tokens are those of `tokens`."""
+def summary(work: Workload, runs: list[Outcome], base: list[Outcome]) -> dict[str, Any]:
+    """Return medians over the rounds, ratios to `base` of the same round, and equal tokens."""
     times = [run.seconds for run in runs]
+    ratios = [run.seconds / other.seconds for run, other in zip(runs, base)]
     firsts = [second for run in runs for second in run.ttft_s]
-    same = [a == b for a, b in zip(runs[0].tokens, tokens)]
+    pairs = list(zip(runs[0].tokens, base[0].tokens))
     return {
         "seconds": statistics.median(times),
         "output_tokens_s": work.num_output_tokens / statistics.median(times),
+        "ratio": statistics.median(ratios),
+        "ratio_spread": [min(ratios), max(ratios)],
+        "rounds": len(runs),
         "ttft_p50_ms": 1e3 * statistics.median(firsts) if firsts else None,
-        "equal_requests": sum(same),
-        "equal_first_tokens": sum(a[0] == b[0] for a, b in zip(runs[0].tokens, tokens)),
+        "equal_requests": sum(a == b for a, b in pairs),
+        "equal_first_tokens": sum(a[0] == b[0] for a, b in pairs),
     }
