@@ -266,15 +266,17 @@ def _free_values(
 
 
 def _free_value(value: inputs.Value, step: Step, seed: int) -> Tensor:
-    """Return random values of about 1; a chunk gets its rows of the whole sequence's values."""
+    """Return random values of about 1; a chunk gets its tokens of the whole sequence's values."""
     sizes = inputs.sizes_of(step)
-    chunk = bool(step.total) and value.shape[:1] == ("T",)
+    chunk = bool(step.total) and "T" in value.shape
     if chunk:
         sizes["T"] = step.total
     shape = [inputs.size(s, sizes) for s in value.shape]
     scale = 20 if value.dtype.is_floating_point and len(shape) > 1 else 1
     tensor = inputs.random_tensor(value.name, shape, value.dtype, seed) * scale
-    return tensor[step.starts[0] : step.starts[0] + step.num_tokens] if chunk else tensor
+    if not chunk:
+        return tensor
+    return tensor.narrow(value.shape.index("T"), step.starts[0], step.num_tokens)
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:

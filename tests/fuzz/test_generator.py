@@ -15,16 +15,14 @@ from aios_compile.study.fuzz.builder import Builder, Pattern, draw_sizes
 from aios_compile.study.fuzz.campaign import passes_of
 from aios_compile.study.fuzz.contexts import SOURCES, USES
 from aios_compile.study.fuzz.example import Example, Setup, capture, options_of, stages_of
-from aios_compile.study.fuzz.generate import INFO_OF, REPEATS, draw
+from aios_compile.study.fuzz.generate import INFO_OF, OFTEN, REPEATS, draw
 from aios_compile.study.fuzz.graph_ops import OPS
 from aios_compile.study.fuzz.patterns import PATTERNS
-
-NOT_PLANTED = {"quantize_kv": "needs caches of int8, which no setup has yet"}
 
 
 def test_every_pass_has_a_pattern() -> None:
     names = {info_of(p).name for p in PIPELINE}
-    assert {p.pass_name for p in PATTERNS} == names - set(NOT_PLANTED)
+    assert {p.pass_name for p in PATTERNS} == names
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p.pass_name}-{p.name}")
@@ -43,6 +41,7 @@ def test_a_pattern_fires_alone(pattern: Pattern) -> None:
         stored=pattern.stored,
         quantization=pattern.quantization,
         rounded=pattern.rounded,
+        kv=pattern.kv,
         target=INFO_OF[pattern.pass_name].target or "cpp",
     )
     module = capture(Example(b.program(), setup))
@@ -53,7 +52,7 @@ def test_a_pattern_fires_alone(pattern: Pattern) -> None:
 
 
 def test_all_kinds_are_drawn() -> None:
-    """At least 20 kinds of context; every operator; settings of every kind."""
+    """At least 20 kinds of context; every operator; settings; no pass is rare."""
     assert len(SOURCES) + len(USES) + len(REPEATS) >= 20
     seen: Counter[str] = Counter()
     setups: Counter[str] = Counter()
@@ -70,7 +69,16 @@ def test_all_kinds_are_drawn() -> None:
     missing += [f"repeat {n}" for n in REPEATS] + [f"op {n}" for n in OPS]
     missing += [f"pass {p.pass_name}" for p in PATTERNS if p.pass_name in passes_of("cpp")]
     assert [name for name in missing if not seen[name]] == []
+    planted = {name: seen[f"pass {name}"] for name in passes_of("cpp") if name not in OFTEN}
+    assert min(planted.values()) >= 600 / 60, planted
     assert all(setups[n] for n in ("tokens", "steps", "sampled", "disabled", "order", "region"))
+
+
+@pytest.mark.parametrize("name", ["quantize_kv", "round_activations"])
+def test_contexts_of_one_pass(name: str) -> None:
+    """Those whose setup is their own stand in as many kinds of context as the rest."""
+    kinds = {k for i in range(60) for k in draw(2, i, passes=(name,)).planted}
+    assert len([k for k in kinds if not k.startswith("pa")]) >= 20, kinds
 
 
 def test_an_example_is_a_function_of_its_number() -> None:

@@ -124,7 +124,7 @@ class Pattern:
 
     steps: it runs through all stages, in batches over pages. stored: a format in which its weights
     are stored; quantization: one to which they are quantised. rounded: activations are
-    rounded to bf16 before they meet bf16 weights.
+    rounded to bf16 before they meet bf16 weights. kv: the codes that caches hold.
     """
 
     pass_name: str
@@ -134,6 +134,12 @@ class Pattern:
     stored: str = ""
     quantization: str = ""
     rounded: bool = False
+    kv: str = ""
+
+    @property
+    def lossy(self) -> bool:
+        """Return whether its pass rounds what it is given."""
+        return bool(self.stored or self.quantization or self.rounded or self.kv)
 
     def parameters(self, sizes: Mapping[str, int]) -> list[Parameter]:
         """Return the parameters for some sizes. "i64[T] < V": whole numbers below V."""
@@ -227,8 +233,9 @@ def draw_sizes(rng: random.Random) -> dict[str, int]:
     hidden = rng.choice([16, 24, 32, 33, 48, 64, 70])
     features = rng.choice([16, 17, 32, 48, 64])
     return {
-        "D": hidden, "D2": 2 * hidden, "N": features, "N2": 2 * features, "N3": 3 * features,
+        "D": hidden, "D2": 2 * hidden, "N": features, "N2": 2 * features,
         "E": width, "E2": width // 2, "H": heads, "G": groups,
         "HE": heads * width, "GE": groups * width, "K": rng.choice([2, 3, 4]),
-        "Q": rng.choice([32, 64, 96]), "V": rng.choice([40, 61]), "W": rng.choice([3, 9, 17]),
+        "M": rng.choice([64, 80, 96]), "Q": rng.choice([32, 64, 96]),
+        "V": rng.choice([40, 61]), "W": rng.choice([3, 9, 17]),
     }  # fmt: skip

@@ -155,6 +155,11 @@ def _outcome(example: Example, objects: Path, compiler: Compile | None) -> Outco
         raise FuzzFailure(f"crash: {type(error).__name__}: {error}") from error
 
 
+def _kind(message: str) -> list[str]:
+    """Return what a smaller example must share: "wrong", "reverted: pass", "crash: error"."""
+    return message.split(":")[: 1 if message.startswith("wrong") else 2]
+
+
 def _shrunk(
     example: Example,
     objects: Path,
@@ -163,7 +168,7 @@ def _shrunk(
     max_trials: int,
 ) -> tuple[Example, str]:
     """Return the smallest failing example of the same kind, and its message."""
-    kind = message.split(":")[0]
+    kind = _kind(message)
     messages = {example: message}
 
     def fails(candidate: Example) -> bool:
@@ -171,7 +176,7 @@ def _shrunk(
             _outcome(candidate, objects, compiler)
         except FuzzFailure as failure:
             messages[candidate] = str(failure)
-            return str(failure).split(":")[0] == kind
+            return _kind(str(failure)) == kind
         return False
 
     small = shrink(example, fails, max_trials)

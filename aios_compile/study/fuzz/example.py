@@ -45,7 +45,8 @@ class Setup:
     last rows. tokens: the numbers of tokens to run it for (without steps). disabled: passes left
     out. order: a seed by which the optional passes of each stage change places, 0 for none.
     region: the part of the graph that becomes a region, as fractions. proven: with certificates.
-    rounded: activations are rounded to bf16 where weights are.
+    rounded: activations are rounded to bf16 where weights are. kv: the caches hold such codes
+    ("int8").
     """
 
     seed: int = 0
@@ -60,12 +61,13 @@ class Setup:
     stored: str = ""
     quantization: str = ""
     rounded: bool = False
+    kv: str = ""
     target: str = "cpp"
 
     @property
     def lossy(self) -> bool:
-        """Return whether linears round what they multiply."""
-        return bool(self.stored or self.quantization or self.rounded)
+        """Return whether linears round what they multiply, or caches what they hold."""
+        return bool(self.stored or self.quantization or self.rounded or self.kv)
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ def options_of(setup: Setup) -> PassOptions:
         num_pages=16,
         quantization=setup.quantization,
         bf16_dot=setup.rounded,
+        quantize_kv=setup.kv == "int8",
     )
 
 

@@ -22,6 +22,13 @@ TOKENS = (1, 2, 3, 15, 16, 17, 31, 33, 40, 48)
 OPTIONAL = [info_of(p).name for s in STAGES for p in s.passes if not info_of(p).required]
 INFO_OF = {info_of(p).name: info_of(p) for s in STAGES for p in s.passes}
 HALVES = ("bf16", "f16")
+# Passes that random graphs and the patterns of others reach in more than every 20th example.
+OFTEN = frozenset({
+    "widen_activations", "fold_constants", "eliminate_common_subexpressions", "raise_linear",
+    "raise_attention", "page_attention", "eliminate_views", "own_outputs", "copy_strided_inputs",
+    "gather_last_tokens", "fuse_linear_epilogue", "fuse_pointwise", "form_kernels",
+    "raise_rms_norm", "raise_layer_norm",
+})  # fmt: skip
 REPEATS = ("once", "chained", "same_inputs", "other_weights", "beside_another")
 
 
@@ -34,7 +41,7 @@ def draw(
 ) -> Example:
     """Draw example `number`. passes: plant one of their patterns; ops: use one of these.
 
-    The Triton target gets no quantised weights: it stores them in another layout.
+    The Triton target gets no quantised weights: it stores them in another layout; nor such caches.
     """
     rng = random.Random(f"{seed}/{number}")
     for _ in range(1000):
@@ -45,18 +52,22 @@ def draw(
             chosen = [p for p in known if p.pass_name in passes] if passes else known
             if not chosen:
                 break
-            name = rng.choice(sorted({p.pass_name for p in chosen}))
+            name = _pass(rng, sorted({p.pass_name for p in chosen}))
             return planted(rng, rng.choice([p for p in chosen if p.pass_name == name]))
         except Rejected:
             continue
     raise ConfigError(f"nothing can be drawn for {', '.join([*passes, *ops])} on {target}")
 
 
+def _pass(rng: random.Random, names: Sequence[str]) -> str:
+    """Draw a pass; those that nothing else reaches are likelier."""
+    return rng.choices(names, [1 if n in OFTEN else 4 for n in names])[0]
+
+
 def _is_for(pattern: Pattern, target: str) -> bool:
     if pattern.rounded and not build.Target.host().bf16_dot:
         return False  # no kernel for it here
-    lossy = pattern.stored or pattern.quantization
-    return INFO_OF[pattern.pass_name].runs_on(target) and (target == "cpp" or not lossy)
+    return INFO_OF[pattern.pass_name].runs_on(target) and (target == "cpp" or not pattern.lossy)
 
 
 def random_graph(rng: random.Random, ops: Sequence[str] = ()) -> Example:
@@ -250,7 +261,6 @@ def _setup(rng: random.Random, steps: bool, pattern: Pattern | None = None) -> S
         region = (begin, begin + rng.random() * (1 - begin))
     sampled = own == "sample_tokens" or (steps and rng.random() < 0.1)
     gathered = sampled or own == "gather_last_tokens" or (steps and rng.random() < 0.3)
-    lossy = bool(pattern and (pattern.stored or pattern.quantization or pattern.rounded))
     return Setup(
         seed=rng.randrange(1 << 30),
         tokens=tuple(sorted({1, *rng.sample(TOKENS, 2)})),
@@ -260,8 +270,9 @@ def _setup(rng: random.Random, steps: bool, pattern: Pattern | None = None) -> S
         disabled=disabled,
         order=rng.choice([0, 0, 0, rng.randrange(1, 1 << 20)]),
         region=region,
-        proven=lossy or rng.random() < 0.04,
+        proven=bool(pattern and pattern.lossy) or rng.random() < 0.04,
         stored=pattern.stored if pattern else "",
         quantization=pattern.quantization if pattern else "",
         rounded=bool(pattern and pattern.rounded),
+        kv=pattern.kv if pattern else "",
     )

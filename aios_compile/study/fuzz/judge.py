@@ -86,7 +86,15 @@ def second_opinion(
 ) -> list[float]:
     """Return for each output the largest relative error of perturbed float32 runs."""
     worst = [0.0] * len(oracle)
-    generator = torch.Generator()
+    for seed in range(OPINIONS):
+        found = run_eager(perturbed(module, seed), values, torch.float32)
+        worst = [max(w, v.error) for w, v in zip(worst, compare(oracle, found, found))]
+    return worst
+
+
+def perturbed(module: IRModule, seed: int) -> IRModule:
+    """Return a copy whose float values are each moved by up to a rounding of float32."""
+    generator = torch.Generator().manual_seed(seed)
 
     def perturb(value: Tensor) -> Tensor:
         noise = torch.rand(value.shape, generator=generator) * 2 - 1
@@ -95,11 +103,7 @@ def second_opinion(
     noisy = snapshot.take(module)
     for graph_module in noisy.graphs().values():
         _perturb_each(graph_module.graph, perturb)
-    for seed in range(OPINIONS):
-        generator.manual_seed(seed)
-        found = run_eager(noisy, values, torch.float32)
-        worst = [max(w, v.error) for w, v in zip(worst, compare(oracle, found, found))]
-    return worst
+    return noisy
 
 
 def _perturb_each(graph: fx.Graph, perturb: Callable[[Tensor], Tensor]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from aios_compile.study.fuzz.builder import Pattern
 from aios_compile.study.fuzz.raise_patterns import SOURCES
-from aios_compile.study.fuzz.step_patterns import FUSED, QUANTISED, ROUNDED, STEPS
+from aios_compile.study.fuzz.step_patterns import CODES, FUSED, QUANTISED, ROUNDED, STEPS
 
 STORED = ("int8_g32_f16", "uint4_g32_f16_min_f16")
 QUANTIZATION = ("int8_g32_f16", "int4_g32_f16")
@@ -35,6 +35,7 @@ def _all() -> tuple[Pattern, ...]:
             _pattern("quantize_weights", text, steps=True, quantization=form)
             for form in QUANTIZATION
         ]
+    found += [_pattern("quantize_kv", text, steps=True, kv="int8") for text in CODES]
     found.append(_pattern("round_activations", ROUNDED, steps=True, rounded=True))
     return tuple(found)
 

@@ -53,7 +53,7 @@ def _setups(setup: Setup) -> Iterator[Setup]:
     plain = Setup(
         setup.seed, setup.tokens, setup.steps, setup.gathered, setup.sampled,
         stored=setup.stored, quantization=setup.quantization, rounded=setup.rounded,
-        target=setup.target,
+        kv=setup.kv, target=setup.target,
     )  # fmt: skip
     if plain != setup:
         yield plain

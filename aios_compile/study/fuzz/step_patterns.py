@@ -133,22 +133,23 @@ def geglu(x: "f32[T, D]", wg: "weight f32[N, D]", bg: "weight f32[N]", wu: "weig
     ),
 }
 LINEAR = """
-def linear(x: "f32[T, Q]", w: "weight f32[N3, Q]"):
+def linear(x: "f32[T, Q]", w: "weight f32[M, Q]"):
     return F.linear(x, w)
 """
 PAIR = """
-def pair(x: "f32[T, Q]", wg: "weight f32[N3, Q]", wu: "weight f32[N3, Q]"):
+def pair(x: "f32[T, Q]", wg: "weight f32[M, Q]", wu: "weight f32[M, Q]"):
     return torch.mul(F.silu(F.linear(x, wg)), F.linear(x, wu))
 """
 QUANTISED = (LINEAR, PAIR)
 ROUNDED = """
-def rounded(x: "f32[T, Q]", w: "weight bf16[N3, Q]"):
+def rounded(x: "f32[T, Q]", w: "weight bf16[M, Q]"):
     return F.linear(x, aten._to_copy.default(w, dtype=torch.float32))
 """
 _ROTATED = (
     f'def rotated(x: "f32[T, D]", c: "f32[T, E]", s: "f32[T, E]", {_QKV}):{_HEADS}{_TURN}{_ATTEND}'
 )
 STEPS["fuse_kv_write_into_attention"] = (_ROTATED,)
+CODES = (CALLED, WINDOW, SOFTCAP, _ROTATED)  # attention whose caches hold codes
 FUSED: dict[str, tuple[str, ...]] = {
     "fuse_norm_into_linear": (
         """
