@@ -33,6 +33,7 @@ from aios_compile.runtime.prompt_lookup import PromptLookup
 from aios_compile.runtime.schedule_state import SchedulerOptions
 from aios_compile.runtime.speculator import Proposer, Speculator
 from aios_compile.runtime.torch_device import open_device
+from aios_compile.runtime.weight_memory import WeightMemory
 from aios_compile.sampling_params import SamplingDefaults, SamplingParams
 from aios_compile.study.report import Report
 
@@ -102,11 +103,14 @@ class CompiledModel:
         library = build.load(self._artefact.library)
         self._closing.callback(build.unload, library)
         self._closing.callback(self._artefact.close)  # first: callbacks run last in, first out
+        threads = self.options.threads()
+        memory = WeightMemory(self._artefact, self.program, threads, free_memory_bytes())
+        self._closing.callback(memory.close)
         self.runner = ProgramRunner(
             self.program,
             library,
-            {w.name: self._artefact.tensor(w.name) for w in self.program.weights},
-            self.options.threads(),
+            memory.arrays,
+            threads,
             num_pages=limits.num_pages,
             page_table_width=limits.max_pages_per_sequence,
             num_host_pages=self.scheduler_options.num_host_pages,

@@ -48,9 +48,15 @@ VERIFY = Variable(
 EAGER = Variable("AIOS_EAGER", "0", "1: run the last level in eager PyTorch instead of kernels")
 CACHE_DIR = Variable("AIOS_CACHE_DIR", "", "folder of the artefact cache; default ~/.cache/aios")
 CACHE_LIMIT = Variable("AIOS_CACHE_LIMIT_BYTES", "21474836480", "size at which old artefacts go")
+HUGE_WEIGHTS = Variable(
+    "AIOS_HUGE_WEIGHTS",
+    "1",
+    "1: the C++ target copies large weights into huge pages; 0: they stay mapped from the "
+    "artefact, which processes share",
+)
 CXX = Variable("AIOS_CXX", "", "C++ compiler; default c++, then g++, then clang++")
 
-VARIABLES = (DEBUG, DUMP, DISABLE, BISECT, VERIFY, EAGER, CACHE_DIR, CACHE_LIMIT, CXX)
+VARIABLES = (DEBUG, DUMP, DISABLE, BISECT, VERIFY, EAGER, CACHE_DIR, CACHE_LIMIT, HUGE_WEIGHTS, CXX)
 
 
 def markdown() -> str:
