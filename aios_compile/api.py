@@ -19,6 +19,7 @@ from aios_compile.codegen.manifest import write_manifest
 from aios_compile.compiled_model import CompiledModel, MakeExecutor
 from aios_compile.config import CompileOptions
 from aios_compile.errors import CacheError
+from aios_compile.kernel_selection import choose_kernels
 from aios_compile.model_source import ModelSource, open_source
 from aios_compile.progress import Progress
 from aios_compile.runtime.torch_device import card_name, require_cuda
@@ -87,7 +88,9 @@ def compile_into(
 
     writer = ArtefactWriter(staging)
     try:
-        return compile_model(source, options, writer, progress, root)
+        compiled = compile_model(source, options, writer, progress, root)
+        choose_kernels(staging, options, progress)
+        return compiled
     except BaseException:
         if env.DUMP.get():  # what was reached is what one wants to see when a pass fails
             shutil.copytree(staging, env.DUMP.get(), dirs_exist_ok=True)

@@ -114,6 +114,7 @@ class CompiledModel:
             num_pages=limits.num_pages,
             page_table_width=limits.max_pages_per_sequence,
             num_host_pages=self.scheduler_options.num_host_pages,
+            choices=self._artefact.kernel_choices,
         )
         return CpuExecutor(self.runner, limits)
 
@@ -208,6 +209,7 @@ class CompiledModel:
     def report(self) -> Report:
         """Return the pass table with certificates, and the notes of this compile and of its use."""
         report = Report.from_json(self._artefact.report)
+        report = replace(report, notes=(*report.notes, *self._artefact.kernel_choices.lines()))
         speculation = self.engine.speculation
         if speculation is None:
             return report

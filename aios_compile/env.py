@@ -54,9 +54,18 @@ HUGE_WEIGHTS = Variable(
     "1: the C++ target copies large weights into huge pages; 0: they stay mapped from the "
     "artefact, which processes share",
 )
+SELECT_KERNELS = Variable(
+    "AIOS_SELECT_KERNELS",
+    "3",
+    "seconds (for steps of 1, of up to 8, of up to 64 and of more tokens each) in which the C++ "
+    "target times candidates of large linears when a model is compiled; 0: the standard ones",
+)
 CXX = Variable("AIOS_CXX", "", "C++ compiler; default c++, then g++, then clang++")
 
-VARIABLES = (DEBUG, DUMP, DISABLE, BISECT, VERIFY, EAGER, CACHE_DIR, CACHE_LIMIT, HUGE_WEIGHTS, CXX)
+VARIABLES = (
+    *(DEBUG, DUMP, DISABLE, BISECT, VERIFY, EAGER, CACHE_DIR, CACHE_LIMIT),
+    *(HUGE_WEIGHTS, SELECT_KERNELS, CXX),
+)
 
 
 def markdown() -> str:

@@ -6,6 +6,7 @@
     program.json       the flat list of launches           plan.json         the memory plan
     certificates.json  what the runner proved              report.json       the pass table
     quantization.json  bits and error of each quantised weight, where there are some
+    kernel_choices.json  what select_kernels measured and chose, where there was a choice
     kernels/*.cpp      one file a kernel, for reading      step.cpp          all of them in one step
     lib.so             what is called                      tokenizer/        as in the checkpoint
     kernels/*.py       on the Triton target, which has launches.txt and an empty lib.so
@@ -31,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aios_compile.codegen.checksum import Checksum, checksum_buffer
+from aios_compile.codegen.kernel_choices import FILE, NO_CHOICES, KernelChoices
 from aios_compile.codegen.manifest import WEIGHTS, Manifest, canonical, damaged, open_folder
 from aios_compile.codegen.private_folder import cache_errors
 
@@ -172,7 +174,21 @@ class Artefact:
         artefact._checksum = checksum
         return artefact
 
+    @classmethod
+    def unsealed(cls, path: Path) -> Artefact:
+        """Return an artefact that this process has just written and that has no manifest yet."""
+        table = _read_json(path / TENSORS)
+        records = [TensorRecord(n, d, tuple(s), o) for n, d, s, o in table["tensors"]]
+        return cls(path, Manifest("", {}, {}), records)
+
     _checksum = ""
+
+    @cached_property
+    def kernel_choices(self) -> KernelChoices:
+        """Return what select_kernels chose; the standard kernels when it did not run."""
+        if not (self.path / FILE).exists():
+            return NO_CHOICES
+        return KernelChoices.from_json(_read_json(self.path / FILE))
 
     @property
     def library(self) -> Path:

@@ -31,7 +31,7 @@ from aios_compile.errors import BuildError, CheckpointError
 
 # The files of a model folder that can change what is compiled; README and licences cannot.
 MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".model")
-_KEYED_VARIABLES = (env.BISECT, env.VERIFY, env.EAGER)
+_KEYED_VARIABLES = (env.BISECT, env.VERIFY, env.EAGER, env.SELECT_KERNELS)
 # A file that changed this recently may change again within one tick of the file system's clock.
 _SETTLED_NS = 2_000_000_000
 _PACKAGE = Path(__file__).resolve().parents[1]

@@ -92,7 +92,8 @@ class Lowering:
         functions.append(Function("step", self._items(root, regions)))
         return Program(
             kernels=tuple(
-                Kernel(s.name, s.symbol, s.digest(), s.model_lines) for s in self.emitted.sources
+                Kernel(s.name, s.symbol, s.digest(), s.model_lines, s.candidates)
+                for s in self.emitted.sources
             ),
             functions=tuple(functions),
             weights=tuple(self._weight_entry(*key) for key in self.weights),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from aios_compile.codegen.operand import Dim, SizeExpr, dim_text
+from aios_compile.codegen.source import Candidate
 
 # packet, results: what a step on a GPU is sent and gives back, see codegen/step_packet.py
 Space = Literal[
@@ -78,6 +79,7 @@ class Kernel:
     symbol: str
     digest: str
     model_lines: tuple[str, ...]
+    candidates: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class Program:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Program:
         return Program(
-            tuple(_build(Kernel, k) for k in data["kernels"]),
+            tuple(_kernel(k) for k in data["kernels"]),
             tuple(_function(f) for f in data["functions"]),
             tuple(_build(WeightEntry, w) for w in data["weights"]),
             tuple(_build(TensorEntry, t) for t in data["inputs"]),
@@ -201,6 +203,11 @@ def _value(value: Any) -> Any:
 
 def _build(kind: Any, data: Mapping[str, Any]) -> Any:
     return kind(**{key: _value(value) for key, value in data.items()})
+
+
+def _kernel(data: Mapping[str, Any]) -> Kernel:
+    candidates = tuple(Candidate(**c) for c in data.get("candidates", ()))
+    return _build(Kernel, {**data, "candidates": candidates})  # type: ignore[no-any-return]
 
 
 def _function(data: Mapping[str, Any]) -> Function:

@@ -9,6 +9,21 @@ from aios_compile.codegen.operand import Operand
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """Another way to compute what a kernel computes, to the bit: `<symbol>_<name>` (C++ only).
+
+    type: the struct of codegen/cpp/tiles.h that it is compiled with. It can only be faster in steps
+    of least to most tokens; elsewhere it is the same. what: in words.
+    """
+
+    name: str
+    type: str
+    least: int
+    most: int
+    what: str
+
+
+@dataclass(frozen=True)
 class KernelSource:
     """One generated kernel.
 
@@ -19,6 +34,7 @@ class KernelSource:
     operands, with sizes in T, S, R, P; not in `num_operands`, dead after the launch.
     `counters`: 32-bit integers, zero before and after each launch, given last (Triton only).
     `finishes`: a second range of items runs behind a barrier: `<symbol>_finish` (C++ only).
+    `candidates`: what select_kernels may choose in its place, number 1 first.
     """
 
     name: str
@@ -31,6 +47,7 @@ class KernelSource:
     workspace: tuple[Operand, ...] = ()
     counters: int = 0
     finishes: bool = False
+    candidates: tuple[Candidate, ...] = ()
 
     def digest(self) -> str:
         """Return the sha256 of language and text, in hex."""

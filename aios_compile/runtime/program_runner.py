@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aios_compile.codegen.kernel_choices import NO_CHOICES, KernelChoices
 from aios_compile.codegen.operand import BYTES, dim_value
 from aios_compile.codegen.program import Program, Ref, TensorEntry
 from aios_compile.errors import EngineClosedError, EngineError
@@ -24,6 +26,7 @@ NUMPY_DTYPES = {
     "bf16": np.uint16, "f16": np.float16, "i16": np.int16, "i8": np.int8, "u8": np.uint8,
 }  # fmt: skip
 Pointers = NDArray[np.uint64]
+Longs = NDArray[np.int64]
 
 
 class _Sizes(ctypes.Structure):
@@ -38,6 +41,8 @@ class _Run(ctypes.Structure):
         ("states", ctypes.c_void_p),
         ("inputs", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
+        ("choices", ctypes.c_void_p),
+        ("nanoseconds", ctypes.c_void_p),
     ]
 
 
@@ -51,9 +56,9 @@ class ProgramRunner:
 
     weights: WeightEntry.name -> array whose memory outlives the runner. num_pages: KV pages, the
     trash page included. page_table_width: entries of a page-table row. num_host_pages: pages of the
-    second pool, the host's; its memory is not touched before a page is swapped out. guarded: tests
-    only; the arena is exactly the plan's bytes between pages that may not be touched, poisoned
-    before each run.
+    second pool, the host's; its memory is not touched before a page is swapped out. choices: the
+    kernels' candidates. guarded: tests only; the arena is exactly the plan's bytes between pages
+    that may not be touched, poisoned before each run.
     """
 
     def __init__(
@@ -67,8 +72,11 @@ class ProgramRunner:
         page_table_width: int = 0,
         num_host_pages: int = 0,
         guarded: bool = False,
+        choices: KernelChoices = NO_CHOICES,
     ) -> None:
         self.program = program
+        self._buckets = choices.buckets
+        self._choices = choices.table(program)
         self._library = library
         self._guarded = guarded
         self._pid = os.getpid()
@@ -165,12 +173,26 @@ class ProgramRunner:
             self._arena.poison()
         sizes = self._run.n
         sizes.T, sizes.S, sizes.R = num_tokens, num_seqs, num_rows
+        bucket = bisect_left(self._buckets, num_tokens)
+        self._run.choices = self._choices.ctypes.data + bucket * self._choices.shape[1]
         for i, entry in enumerate(self.program.inputs):
             array = inputs[entry.name]
             if array is not self._bound[i]:
                 assert array.flags.c_contiguous, f"{entry.name} is not contiguous"
                 self._bind_input(i, array)
         self._library.pool_step(self._pool, ctypes.byref(self._run))
+
+    def choose(self, choices: KernelChoices) -> None:
+        """Use other candidates from the next run on."""
+        self._buckets, self._choices = choices.buckets, choices.table(self.program)
+
+    def time_kernels(self, nanoseconds: Longs | None) -> None:
+        """Add to nanoseconds[kernel] in every run, for kernels that have candidates; None: stop.
+
+        The time is that of a kernel's phase on the engine's thread, the wait at its end included.
+        """
+        self._keep["nanoseconds"] = nanoseconds
+        self._run.nanoseconds = None if nanoseconds is None else nanoseconds.ctypes.data
 
     def _bind_input(self, index: int, array: NDArray[Any]) -> None:
         """Point the tables at an input's memory (once, unless the runtime moves it)."""

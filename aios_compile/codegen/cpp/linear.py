@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from aios_compile.codegen.access import Access, outputs
+from aios_compile.codegen.cpp.candidates import candidates_of
 from aios_compile.codegen.cpp.dialect import Cpp
 from aios_compile.codegen.cpp.frame import indent, pointer
 from aios_compile.codegen.cpp.head_rows import without_leading_ones
@@ -36,7 +37,7 @@ from aios_compile.codegen.emit_kernels import LAYOUTS
 from aios_compile.codegen.expression import Const, Expr, Printer, formula
 from aios_compile.codegen.linear_index import Linear, add_dims
 from aios_compile.codegen.linear_tail import inplace_pairs, read_tail
-from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.operand import BYTES, Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import Strided, body_lines, resolve
 
@@ -151,6 +152,9 @@ def emit(spec: LinearSpec) -> KernelSource:
     kind = "pair" if spec.pairs else C_TYPES[spec.operands[spec.weight].dtype]
     types = f"using Weight = {kind};\nusing Element = {'pair' if spec.pairs else 'float'};"
     text = [types, constants(PER=2 if spec.pairs else 1), *definitions(spec)]
+    words = (spec.depth + 1) // 2 if spec.pairs else spec.depth
+    weight_type = spec.operands[spec.weight].dtype
+    weight_bytes = spec.columns * spec.streams * spec.depth * BYTES[weight_type]
     source = kernel(
         "linear",
         spec,
@@ -160,8 +164,8 @@ def emit(spec: LinearSpec) -> KernelSource:
         lines=spec.lines,
         headers=("tiles.h", "products.h"),
         finishes=True,
+        candidates=candidates_of(weight_bytes, 4 * words),
     )
-    words = (spec.depth + 1) // 2 if spec.pairs else spec.depth
     return dataclasses.replace(source, workspace=(workspace(spec, words),))
 
 

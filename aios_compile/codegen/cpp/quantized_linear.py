@@ -22,6 +22,7 @@ from torch import Tensor, fx
 
 from aios_compile.codegen.access import outputs
 from aios_compile.codegen.cpp import linear
+from aios_compile.codegen.cpp.candidates import candidates_of
 from aios_compile.codegen.cpp.head_rows import without_leading_ones
 from aios_compile.codegen.cpp.template import C_TYPES, constants, kernel
 from aios_compile.codegen.operand import Operand
@@ -71,6 +72,8 @@ def emit(spec: QuantizedLinearSpec) -> KernelSource:
     """Return the kernel's text."""
     base = spec.linear
     definitions = [*format_definitions(spec.form), *linear.definitions(base)]
+    words = prepared_words(spec.form, base.depth)
+    rows = base.columns * base.streams
     source = kernel(
         "quantized_linear",
         spec,
@@ -80,8 +83,8 @@ def emit(spec: QuantizedLinearSpec) -> KernelSource:
         lines=base.lines,
         headers=("tiles.h", "quantized.h"),
         finishes=True,
+        candidates=candidates_of(rows * spec.form.row_bytes(base.depth), 4 * words),
     )
-    words = prepared_words(spec.form, base.depth)
     return dataclasses.replace(source, workspace=(linear.workspace(base, words),))
 
 

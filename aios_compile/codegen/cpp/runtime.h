@@ -26,6 +26,8 @@ typedef struct Run {
     char *const *states;
     char *const *inputs;
     char *const *rows; /* argument rows of all region calls, one after another */
+    const uint8_t *choices; /* of each kernel, for this number of tokens */
+    int64_t *nanoseconds; /* of each kernel that has candidates, to be added to; or null */
 } Run;
 
 namespace aios {
@@ -149,6 +151,13 @@ typedef int64_t (*Items)(const Sizes *);
 typedef int64_t (*FinishItems)(const Sizes *, void *const *);
 typedef void (*Kernel)(const Sizes *, void *const *, int64_t, int64_t);
 
+/* One of a kernel's candidates: which of them runs changes no bit of a result. */
+struct Candidate {
+    Kernel kernel;
+    FinishItems finish_items;
+    Kernel finish;
+};
+
 /* Run `total` items. Free workers claim chunks; no result depends on who runs what. A chunk is half
  * of an equal share of what is left, at the end an eighth of a whole one (guided self-scheduling,
  * Polychronopoulos and Kuck 1987): 9 claims of two workers end as evenly as 16 equal ones, and a
@@ -189,6 +198,23 @@ static inline void launch(Worker *w, const Run *r, Items items, Kernel kernel,
     if (total == 0) return;
     barrier(w);
     share(w, r, total, finish, p);
+}
+
+static inline void launch(Worker *w, const Run *r, Items items, const Candidate &c,
+                          void *const *p) {
+    launch(w, r, items, c.kernel, c.finish_items, c.finish, p);
+}
+
+/* The time now, where phases are timed: on one worker of a run that asks for it; else 0. */
+static inline int64_t time_of(const Worker *w, const Run *r) {
+    if (!r->nanoseconds || w->id) return 0;
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static inline void took(const Worker *w, const Run *r, int kernel, int64_t begin) {
+    if (begin) r->nanoseconds[kernel] += time_of(w, r) - begin;
 }
 
 }  // namespace aios

@@ -23,8 +23,8 @@ extern "C" {{
 """
 
 FINISH = """
-int64_t {s.symbol}_finish_items(const Sizes *n, void *const *p);
-void {s.symbol}_finish(const Sizes *n, void *const *p, int64_t begin, int64_t end);"""
+int64_t {name}_finish_items(const Sizes *n, void *const *p);
+void {name}_finish(const Sizes *n, void *const *p, int64_t begin, int64_t end);"""
 
 TAIL = """
 extern "C" int64_t step_num_counters(void) { return %d; }
@@ -35,15 +35,31 @@ def emit_step(program: Program, sources: tuple[KernelSource, ...]) -> str:
     """Return step.cpp for a program whose kernels are `sources`, in the same order."""
     declarations = "\n".join(
         f"int64_t {s.symbol}_items(const Sizes *n);\n"
-        f"void {s.symbol}(const Sizes *n, void *const *p, int64_t begin, int64_t end);"
-        + (FINISH.format(s=s) if s.finishes else "")
+        + "\n".join(_declared(s, n) for n in _names(s))
         for s in sources
     )
     head = HEAD.format(
         launches=program.num_launches, barriers=num_barriers(program), declarations=declarations
     )
+    head += "".join(_candidates(source) for source in sources if source.candidates)
     bodies = [_function(program, function, sources) for function in program.functions]
     return head + "\n".join(bodies) + TAIL % _num_counters(program, sources)
+
+
+def _names(source: KernelSource) -> list[str]:
+    """Return the symbols of a kernel and of its candidates."""
+    return [source.symbol, *(f"{source.symbol}_{c.name}" for c in source.candidates)]
+
+
+def _declared(source: KernelSource, name: str) -> str:
+    text = f"void {name}(const Sizes *n, void *const *p, int64_t begin, int64_t end);"
+    return text + (FINISH.format(name=name) if source.finishes else "")
+
+
+def _candidates(source: KernelSource) -> str:
+    """Return the table from which a step takes the candidate that was chosen."""
+    rows = [f"    {{{n}, {n}_finish_items, {n}_finish}},\n" for n in _names(source)]
+    return f"static const aios::Candidate {source.symbol}_candidates[] = {{\n{''.join(rows)}}};\n"
 
 
 def _num_counters(program: Program, sources: tuple[KernelSource, ...]) -> int:
@@ -81,6 +97,9 @@ def _function(program: Program, function: Function, sources: tuple[KernelSource,
         lines = [f"static void {function.name}(aios::Worker *w, const Run *r, char *const *a) {{"]
     for number, phase in enumerate(_phases(function)):
         lines.append(f"    /* phase {number} */")
+        timed = [i.kernel for i in phase if isinstance(i, Launch) and sources[i.kernel].candidates]
+        if timed:
+            lines.append(f"    const int64_t t{number} = aios::time_of(w, r);")
         for item in phase:
             if isinstance(item, RegionCall):
                 lines += _region_call(program, item)
@@ -88,6 +107,7 @@ def _function(program: Program, function: Function, sources: tuple[KernelSource,
                 lines += _launch(item, sources[item.kernel])
         if not any(isinstance(item, RegionCall) for item in phase):
             lines.append("    aios::barrier(w);")
+        lines += [f"    aios::took(w, r, {kernel}, t{number});" for kernel in timed]
     return "\n".join([*lines, "}"]) + "\n"
 
 
@@ -98,6 +118,8 @@ def _launch(item: Launch, source: KernelSource) -> Iterator[str]:
     kernel = f"{source.symbol}_items, {source.symbol}"
     if source.finishes:
         kernel += f", {source.symbol}_finish_items, {source.symbol}_finish"
+    if source.candidates:
+        kernel = f"{source.symbol}_items, {source.symbol}_candidates[r->choices[{item.kernel}]]"
     yield f"      aios::launch(w, r, {kernel}, reinterpret_cast<void *const *>(p)); }}"
 
 

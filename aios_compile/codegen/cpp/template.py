@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aios_compile.codegen.operand import Dim, Operand, dim_text
-from aios_compile.codegen.source import KernelSource
+from aios_compile.codegen.source import Candidate, KernelSource
 
 C_TYPES = {
     "f32": "float",
@@ -32,6 +32,20 @@ extern "C" int64_t {symbol}_finish_items(const Sizes* n, void* const* p) {{
 }}
 extern "C" void {symbol}_finish(const Sizes* n, void* const* p, int64_t begin, int64_t end) {{
   {function}_finish(n, p, begin, end);
+}}
+"""
+
+CANDIDATE = """\
+// {name}, for {least} to {most} tokens: {what}
+extern "C" void {symbol}_{name}(const Sizes* n, void* const* p, int64_t begin, int64_t end) {{
+  {function}<{type}>(n, p, begin, end);
+}}
+extern "C" int64_t {symbol}_{name}_finish_items(const Sizes* n, void* const* p) {{
+  return {function}_finish_items<{type}>(n, p);
+}}
+extern "C" void {symbol}_{name}_finish(const Sizes* n, void* const* p, int64_t begin,
+                                       int64_t end) {{
+  {function}_finish<{type}>(n, p, begin, end);
 }}
 """
 
@@ -102,10 +116,12 @@ def kernel(
     lines: tuple[str, ...] = (),
     headers: Sequence[str] = (),
     finishes: bool = False,
+    candidates: tuple[Candidate, ...] = (),
 ) -> KernelSource:
     """Return the kernel whose template defines `<name>_items(n)` and `<name>(n, p, begin, end)`.
 
-    finishes: and `<name>_finish_items(n, p)` and `<name>_finish(n, p, begin, end)`.
+    finishes: and `<name>_finish_items(n, p)` and `<name>_finish(n, p, begin, end)`. candidates: the
+    last three are templates of the candidates' structs; each gets functions `<symbol>_<name>...`.
     """
     symbol, function = symbol_of(name, spec), template or name
     body = template_text(function)
@@ -123,4 +139,16 @@ def kernel(
     )
     if finishes:
         text += FINISH.format(symbol=symbol, function=function)
-    return KernelSource(name, symbol, "cpp", text, num_operands, inplace, lines, finishes=finishes)
+    for candidate in candidates:
+        text += CANDIDATE.format(symbol=symbol, function=function, **vars(candidate))
+    return KernelSource(
+        name,
+        symbol,
+        "cpp",
+        text,
+        num_operands,
+        inplace,
+        lines,
+        finishes=finishes,
+        candidates=candidates,
+    )

@@ -12,7 +12,26 @@ constexpr int BLOCK = 16;                            // rows of a packed block
 constexpr int VECTORS = BLOCK / VL;                  // vectors of a packed block
 constexpr int ITEM = 2;                              // blocks of a work item
 constexpr int PART = 512;                            // values of a token that are prepared together
-constexpr int64_t L2_BYTES = 393216;                 // of a core's, for tokens that are used again
+
+// What select_kernels may choose (codegen/cpp/candidates.py); no choice changes a bit of a result.
+struct Standard {
+  static constexpr bool FETCH = true;                // prefetch weights; else the hardware alone
+  static constexpr int64_t AHEAD = 4096;             // bytes ahead in one stream of weights
+  static constexpr int CACHE = 3;                    // into which: 3 the first, 2 L2
+  static constexpr int64_t L2_BYTES = 393216;        // of a core's, for tokens that are used again
+};
+struct Unfetched : Standard { static constexpr bool FETCH = false; };
+struct IntoL2 : Standard { static constexpr int64_t AHEAD = 2048; static constexpr int CACHE = 2; };
+struct Wide : Standard { static constexpr int64_t L2_BYTES = 786432; };
+
+// The candidate by which a tile of WIDTH tokens differs: few tokens are bound by memory, full tiles
+// by arithmetic; what is between is Standard, and compiled once.
+template <class A, class B, bool FIRST> struct Either { using Type = A; };
+template <class A, class B> struct Either<A, B, false> { using Type = B; };
+template <class C, int WIDTH>
+using Fetching = typename Either<C, typename Either<Unfetched, Standard,
+                                                    !C::FETCH && (WIDTH >= 8)>::Type,
+                                 WIDTH == 1>::Type;
 
 template <int VALUE> struct Constant { static constexpr int value = VALUE; };
 
@@ -30,11 +49,13 @@ template <int TILE, class Use> AIOS_INLINE void with_width(int64_t tokens, Use u
 
 // A linear on K values and COLUMNS columns. Tokens -> tiles of TILE -> chunks of tiles that fit in
 // L2 together (TILE_BYTES each when prepared), as equal as can be: weights pass by once a chunk.
-template <int64_t K, int64_t COLUMNS, int TILE, int64_t TILE_BYTES> struct Work {
+template <int64_t K, int64_t COLUMNS, int TILE, int64_t TILE_BYTES, class C = Standard>
+struct Work {
   static constexpr int64_t NUM_BLOCKS = (COLUMNS + BLOCK - 1) / BLOCK;
   static constexpr int64_t ITEMS = (NUM_BLOCKS + ITEM - 1) / ITEM;
   static constexpr int64_t PARTS = (K + PART - 1) / PART;
-  static constexpr int64_t CHUNK_TILES = L2_BYTES > TILE_BYTES ? L2_BYTES / TILE_BYTES : 1;
+  static constexpr int64_t CHUNK_TILES =
+      C::L2_BYTES > TILE_BYTES ? C::L2_BYTES / TILE_BYTES : 1;
   int64_t tokens, tiles, chunks;
   explicit Work(int64_t t)
       : tokens(t), tiles((t + TILE - 1) / TILE), chunks((tiles + CHUNK_TILES - 1) / CHUNK_TILES) {}

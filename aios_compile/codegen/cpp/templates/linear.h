@@ -12,8 +12,9 @@ constexpr int REGISTERS = VL == 8 ? 12 : 24;         // accumulators that fit in
 constexpr int TILE = VL == 16 ? 12 : 6;              // tokens of a full tile
 constexpr int64_t DEPTH = (K + PER - 1) / PER;       // elements of a token
 
-using LinearWork = Work<K, COLUMNS, TILE, DEPTH * TILE * (int64_t)sizeof(Element)>;
-constexpr int64_t NUM_BLOCKS = LinearWork::NUM_BLOCKS;
+template <class C = Standard>
+using LinearWork = Work<K, COLUMNS, TILE, DEPTH * TILE * (int64_t)sizeof(Element), C>;
+constexpr int64_t NUM_BLOCKS = LinearWork<>::NUM_BLOCKS;
 
 template <int BLOCKS, int WIDTH>
 AIOS_INLINE void step(const Weight* w, const Element* x, int64_t k,
@@ -33,14 +34,14 @@ AIOS_INLINE void step(const Weight* w, const Element* x, int64_t k,
 }
 
 // sums[WIDTH][BLOCKS * 16] of x[DEPTH][WIDTH] (token fastest) and BLOCKS consecutive blocks at w.
-template <int BLOCKS, int WIDTH>
+template <int BLOCKS, int WIDTH, class C>
 AIOS_NOINLINE void tile(const Weight* w, const Element* x, float* sums) {
   constexpr int STEPS = 4, ROW_BYTES = BLOCK * (int)sizeof(Weight);
   // One block after the other is one stream: a page ahead, into the first cache. Several at a time:
   // a whole group of blocks ahead, into L2, because the hardware loses its way at the start of each
   // block. One token, K = 1024, pairs: 100 % of the read bandwidth in one stream, 83 % in two; bf16
   // in two: 94 %, 66 % without these lines (2 cores of Zen 4).
-  constexpr int64_t AHEAD = BLOCKS > 1 ? BLOCKS * DEPTH : 4096 / ROW_BYTES;  // rows of a block
+  constexpr int64_t AHEAD = BLOCKS > 1 ? BLOCKS * DEPTH : C::AHEAD / ROW_BYTES;  // rows of a block
   vf acc[WIDTH][BLOCKS * VECTORS];
 #pragma GCC unroll 16
   for (int t = 0; t < WIDTH; ++t)
@@ -48,12 +49,13 @@ AIOS_NOINLINE void tile(const Weight* w, const Element* x, float* sums) {
     for (int r = 0; r < BLOCKS * VECTORS; ++r) acc[t][r] = splat(0.0f);
   int64_t k = 0;
   for (; k + STEPS <= DEPTH; k += STEPS) {
+    if constexpr (C::FETCH)
 #pragma GCC unroll 8
-    for (int b = 0; b < BLOCKS; ++b)
+      for (int b = 0; b < BLOCKS; ++b)
 #pragma GCC unroll 8
-      for (int line = 0; line < STEPS * ROW_BYTES; line += 64)
-        __builtin_prefetch((const char*)(w + (AHEAD + b * DEPTH + k) * BLOCK) + line, 0,
-                           BLOCKS > 1 ? 2 : 3);
+        for (int line = 0; line < STEPS * ROW_BYTES; line += 64)
+          __builtin_prefetch((const char*)(w + (AHEAD + b * DEPTH + k) * BLOCK) + line, 0,
+                             BLOCKS > 1 ? 2 : C::CACHE);
 #pragma GCC unroll 4
     for (int i = 0; i < STEPS; ++i) step<BLOCKS, WIDTH>(w, x, k + i, acc);
   }
@@ -65,13 +67,13 @@ AIOS_NOINLINE void tile(const Weight* w, const Element* x, float* sums) {
 }
 
 // BLOCKS blocks from `block` on for the tokens [first, first + count) prepared at x.
-template <int BLOCKS, int WIDTH>
+template <int BLOCKS, int WIDTH, class C>
 AIOS_INLINE void panel(const Sizes* n, void* const* p, int64_t block, int64_t first, int64_t count,
                        const Element* x) {
   alignas(64) float sums[STREAMS][WIDTH * BLOCKS * BLOCK];
   const Weight* w = (const Weight*)weight(n, p);
   for (int s = 0; s < STREAMS; ++s)
-    tile<BLOCKS, WIDTH>(w + (s * NUM_BLOCKS + block) * DEPTH * BLOCK, x, sums[s]);
+    tile<BLOCKS, WIDTH, C>(w + (s * NUM_BLOCKS + block) * DEPTH * BLOCK, x, sums[s]);
   const int64_t column = block * BLOCK, stop = min(column + BLOCKS * BLOCK, COLUMNS);
   for (int64_t t = 0; t < count; ++t) {
     const int64_t at = t * BLOCKS * BLOCK;
@@ -82,13 +84,13 @@ AIOS_INLINE void panel(const Sizes* n, void* const* p, int64_t block, int64_t fi
 // Blocks [block, stop) for one tile of tokens. Two at a time where the registers hold them: a
 // loaded value serves twice, and chains of float products are too long for one stream. One or two
 // tokens of pairs are bound by memory: there a single stream is the fastest.
-template <int WIDTH>
+template <int WIDTH, class C>
 AIOS_NOINLINE void panels(const Sizes* n, void* const* p, int64_t block, int64_t stop,
                           int64_t first, int64_t count, const Element* x) {
   constexpr bool TWO = 2 * VECTORS * WIDTH <= REGISTERS && (PER == 1 || WIDTH > 2);
   if constexpr (TWO)
-    for (; stop - block >= 2; block += 2) panel<2, WIDTH>(n, p, block, first, count, x);
-  for (; block < stop; ++block) panel<1, WIDTH>(n, p, block, first, count, x);
+    for (; stop - block >= 2; block += 2) panel<2, WIDTH, C>(n, p, block, first, count, x);
+  for (; block < stop; ++block) panel<1, WIDTH, C>(n, p, block, first, count, x);
 }
 
 // A lone token's elements: its values where they are, or rounded ones in `space`.
@@ -109,28 +111,31 @@ AIOS_NOINLINE void prepare(const Sizes* n, void* const* p, int64_t tile, int64_t
   interleave<WIDTH, PART / PER>(rows[0], (end - begin + PER - 1) / PER, out);
 }
 
-AIOS_INLINE int64_t linear_items(const Sizes* n) { return LinearWork(num_tokens(n)).items(); }
+AIOS_INLINE int64_t linear_items(const Sizes* n) { return LinearWork<>(num_tokens(n)).items(); }
 
+template <class C = Standard>
 AIOS_INLINE void linear(const Sizes* n, void* const* p, int64_t begin, int64_t end) {
-  const LinearWork work(num_tokens(n));
+  const LinearWork<C> work(num_tokens(n));
   if (work.tokens == 1) {
     alignas(64) Element space[PER > 1 ? DEPTH : 1];
     const Element* x = single(x_row(n, p, 0), space);
-    return panels<1>(n, p, begin * ITEM, min(end * ITEM, NUM_BLOCKS), 0, 1, x);
+    return panels<1, C>(n, p, begin * ITEM, min(end * ITEM, NUM_BLOCKS), 0, 1, x);
   }
   work.for_parts(begin, end, [&](int64_t tile, int64_t k0, int64_t k1, auto width) {
     prepare<width.value>(n, p, tile, work.tokens_of(tile), k0, k1);
   });
 }
 
+template <class C = Standard>
 AIOS_INLINE int64_t linear_finish_items(const Sizes* n, void* const*) {
-  return LinearWork(num_tokens(n)).finish_items();
+  return LinearWork<C>(num_tokens(n)).finish_items();
 }
 
+template <class C = Standard>
 AIOS_INLINE void linear_finish(const Sizes* n, void* const* p, int64_t begin, int64_t end) {
-  const LinearWork work(num_tokens(n));
+  const LinearWork<C> work(num_tokens(n));
   work.for_panels(begin, end, [&](int64_t block, int64_t stop, int64_t tile, auto width) {
     const Element* x = (const Element*)workspace(p) + tile * TILE * DEPTH;
-    panels<width.value>(n, p, block, stop, tile * TILE, work.tokens_of(tile), x);
+    panels<width.value, Fetching<C, width.value>>(n, p, block, stop, tile * TILE, work.tokens_of(tile), x);
   });
 }

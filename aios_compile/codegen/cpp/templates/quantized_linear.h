@@ -24,8 +24,9 @@ struct Tile {
   float sums[MINIMUMS ? K / STEP * TILE : 1];    // [K / STEP][width] sum of the group's values
 };
 
-using LinearWork = Work<K, COLUMNS, TILE, (int64_t)sizeof(Tile)>;
-constexpr int64_t NUM_BLOCKS = LinearWork::NUM_BLOCKS;
+template <class C = Standard>
+using LinearWork = Work<K, COLUMNS, TILE, (int64_t)sizeof(Tile), C>;
+constexpr int64_t NUM_BLOCKS = LinearWork<>::NUM_BLOCKS;
 
 // Values [begin, end) of a tile's tokens, at most LENGTH; missing tokens are zeros.
 template <int WIDTH, int64_t LENGTH>
@@ -71,17 +72,18 @@ AIOS_INLINE void scales_of(const uint8_t* w, int64_t g, vf* scale, vf* minimum) 
 // without the prefetch (2 cores of Zen 4). With more tokens two blocks share each broadcast of
 // activations: loads, one a cycle, would be the limit. The float sums stay in registers, so the
 // whole numbers of a group are those of LANES tokens at a time.
-template <int BLOCKS, int WIDTH>
+template <int BLOCKS, int WIDTH, class C>
 AIOS_NOINLINE void tile(const uint8_t* w, const Tile& x, float* out) {
   constexpr int COUNT = BLOCKS * VECTORS, LANES = BLOCKS > 1 && WIDTH > 4 ? 4 : WIDTH;
-  constexpr int64_t AHEAD = BLOCKS > 1 ? BLOCKS * BLOCK_BYTES : 4096;
+  constexpr int64_t AHEAD = BLOCKS > 1 ? BLOCKS * BLOCK_BYTES : C::AHEAD;
   vf acc[WIDTH][COUNT] = {};
   for (int64_t g = 0; g < K / GROUP; ++g) {
     const uint8_t* group = w + g / (SPAN / GROUP) * SPAN_BYTES + HEADER * BLOCK +
                            g % (SPAN / GROUP) * GROUP_BYTES * BLOCK;
-    AIOS_LOOP (int b = 0; b < BLOCKS; ++b)
-      AIOS_LOOP (int line = 0; line < GROUP_BYTES * BLOCK; line += 64)
-        __builtin_prefetch(group + b * BLOCK_BYTES + AHEAD + line, 0, BLOCKS > 1 ? 2 : 3);
+    if constexpr (C::FETCH)
+      AIOS_LOOP (int b = 0; b < BLOCKS; ++b)
+        AIOS_LOOP (int line = 0; line < GROUP_BYTES * BLOCK; line += 64)
+          __builtin_prefetch(group + b * BLOCK_BYTES + AHEAD + line, 0, BLOCKS > 1 ? 2 : C::CACHE);
     vf scale[COUNT], minimum[COUNT];
     AIOS_LOOP (int b = 0; b < BLOCKS; ++b)
       scales_of(w + b * BLOCK_BYTES, g, scale + b * VECTORS, minimum + b * VECTORS);
@@ -109,12 +111,12 @@ AIOS_NOINLINE void tile(const uint8_t* w, const Tile& x, float* out) {
 }
 
 // BLOCKS blocks from `block` on for the tokens [first, first + count) of a tile.
-template <int BLOCKS, int WIDTH>
+template <int BLOCKS, int WIDTH, class C>
 AIOS_INLINE void panel(const Sizes* n, void* const* p, int64_t block, int64_t first, int64_t count,
                        const Tile& x) {
   alignas(64) float sums[STREAMS][WIDTH * BLOCKS * BLOCK];
   for (int s = 0; s < STREAMS; ++s)
-    tile<BLOCKS, WIDTH>(weight(n, p) + (s * NUM_BLOCKS + block) * BLOCK_BYTES, x, sums[s]);
+    tile<BLOCKS, WIDTH, C>(weight(n, p) + (s * NUM_BLOCKS + block) * BLOCK_BYTES, x, sums[s]);
   const int64_t column = block * BLOCK, end = min(column + BLOCKS * BLOCK, COLUMNS);
   for (int64_t t = 0; t < count; ++t) {
     const int64_t at = t * BLOCKS * BLOCK;
@@ -124,26 +126,27 @@ AIOS_INLINE void panel(const Sizes* n, void* const* p, int64_t block, int64_t fi
 
 // Blocks [block, stop) for one tile of tokens: two at a time for 4 and 8 tokens, whose sums fit in
 // registers then.
-template <int WIDTH>
+template <int WIDTH, class C>
 AIOS_NOINLINE void panels(const Sizes* n, void* const* p, int64_t block, int64_t stop,
                           int64_t first, int64_t count, const Tile& x) {
   constexpr bool TWO = VECTORS == 1 && (WIDTH == 4 || WIDTH == 8);
   if constexpr (TWO)
-    for (; stop - block >= 2; block += 2) panel<2, WIDTH>(n, p, block, first, count, x);
+    for (; stop - block >= 2; block += 2) panel<2, WIDTH, C>(n, p, block, first, count, x);
   if constexpr (!TWO || NUM_BLOCKS % 2)  // items begin at even blocks
-    for (; block < stop; ++block) panel<1, WIDTH>(n, p, block, first, count, x);
+    for (; block < stop; ++block) panel<1, WIDTH, C>(n, p, block, first, count, x);
 }
 
 AIOS_INLINE int64_t quantized_linear_items(const Sizes* n) {
-  return LinearWork(num_tokens(n)).items();
+  return LinearWork<>(num_tokens(n)).items();
 }
 
+template <class C = Standard>
 AIOS_INLINE void quantized_linear(const Sizes* n, void* const* p, int64_t begin, int64_t end) {
-  const LinearWork work(num_tokens(n));
+  const LinearWork<C> work(num_tokens(n));
   if (work.tokens == 1) {
     Tile tile;
     quantize<1, K>(n, p, 0, 1, 0, K, tile);
-    return panels<1>(n, p, begin * ITEM, min(end * ITEM, NUM_BLOCKS), 0, 1, tile);
+    return panels<1, C>(n, p, begin * ITEM, min(end * ITEM, NUM_BLOCKS), 0, 1, tile);
   }
   work.for_parts(begin, end, [&](int64_t tile, int64_t k0, int64_t k1, auto width) {
     quantize<width.value, PART>(n, p, tile * TILE, work.tokens_of(tile), k0, k1,
@@ -151,15 +154,17 @@ AIOS_INLINE void quantized_linear(const Sizes* n, void* const* p, int64_t begin,
   });
 }
 
+template <class C = Standard>
 AIOS_INLINE int64_t quantized_linear_finish_items(const Sizes* n, void* const*) {
-  return LinearWork(num_tokens(n)).finish_items();
+  return LinearWork<C>(num_tokens(n)).finish_items();
 }
 
+template <class C = Standard>
 AIOS_INLINE void quantized_linear_finish(const Sizes* n, void* const* p, int64_t begin,
                                          int64_t end) {
-  const LinearWork work(num_tokens(n));
+  const LinearWork<C> work(num_tokens(n));
   work.for_panels(begin, end, [&](int64_t block, int64_t stop, int64_t tile, auto width) {
-    panels<width.value>(n, p, block, stop, tile * TILE, work.tokens_of(tile),
+    panels<width.value, Fetching<C, width.value>>(n, p, block, stop, tile * TILE, work.tokens_of(tile),
                         ((const Tile*)workspace(p))[tile]);
   });
 }

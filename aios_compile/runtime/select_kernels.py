@@ -1,0 +1,125 @@
+"""Choose among the candidates of kernels by the clock, in their fused context.
+
+What is timed is the whole step, as it will run: all launches in order on all workers, weights from
+memory, caches as the neighbours leave them. Each kernel's phases (up to the barrier that ends them)
+are added up over the layers, so one step times one candidate of every kernel. Standard and
+candidates take turns; a candidate is chosen if its pairs say clearly that it is faster. Candidates
+are in the library already and equal to the bit, so nothing is compiled, and a wrong choice costs
+time only.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aios_compile.codegen.kernel_choices import STANDARD, KernelChoices, Trial, everywhere
+from aios_compile.codegen.program import Kernel
+from aios_compile.runtime.program_runner import ProgramRunner
+
+MOST_ROUNDS, LEAST_ROUNDS = 15, 7
+CLEARLY = 1.02  # times as fast, in the median
+CHANCE = 0.01  # at most, that a candidate that is no faster wins as many pairs (the sign test)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A recorded step, which can be run again: the inputs of ProgramRunner.run."""
+
+    inputs: Mapping[str, NDArray[Any]]
+    num_tokens: int
+    num_seqs: int
+    num_rows: int
+
+
+def select_kernels(runner: ProgramRunner, steps: Sequence[Step], seconds: float) -> KernelChoices:
+    """Return what is best for steps of up to so many tokens as each of `steps` has, ascending.
+
+    The last one stands for all that are longer. Takes at most `seconds` for each, and a few steps.
+    """
+    chosen: dict[str, list[str]] = {k.name: [] for k in runner.program.kernels if k.candidates}
+    trials: list[Trial] = []
+    notes: list[str] = []
+    for step in steps:
+        found = _trials(runner, step, seconds)
+        if isinstance(found, str):
+            notes.append(found)
+            found = []
+        trials += found
+        best = {t.kernel: t.candidate for t in found if t.chosen}
+        for name, names in chosen.items():
+            names.append(best.get(name, STANDARD))
+    runner.choose(KernelChoices())
+    kept = {name: tuple(names) for name, names in chosen.items()}
+    buckets = tuple(step.num_tokens for step in steps[:-1])
+    notes.append(f"{runner.num_threads} threads, {len(trials)} trials")
+    return KernelChoices(buckets, kept, tuple(trials), tuple(notes))
+
+
+def _trials(runner: ProgramRunner, step: Step, seconds: float) -> list[Trial] | str:
+    """Return the candidates' trials in one step, or why there are none."""
+    tokens = step.num_tokens
+    having = {
+        name: [k for k in runner.program.kernels if name in _differing(k, tokens)]
+        for name in sorted({n for k in runner.program.kernels for n in _differing(k, tokens)})
+    }
+    if not having:
+        return f"{tokens} tokens: no candidate differs"
+    _timed(runner, step, STANDARD)
+    begin = time.perf_counter()
+    _timed(runner, step, STANDARD)
+    predicted = (time.perf_counter() - begin) * (1 + len(having))
+    rounds = min(MOST_ROUNDS, int(seconds / predicted))
+    if rounds < LEAST_ROUNDS:
+        needed = predicted * LEAST_ROUNDS
+        return f"{tokens} tokens: not timed, {LEAST_ROUNDS} rounds take {needed:.1f} s"
+    times: dict[str, list[NDArray[np.int64]]] = {name: [] for name in (STANDARD, *having)}
+    for i in range(rounds):
+        for name in list(times)[:: 1 if i % 2 == 0 else -1]:
+            times[name].append(_timed(runner, step, name))
+    standard = np.array(times[STANDARD], np.float64)
+    trials = []
+    for name, kernels in having.items():
+        ratios = standard / np.maximum(np.array(times[name], np.float64), 1)
+        for kernel in kernels:
+            k = runner.program.kernels.index(kernel)
+            low, middle, high = np.quantile(ratios[:, k], (0.25, 0.5, 0.75)).tolist()
+            clear = middle >= CLEARLY and _chance(ratios[:, k]) <= CHANCE
+            micros = float(np.median(standard[:, k])) / 1e3
+            trials.append(Trial(kernel.name, tokens, name, micros, middle, (low, high), clear))
+    return _one_a_kernel(trials)
+
+
+def _chance(ratios: NDArray[np.float64]) -> float:
+    """Return how likely a fair coin wins as many of so many pairs, or more."""
+    count, wins = len(ratios), int((ratios > 1).sum())
+    return float(sum(math.comb(count, k) for k in range(wins, count + 1)) / 2**count)
+
+
+def _differing(kernel: Kernel, tokens: int) -> list[str]:
+    return [c.name for c in kernel.candidates if c.least <= tokens <= c.most]
+
+
+def _timed(runner: ProgramRunner, step: Step, candidate: str) -> NDArray[np.int64]:
+    """Run the step with a candidate wherever it exists; return the nanoseconds of each kernel."""
+    runner.choose(everywhere(runner.program, candidate))
+    found = np.zeros(len(runner.program.kernels), np.int64)
+    runner.time_kernels(found)
+    runner.run(step.inputs, step.num_tokens, step.num_seqs, step.num_rows)
+    runner.time_kernels(None)
+    return found
+
+
+def _one_a_kernel(trials: list[Trial]) -> list[Trial]:
+    """Leave the fastest of each kernel's clear candidates chosen."""
+    best = {t.kernel: t for t in sorted(trials, key=lambda t: t.speedup) if t.chosen}
+    return [
+        t if not t.chosen or t is best[t.kernel] else Trial(**{**vars(t), "chosen": False})
+        for t in trials
+    ]
