@@ -189,7 +189,7 @@ class ProgramRunner:
     def time_kernels(self, nanoseconds: Longs | None) -> None:
         """Add to nanoseconds[kernel] in every run, for kernels that have candidates; None: stop.
 
-        The time is that of a kernel's phase on the engine's thread, the wait at its end included.
+        The time is that of a kernel's phases, from barrier to barrier.
         """
         self._keep["nanoseconds"] = nanoseconds
         self._run.nanoseconds = None if nanoseconds is None else nanoseconds.ctypes.data

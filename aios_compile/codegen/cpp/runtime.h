@@ -106,10 +106,16 @@ struct Barrier {
     Places places;
 
     void wait(int id, int num_workers, long spins) {
-        if (num_workers == 1) return;
+        wait(id, num_workers, spins, [] {});
+    }
+
+    /* The worker that comes last calls `last` before anybody goes on. */
+    template <class Last> void wait(int id, int num_workers, long spins, Last last) {
+        if (num_workers == 1) return last();
         places.note(id);
         int now = phase.load();
         if (arrived.fetch_add(1) == num_workers - 1) {
+            last();
             arrived.store(0);
             phase.store(now + 1);
             if (sleepers.load()) wake(&phase);
@@ -137,8 +143,15 @@ struct Pool {
     std::atomic<int64_t> *counters = nullptr;
     int64_t num_counters = 0;
     const Run *run = nullptr;
+    int64_t phase_began = 0; /* nanoseconds, in a run that is timed */
     pthread_t threads[MAX_WORKERS];
 };
+
+static inline int64_t time_now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000 + t.tv_nsec;
+}
 
 /* One worker inside a step. `next` numbers the launches; it is equal on all workers. */
 struct Worker {
@@ -205,16 +218,17 @@ static inline void launch(Worker *w, const Run *r, Items items, const Candidate 
     launch(w, r, items, c.kernel, c.finish_items, c.finish, p);
 }
 
-/* The time now, where phases are timed: on one worker of a run that asks for it; else 0. */
-static inline int64_t time_of(const Worker *w, const Run *r) {
-    if (!r->nanoseconds || w->id) return 0;
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
-static inline void took(const Worker *w, const Run *r, int kernel, int64_t begin) {
-    if (begin) r->nanoseconds[kernel] += time_of(w, r) - begin;
+/* The end of a phase, which is one kernel's that has candidates (else -1). In a run that asks for
+ * it the phase is timed from barrier to barrier, by whoever comes last: a worker that was not
+ * running does not know when the others began. */
+static inline void barrier(Worker *w, const Run *r, int kernel) {
+    Pool *pool = w->pool;
+    pool->barrier.wait(w->id, pool->num_workers, pool->spins, [&] {
+        if (!r->nanoseconds) return;
+        const int64_t now = time_now();
+        if (kernel >= 0) r->nanoseconds[kernel] += now - pool->phase_began;
+        pool->phase_began = now;
+    });
 }
 
 }  // namespace aios
@@ -265,6 +279,7 @@ void pool_step(aios::Pool *p, const Run *r) {
     for (int64_t i = 0; i < p->num_counters; i++)
         p->counters[i * 8].store(0, std::memory_order_relaxed);
     p->run = r;
+    if (r->nanoseconds) p->phase_began = aios::time_now();
     aios::Worker w{p, 0, 0};
     aios::barrier(&w);
     run_step(&w, r);

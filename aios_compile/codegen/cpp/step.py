@@ -98,16 +98,13 @@ def _function(program: Program, function: Function, sources: tuple[KernelSource,
     for number, phase in enumerate(_phases(function)):
         lines.append(f"    /* phase {number} */")
         timed = [i.kernel for i in phase if isinstance(i, Launch) and sources[i.kernel].candidates]
-        if timed:
-            lines.append(f"    const int64_t t{number} = aios::time_of(w, r);")
         for item in phase:
             if isinstance(item, RegionCall):
                 lines += _region_call(program, item)
             else:
                 lines += _launch(item, sources[item.kernel])
         if not any(isinstance(item, RegionCall) for item in phase):
-            lines.append("    aios::barrier(w);")
-        lines += [f"    aios::took(w, r, {kernel}, t{number});" for kernel in timed]
+            lines.append(f"    aios::barrier(w, r, {timed[0] if timed else -1});")
     return "\n".join([*lines, "}"]) + "\n"
 
 
