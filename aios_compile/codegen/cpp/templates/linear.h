@@ -136,6 +136,7 @@ AIOS_INLINE void linear_finish(const Sizes* n, void* const* p, int64_t begin, in
   const LinearWork<C> work(num_tokens(n));
   work.for_panels(begin, end, [&](int64_t block, int64_t stop, int64_t tile, auto width) {
     const Element* x = (const Element*)workspace(p) + tile * TILE * DEPTH;
-    panels<width.value, Fetching<C, width.value>>(n, p, block, stop, tile * TILE, work.tokens_of(tile), x);
+    constexpr int WIDTH = width.value;
+    panels<WIDTH, Fetching<C, WIDTH>>(n, p, block, stop, tile * TILE, work.tokens_of(tile), x);
   });
 }

@@ -164,7 +164,8 @@ AIOS_INLINE void quantized_linear_finish(const Sizes* n, void* const* p, int64_t
                                          int64_t end) {
   const LinearWork<C> work(num_tokens(n));
   work.for_panels(begin, end, [&](int64_t block, int64_t stop, int64_t tile, auto width) {
-    panels<width.value, Fetching<C, width.value>>(n, p, block, stop, tile * TILE, work.tokens_of(tile),
-                        ((const Tile*)workspace(p))[tile]);
+    constexpr int WIDTH = width.value;
+    panels<WIDTH, Fetching<C, WIDTH>>(n, p, block, stop, tile * TILE, work.tokens_of(tile),
+                                      ((const Tile*)workspace(p))[tile]);
   });
 }
