@@ -1,6 +1,6 @@
 """A whole start on a GPU that is not there: compiled ahead, captured, stepped; what happened.
 
-    python -m tests.interpreted.aot_engine FOLDER     (a process of its own: no interpreter)
+    python -m tests.interpreted.aot_engine FOLDER [OPTIONS as JSON]    (a process: no interpreter)
 
 Everything is as on a GPU but for the launches, which go through Triton's own look-up of a compiled
 kernel (`warmup`) and stop there. A kernel that the artefact lacks is compiled by it, and counted.
@@ -99,7 +99,7 @@ class NoGpu(TorchDevice):
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, options = Path(sys.argv[1]), json.loads((sys.argv + ["{}"])[2])
     knobs.cache.dir = str(folder / "triton-home")  # what is compiled all the same goes here
     driver.set_active(FakeDriver())
     api.require_cuda = torch_device.require_cuda = lambda name: None
@@ -109,7 +109,7 @@ def main() -> None:
     sizes = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 8}
     model = api.load_and_compile(
         str(folder / "model"), device="cuda", progress=False, num_threads=2,
-        cache_dir=str(folder / "cache"), **sizes,
+        cache_dir=str(folder / "cache"), **sizes, **options,
     )  # fmt: skip
     executor: Any = model.engine.executor
     at_start = NoGpu.made.num_compiled
@@ -126,6 +126,7 @@ def main() -> None:
     print(json.dumps({
         "at_start": at_start, "late": late, "misaligned": executor.num_late_compilations,
         "graphs": NoGpu.made.captured, "buckets": len(executor.buckets), "kept": len(kept),
+        "launches": executor.program.num_launches,
     }))  # fmt: skip
     model.close()
 

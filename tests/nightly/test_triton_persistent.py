@@ -23,7 +23,15 @@ from aios_compile.study import gpu_compile
 from tests.codegen.test_triton_compiled import QWEN3
 from tests.codegen.test_triton_persistent import REPORT
 from tests.codegen.triton_modules import load
+from tests.interpreted.test_ahead_of_time import started
 from tests.nightly.test_triton_models import LLAMA_8B
+
+
+def test_nothing_of_a_persistent_launch_is_compiled_after_ready(tmp_path: Path) -> None:
+    """Found in the artefact under the key that a launch asks for, options and all."""
+    seen = started(tmp_path, '{"persistent_decode": true}')
+    assert seen["at_start"] == 0 and seen["late"] == 0 and seen["misaligned"] > 0, seen
+    assert seen["launches"] == 2 + 7  # layers, and what surrounds them
 
 
 @pytest.mark.parametrize("target", CARDS)
