@@ -96,12 +96,12 @@ def compile_model(
     debug.show_level(dumper.folder)
     with progress.stage("generate"):
         refresh(module)
-        card, joined = gpu_card(options.device), options.joined_launches()
-        emitted = emit(module, options.device, progress.update, card, joined)
+        card = gpu_card(options.device)
+        emitted = _emit(module, options, card, cache_root, progress)
         edits = _apply_edits(module, emitted, weights, sizes, cache_root, progress)
         if module.not_generatable:  # one whole sequence a step, all of its logits
             sizes = replace(sizes, max_num_seqs=1)
-        settings = settings_of(source, module, sizes, card, joined)
+        settings = settings_of(source, module, sizes, card, options.joined_launches())
         program = lower_for(module, emitted, limits_of(module, sizes), settings, plan_memory)
         step = emit_step(program, tuple(emitted.sources)) if not card else launch_text(program)
     debug.show_kernels(emitted.sources, step)
@@ -219,6 +219,25 @@ def gpu_card(device: str) -> str:
     from aios_compile.runtime.torch_device import card_name
 
     return card_name(device)
+
+
+def _emit(
+    module: IRModule, options: CompileOptions, card: str, cache_root: Path, progress: Progress
+) -> Emitted:
+    tuning = tuning_for(options, card, cache_root)
+    return emit(module, options.device, progress.update, card, options.joined_launches(), tuning)
+
+
+def tuning_for(options: CompileOptions, card: str, cache_root: Path | None = None) -> Any:
+    """Return who asks the compiler about candidates, or None; numbers are kept in the cache."""
+    if not (options.compile_candidates and card) or options.device == "interpreter":
+        return None
+    from aios_compile.codegen.triton.choice import Tuning
+    from aios_compile.codegen.triton.resource_report import ResourceReport
+
+    folder = None if cache_root is None else cache_root / "resources"
+    report = ResourceReport(card, options.threads(), folder)
+    return Tuning(report, options.compile_candidates)
 
 
 def settings_of(

@@ -66,6 +66,11 @@ class CompileOptions:
     persistent_decode: bool = _option(
         False, "on a GPU: one launch a layer for up to 32 tokens instead of one a kernel"
     )
+    compile_candidates: int = _option(
+        0,
+        "on a GPU: configurations of a linear kernel that the compiler reports on before one "
+        "is chosen, a variant; 0: by the cost model alone",
+    )
     gpu_memory_utilization: float = _option(0.9, "share of the GPU's memory to use, 0..1")
     enable_prefix_caching: bool = _option(True, "share the pages of equal prefixes")
     scheduling_policy: str = _option("fcfs", "fcfs, priority, fair_share or shortest_remaining")
@@ -140,6 +145,7 @@ class CompileOptions:
         _whole("chunked_prefill_size", self.chunked_prefill_size, 1, 1 << 20)
         _whole("swap_space_bytes", self.swap_space_bytes, 0, 1 << 50)
         _whole("num_threads", self.num_threads, 1, 1024)
+        _whole("compile_candidates", self.compile_candidates, 0, 64, optional=False)
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             _whole(name, getattr(self, name), 1, 1024, optional=False)
         _whole("seed", self.seed, 0, (1 << 64) - 1, optional=False)

@@ -15,6 +15,7 @@ from aios_compile.errors import ConfigError
 OTHER_VALUES = {
     "quantization": "int8",
     "persistent_decode": True,
+    "compile_candidates": 4,
     "quantize_embeddings": True,
     "device": "cpu",
     "dtype": "bfloat16",

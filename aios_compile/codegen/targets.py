@@ -26,9 +26,11 @@ def emit(
     on_progress: Callable[[int, int], None] | None = None,
     card: str = "",
     joined: str = "",
+    tuning: Any = None,
 ) -> Emitted:
     """Emit every kernel of a level-3 module for a device; card: "cuda:90" and the like.
 
+    tuning: codegen.triton.choice.Tuning, or None for the model's choice of configurations.
     joined: not empty if they become phases of one launch, which share a number of warps. Raises
     CodegenError naming the model line, or a card that is not known.
     """
@@ -43,7 +45,7 @@ def emit(
     gpu = card_of(card) if card else DEFAULT
     if joined:
         gpu = replace(gpu, warps=(PHASE_WARPS,))
-    return emit_kernels(module, emitters_for(gpu), on_progress, packs=False)
+    return emit_kernels(module, emitters_for(gpu, tuning), on_progress, packs=False)
 
 
 def lower_for(

@@ -13,7 +13,7 @@ from aios_compile.capture.capture import capture
 from aios_compile.codegen.emit_kernels import Emitted
 from aios_compile.codegen.program import Program
 from aios_compile.codegen.targets import emit, lower_for
-from aios_compile.compiler import limits_of, pass_options, settings_of
+from aios_compile.compiler import limits_of, pass_options, settings_of, tuning_for
 from aios_compile.config import CompileOptions
 from aios_compile.ir import snapshot
 from aios_compile.ir.module import IRModule
@@ -72,7 +72,8 @@ def plan_model(
     )
     refresh(module)
     joined = options.joined_launches()
-    emitted = emit(module, options.device, card=card, joined=joined)
+    tuning = tuning_for(options, card)
+    emitted = emit(module, options.device, card=card, joined=joined, tuning=tuning)
     if module.not_generatable:
         sizes = replace(sizes, max_num_seqs=1)
     settings = settings_of(source, module, sizes, card, joined)

@@ -14,7 +14,7 @@ from tests.codegen.triton_modules import load, poisoned, run
 
 pytest.importorskip("triton")
 
-from aios_compile.codegen.triton import configs, linear
+from aios_compile.codegen.triton import choice, configs, cost_model, linear
 from aios_compile.codegen.triton.cards import CARDS, DEFAULT
 from aios_compile.codegen.triton.configs import Config
 from aios_compile.errors import CodegenError
@@ -239,12 +239,17 @@ def test_configurations_fit_the_card_and_order_by_cost() -> None:
         ):
             problem = configs.Problem(columns, depth, streams, 2, 4, 2)
             floor = columns * streams * depth * 2 / card.bytes_per_us
-            for most, config in configs.choose(problem, card):
+            for found in choice.choose(problem, card):
+                most, config = found.most, found.config
                 if columns > 7:  # enough to choose from: no makeshift
                     assert config.kind == "rows" or config.block_t * config.block_n >= 16 * 16
                     assert most or config.block_t * config.block_n >= 64 * 64
                 tokens = most or configs.PREFILL_TOKENS
-                cost = configs.cost_us(config, problem, tokens, card)
+                cost = cost_model.cost_us(config, problem, tokens, card)
                 assert cost > floor, "faster than the memory"
-                found = configs.candidates(problem, config.kind, tokens, card)
-                assert cost == min(configs.cost_us(c, problem, tokens, card) for c in found)
+                others = configs.candidates(problem, config.kind, tokens, card)
+                assert (
+                    cost
+                    == found.cost.us
+                    == min(cost_model.cost_us(c, problem, tokens, card) for c in others)
+                )

@@ -27,6 +27,7 @@ from aios_compile.codegen.triton import (
     topk,
 )
 from aios_compile.codegen.triton.cards import DEFAULT, Card
+from aios_compile.codegen.triton.choice import Tuning
 from aios_compile.codegen.triton.dependent_launch import with_dependent_launch
 
 
@@ -36,6 +37,7 @@ class ForCard:
 
     emitter: Any
     card: Card
+    tuning: Tuning | None = None
 
     def spec_of(self, *arguments: Any) -> Any:
         """Return the emitter's spec."""
@@ -43,7 +45,9 @@ class ForCard:
 
     def emit(self, spec: Any) -> KernelSource:
         """Return the module with the configurations for the card."""
-        chosen = {"card": self.card} if self.emitter in BY_CARD else {}
+        chosen: dict[str, Any] = {"card": self.card} if self.emitter in BY_CARD else {}
+        if self.emitter is linear:
+            chosen["tuning"] = self.tuning
         source: KernelSource = self.emitter.emit(spec, **chosen)
         return with_dependent_launch(source) if self.card.dependent_launch else source
 
@@ -70,6 +74,6 @@ EMITTERS: tuple[ModuleType, ...] = (
 BY_CARD = (linear, quantized_linear, fp8_linear, kv_write_attention, paged_attention)
 
 
-def emitters_for(card: Card = DEFAULT) -> Sequence[Any]:
-    """Return the emitters for a card."""
-    return [ForCard(e, card) for e in EMITTERS]
+def emitters_for(card: Card = DEFAULT, tuning: Tuning | None = None) -> Sequence[Any]:
+    """Return the emitters for a card. tuning: lets the compiler report on linears' candidates."""
+    return [ForCard(e, card, tuning) for e in EMITTERS]

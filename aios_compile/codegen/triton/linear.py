@@ -24,7 +24,7 @@ from aios_compile.codegen.expression import formula
 from aios_compile.codegen.operand import BYTES, Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton import (
-    configs,
+    choice,
     descriptor_linear,
     library_linear,
     linear_spec,
@@ -34,7 +34,9 @@ from aios_compile.codegen.triton import (
     tile_linear,
 )
 from aios_compile.codegen.triton.cards import DEFAULT, Card
+from aios_compile.codegen.triton.choice import Choice, Tuning
 from aios_compile.codegen.triton.configs import Config, Problem
+from aios_compile.codegen.triton.dependent_launch import with_dependent_launch
 from aios_compile.codegen.triton.frame import Launch, Variant, module_text
 from aios_compile.codegen.triton.linear_spec import LinearSpec
 from aios_compile.codegen.triton.linear_text import PRODUCT
@@ -56,18 +58,34 @@ def problem_of(spec: LinearSpec) -> Problem:
     return Problem(*sizes, parts, spec.norm is not None)
 
 
+def choices(spec: LinearSpec, card: Card = DEFAULT, tuning: Tuning | None = None) -> list[Choice]:
+    """Return the choice for each range of rows; tuning: with what the compiler reports."""
+
+    def build(config: Config) -> KernelSource:
+        source = emit(spec, card, ((None, config),))
+        return with_dependent_launch(source) if card.dependent_launch else source
+
+    return choice.choose(problem_of(spec), card, tuning, build)
+
+
 def choose(spec: LinearSpec, card: Card = DEFAULT) -> list[tuple[int | None, Config]]:
-    """Return the configuration of each range of rows."""
-    return configs.choose(problem_of(spec), card)
+    """Return the model's configuration of each range of rows."""
+    return [(c.most, c.config) for c in choices(spec, card)]
 
 
 def emit(
     spec: LinearSpec, card: Card = DEFAULT,
     chosen: Sequence[tuple[int | None, Config]] | None = None,
+    tuning: Tuning | None = None,
 ) -> KernelSource:  # fmt: skip
-    """Return the module; `chosen` overrides the model's choice of configurations."""
-    symbol = symbol_of(spec.name, (spec, chosen, card.target))
-    chosen = choose(spec, card) if chosen is None else chosen
+    """Return the module; its head says why each configuration was chosen.
+
+    chosen: overrides the choice; tuning: lets the compiler report on candidates.
+    """
+    symbol, reasons = symbol_of(spec.name, (spec, chosen, card.target)), []
+    if chosen is None:
+        made = choices(spec, card, tuning)
+        chosen, reasons = [(c.most, c.config) for c in made], [c.text() for c in made]
     chosen = [(most, replace(c, prefetch=card.dependent_launch)) for most, c in chosen]
     used = [config for _, config in chosen]
     shared = [skinny_linear.shared(spec, config) for config in used]
@@ -89,6 +107,7 @@ def emit(
     comment = [f"{spec.name}: sums over {spec.depth} inputs for {spec.columns} columns"]
     comment += [f"  out{i} = {formula(v, leaves)}" for i, v in enumerate(spec.values)]
     comment += [f"  {layout(o)}" for o in spec.operands]
+    comment += [f"chosen for {reason}" for reason in reasons]
     comment += [f"model: {line}" for line in spec.lines]
     rows = spec.x.operand.shape[0]
     text = module_text(comment, operands, kernels, variants, rows, workspace)

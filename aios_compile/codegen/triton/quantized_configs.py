@@ -1,7 +1,7 @@
 """Configurations of a linear on quantised rows: how many programs share a tile's depth.
 
 Blocks and warps are those that compile without spills on every target and format
-(tests/nightly/test_triton_matrix.py); the number of parts is what configs.cost_us likes best. It
+(tests/nightly/test_triton_matrix.py); the number of parts is what cost_model.py likes best. It
 depends on the sizes and the card, never on T: all tiles of up to 32 tokens have the same step of k
 and the same parts, so that a token's sums are made in one order whatever the others are.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from aios_compile.codegen.triton.cards import Card
-from aios_compile.codegen.triton.configs import Config, Problem, cost_us
+from aios_compile.codegen.triton.configs import Config, Problem
+from aios_compile.codegen.triton.cost_model import cost, cost_us
 
 STRIP = 16  # bytes of codes that a thread reads at once
 SPLITS = (1, 2, 4, 8)
@@ -41,6 +42,16 @@ def with_parts(
     split = _parts(problem, tile, card)
     few = [(16, replace(tile, split=split)), (32, replace(wide, split=split))]
     return [(1, row), *few, (None, many)]
+
+
+def reasons(problem: Problem, chosen: list[tuple[int | None, Config]], card: Card) -> list[str]:
+    """Return why each variant with parts has as many, a line each."""
+    lines = []
+    for most, config in chosen[:-1]:
+        kind = replace(config, kind="rows" if config.kind == "rows" else "dot")
+        told = cost(kind, problem, config.block_t, card).text()
+        lines.append(f"up to {most} rows: {config.split} parts of the depth: {told}")
+    return lines
 
 
 def _parts(problem: Problem, config: Config, card: Card) -> int:

@@ -101,8 +101,10 @@ def emit(
     """Return the module; `chosen` overrides the model's choice of configurations."""
     base, plane = spec.linear, spec.plane
     symbol = symbol_of("quantized_linear", (spec, chosen, card.target))
+    reasons: list[str] = []
     if chosen is None:
-        chosen = quantized_configs.choose(problem_of(spec), strip_codes(plane), card)
+        made = quantized_configs.choose(problem_of(spec), strip_codes(plane), card)
+        chosen, reasons = made, quantized_configs.reasons(problem_of(spec), made, card)
     shared = [_shared(base, config) for _, config in chosen]
     workspace, counters = split_depth.workspace(base, shared), split_depth.counters(shared)
     operands = [*base.operands, *workspace, *split_depth.counter_operand(counters)]
@@ -123,7 +125,8 @@ def emit(
         launch = Launch(name, grid, tuple(sizes), config.num_warps, config.num_stages)
         variants.append(Variant(most, (launch,)))
     comment = [f"quantized_linear: {plane.bits} bits, groups of {plane.group}"]
-    comment += [f"  {layout(o)}" for o in operands] + [f"model: {x}" for x in base.lines]
+    comment += [f"  {layout(o)}" for o in operands] + [f"chosen for {x}" for x in reasons]
+    comment += [f"model: {x}" for x in base.lines]
     text = module_text(comment, operands, parts, variants, base.x.operand.shape[0], workspace)
     return KernelSource(
         "quantized_linear", symbol, "triton", text, len(base.operands), linear_spec.inplace(base),
