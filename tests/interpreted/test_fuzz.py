@@ -1,6 +1,6 @@
 """Random programs on the Triton target, its kernels in the interpreter, against eager.
 
-make test runs 12 of them; FUZZ_TRITON=N runs N (make nightly: 400).
+make test runs 12 of them; FUZZ_TRITON=N runs N (make nightly: 400), from number FUZZ_FIRST on.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import pytest
 pytest.importorskip("triton")
 
 from aios_compile.study.fuzz.campaign import run_campaign
+from tests.fuzz.parts import write_part
 
 EXAMPLES = int(os.environ.get("FUZZ_TRITON", "12"))
+FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
+SEED = int(os.environ.get("FUZZ_SEED", "0"))
 PARTS = 2
 
 
@@ -22,12 +25,13 @@ PARTS = 2
 def test_random_programs_equal_eager(part: int, tmp_path: Path) -> None:
     """Operators without a Triton emitter are refused by name, and never wrong."""
     tally = run_campaign(
-        range(part, EXAMPLES, PARTS),
-        seed=0,
+        range(FIRST + part, FIRST + EXAMPLES, PARTS),
+        seed=SEED,
         objects=tmp_path / "objects",
         scripts=Path(os.environ.get("FUZZ_REPORT", tmp_path)),
         target="triton",
     )
+    write_part(tally, FIRST, part)
     assert not tally.failures, tally.failures
     assert all(r.startswith("CodegenError") for r in tally.refused), tally.refused
     assert sum(tally.refused.values()) <= tally.examples // 2, tally.refused

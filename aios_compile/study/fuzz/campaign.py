@@ -54,9 +54,13 @@ class Failure:
 class Tally:
     """Counts over examples. fired: pass -> examples on which it rewrote something.
 
+    numbers: of the first and the last example that was run.
     second_opinions: examples whose plain budget did not suffice. contexts: kinds of context.
     """
 
+    target: str = "cpp"
+    seed: int = 0
+    numbers: tuple[int, int] = (0, -1)
     examples: int = 0
     fired: Counter[str] = field(default_factory=Counter)
     contexts: Counter[str] = field(default_factory=Counter)
@@ -79,9 +83,13 @@ class Tally:
     def as_dict(self) -> dict[str, Any]:
         """Return what --json prints."""
         return {
+            "target": self.target,
+            "seed": self.seed,
+            "numbers": self.numbers,
             "examples": self.examples,
             "seconds": round(self.seconds, 1),
             "fired": {name: self.fired[name] for name in PASSES},
+            "contexts": dict(self.contexts.most_common()),
             "second_opinions": self.second_opinions,
             "worst_share_of_budget": self.worst,
             "refused": dict(self.refused.most_common()),
@@ -121,10 +129,11 @@ def run_campaign(
     Ends early after `max_failures` failures. max_trials: examples tried while one is shrunk.
     """
     check_names(passes, ops)
-    tally, begin = Tally(), time.monotonic()
+    tally, begin = Tally(target, seed), time.monotonic()
     for number in numbers:
         if seconds is not None and time.monotonic() - begin > seconds:
             break
+        tally.numbers = (tally.numbers[0] if tally.examples else number, number)
         example = draw(seed, number, passes, ops, target)
         example = replace(example, setup=replace(example.setup, target=target))
         try:
