@@ -47,6 +47,17 @@ def trace(spec: Any, count: int, tokens_s: float, most_tokens: int, seed: int) -
     )  # fmt: skip
 
 
+def warm_up(model: Any) -> None:
+    """Touch every page of the pool: the first steps in new memory take several times as long."""
+    limits = model.limits
+    longest = min(limits.capacity_tokens, limits.max_model_len) - 2
+    count = -(-limits.num_pages * limits.page_size // longest)
+    prompts = [[3 + (i + k) % 700 for k in range(longest)] for i in range(count)]
+    fields = {"max_tokens": 1, "temperature": 0, "ignore_eos": True}
+    for i, prompt in enumerate(prompts):
+        model.generate([prompt], tenant=f"warm {i}", **fields)
+
+
 def play(model: Any, arrivals: list[Arrival]) -> tuple[dict[str, float], list[Arrival]]:
     """Submit each request at its time; return what really happened, and when they really came."""
     begin, streams = time.perf_counter() + 0.05 - arrivals[0].at_us / 1e6, []
@@ -112,6 +123,7 @@ def main() -> None:
             with aios_compile.load_and_compile(
                 args.model, num_threads=args.threads, decision_log=str(path), progress=False
             ) as model:
+                warm_up(model)
                 really, came = play(model, arrivals)
             found[name].append((really, simulate(came, limits, options, cost).summary()))
     result = {name: compare(pairs) for name, pairs in found.items()}
