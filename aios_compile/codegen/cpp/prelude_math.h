@@ -93,6 +93,24 @@ AIOS_INLINE vf exp(vf x) {
   vi half = k >> 1;  // two steps: 2^k itself may overflow or be denormal
   return p * power_of_two(half) * power_of_two(k - half);
 }
+AIOS_INLINE vf larger(vf a, vf b) {  // b where either is NaN: one instruction, unlike max
+#if AIOS_AVX512
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif AIOS_AVX2
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+AIOS_INLINE vf exp_nonpositive(vf x) {  // of x <= 0 or NaN; 0 below -87, where no sum notices it
+  const float magic = 0x1.8p23f, least = -87.0f;
+  vf c = larger(splat(least), x);
+  vf t = fma(c, splat(0x1.715476p0f), splat(magic)), n = t - magic;
+  vf r = fma(n, splat(0x1.05c61p-29f), fma(n, splat(-0x1.62e43p-1f), c));
+  vf p = fma(r * r, exp_tail(r), r) + 1.0f;
+  vf y = p * (vf)(((vi)t << 23) + 0x3f800000);  // the low bits of t are those of a whole number
+  return x < least ? vf{} : y;
+}
 AIOS_INLINE vf exp2(vf x) {
   vf c = min(max(x, splat(-151.0f)), splat(129.0f));
   vf n = round(c);

@@ -53,38 +53,11 @@ struct Step {
   const float* value_scales[AHEAD];
 };
 
-template <class X> AIOS_INLINE vf widened(const X* x) { return load(x); }
-template <class X> AIOS_INLINE vf widened(const X* x, int64_t count) { return load(x, count); }
-AIOS_INLINE vf widened(const int8_t* x) {
-#if AIOS_AVX512
-  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)x)));
-#elif AIOS_AVX2
-  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)x)));
-#else
-  typedef int8_t Codes __attribute__((vector_size(VL)));
-  return __builtin_convertvector(load_as<Codes>(x), vf);
-#endif
-}
-AIOS_INLINE vf widened(const int8_t* x, int64_t count) {
-  int8_t codes[VL] = {};
-  memcpy(codes, x, count);
-  return widened(codes);
-}
-
-// Bytes [at, at + SIZE) of the next step's page into L2. A page of a head is a few KiB somewhere:
-// the hardware's prefetch begins anew at each. Reading blocks of 4 KiB in random order: 9 GB/s a
-// core without, 19 GB/s with a prefetch of 8 KiB ahead or more; in sequence 29 GB/s (Zen 4).
-template <int SIZE>
-AIOS_INLINE void prefetch(const KeyValue* page, int64_t at) {
-#pragma GCC unroll 16
-  for (int line = 0; line < SIZE; line += 64)
-    __builtin_prefetch((const char*)(page + at) + line, 0, 2);
-}
-
 // scores[row .. row + R)[page .. page + P) = q . k, over d ascending; the keys of a page are lanes.
 template <int R, int P, bool FETCH>
 AIOS_INLINE void dot(Tile& tile, int row, int page, const Step& step) {
   constexpr int ROW_BYTES = PAGE * (int)sizeof(KeyValue), DS = ROW_BYTES < 64 ? 64 / ROW_BYTES : 1;
+  constexpr bool PAIRS = IN_PAIRS && P * PAGE_VECTORS % 2 == 0;
   vf acc[R][P * PAGE_VECTORS];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -92,9 +65,19 @@ AIOS_INLINE void dot(Tile& tile, int row, int page, const Step& step) {
     for (int i = 0; i < P * PAGE_VECTORS; ++i) acc[r][i] = splat(0.0f);
   const auto add = [&](int64_t d) __attribute__((always_inline)) {
     vf key[P * PAGE_VECTORS];
+    if constexpr (PAIRS) {
 #pragma GCC unroll 16
-    for (int i = 0; i < P * PAGE_VECTORS; ++i)
-      key[i] = widened(step.keys[page + i / PAGE_VECTORS] + d * PAGE + i % PAGE_VECTORS * VL);
+      for (int i = 0; i < P * PAGE_VECTORS; i += 2) {
+        const KeyValue* row = step.keys[page + i / PAGE_VECTORS] + d * PAGE;
+        const vu pairs = PAGE_VECTORS > 1 ? pairs_at(row + i % PAGE_VECTORS * VL)
+                                          : pairs_of(row, step.keys[page + i + 1] + d * PAGE);
+        key[i] = even_values(pairs), key[i + 1] = odd_values(pairs);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < P * PAGE_VECTORS; ++i)
+        key[i] = widened(step.keys[page + i / PAGE_VECTORS] + d * PAGE + i % PAGE_VECTORS * VL);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const vf value = splat(tile.q[row + r][d]);
@@ -112,6 +95,11 @@ AIOS_INLINE void dot(Tile& tile, int row, int page, const Step& step) {
     for (int i = 0; i < DS; ++i) add(d + i);
   }
   for (; d < D; ++d) add(d);
+  if constexpr (PAIRS)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int i = 0; i < P * PAGE_VECTORS; i += 2) interleave(acc[r][i], acc[r][i + 1]);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
@@ -172,14 +160,15 @@ AIOS_NOINLINE void softmax_step(Tile& tile, const Step& step) {
         score = select((key >= low) & (key <= high), score, splat(-kInfinity));
       }
       store(s + i, score);
-      top = max(top, score);
+      top = larger(top, score);  // a NaN that is lost here comes back with its probability
     }
-    const float highest = max(tile.highest[r], reduce_max(top));
+    const float found = highest_lane(top);
+    const float highest = found > tile.highest[r] ? found : tile.highest[r];
     if (highest != tile.highest[r]) tile.rescale[r] = exp(tile.highest[r] - highest);
     tile.highest[r] = highest;
     vf sum = load(tile.sums[r]) * tile.rescale[r];
     for (int i = begin; i < end; i += VL) {
-      vf probability = exp(load(s + i) - highest);
+      vf probability = exp_nonpositive(load(s + i) - highest);
       sum += probability;
       if (IN_CODES) probability *= load(step.value_scales[i / PAGE] + i % PAGE);
       store(s + i, probability);
@@ -189,6 +178,7 @@ AIOS_NOINLINE void softmax_step(Tile& tile, const Step& step) {
 }
 
 // out[row .. row + R)[V vectors] = out * rescale + probabilities . values, over the keys ascending.
+// Values in pairs leave the columns of two vectors apart, even ones first; `settle` mends that.
 template <int R, int V, bool FULL, bool FETCH>
 AIOS_INLINE void add_values(Tile& tile, int row, int64_t column, const Step& step) {
   vf acc[R][V];
@@ -204,11 +194,17 @@ AIOS_INLINE void add_values(Tile& tile, int row, int64_t column, const Step& ste
       if constexpr (FETCH)
         prefetch<V * VL * (int)sizeof(KeyValue)>(step.next_values[page], j * DV + column);
       vf value[V];
+      const KeyValue* at = step.values[page] + j * DV + column;
+      if constexpr (IN_PAIRS && V > 1) {
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) {
-        const KeyValue* at = step.values[page] + j * DV + column + v * VL;
-        if constexpr (FULL) value[v] = widened(at);
-        else value[v] = widened(at, DV % VL);
+        for (int v = 0; v < V; v += 2) {
+          const vu pairs = pairs_at(at + v * VL);
+          value[v] = even_values(pairs), value[v + 1] = odd_values(pairs);
+        }
+      } else {
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v)
+          value[v] = FULL ? widened(at + v * VL) : widened(at + v * VL, DV % VL);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
@@ -230,6 +226,8 @@ AIOS_NOINLINE void add_rows(Tile& tile, int row, const Step& step) {
   int64_t column = 0;
   for (; column + V * VL <= DV; column += V * VL)
     add_values<R, V, true, FETCH>(tile, row, column, step);
+  for (; IN_PAIRS && column + 2 * VL <= DV; column += 2 * VL)
+    add_values<R, 2, true, FETCH>(tile, row, column, step);
   for (; column + VL <= DV; column += VL)
     add_values<R, 1, true, FETCH>(tile, row, column, step);
   if (column < DV) add_values<R, 1, false, false>(tile, row, column, step);
@@ -247,6 +245,18 @@ AIOS_INLINE void add_step(Tile& tile, const Step& step) {
     for (; row + 4 <= tile.rows; row += 4) add_some<4>(tile, row, step);
   for (; row + 2 <= tile.rows; row += 2) add_some<2>(tile, row, step);
   for (; row < tile.rows; ++row) add_some<1>(tile, row, step);
+}
+
+// Columns of `out` in order, when a span is done.
+AIOS_INLINE void settle(Tile& tile) {
+  if constexpr (IN_PAIRS)
+    for (int r = 0; r < tile.rows; ++r)
+      for (int64_t column = 0; column + 2 * VL <= DV; column += 2 * VL) {
+        float* at = &tile.out[r][column];
+        vf even = load(at), odd = load(at + VL);
+        interleave(even, odd);
+        store(at, even), store(at + VL, odd);
+      }
 }
 
 AIOS_INLINE void see(const Sizes* n, void* const* p, int64_t s, int64_t t, int64_t& from,
@@ -308,6 +318,7 @@ AIOS_NOINLINE void attend(Tile* tiles, const Sizes* n, void* const* p, int64_t s
       add_step(tiles[i], step);
     }
   }
+  for (int i = 0; i < count; ++i) settle(tiles[i]);
 }
 
 // row + (part_sum, part_highest, part_out), the part being of later keys.
