@@ -246,3 +246,26 @@ def test_pages_beyond_two_to_the_31_elements():
     k[-POOL:], v[-POOL:] = batch.k, batch.v
     batch.k, batch.v, batch.tables = k, v, batch.tables + pages - POOL
     assert torch.equal(batch.run(built), expected)
+
+
+@pytest.mark.parametrize("what", ["query", "key"])
+def test_a_nan_reaches_the_rows_that_see_it_and_no_other(what):
+    shape, dtype = (4, 2, 24, 40), torch.bfloat16
+    _, built = kernel(*shape, dtype)
+    batch = Batch(MIXED, *shape, dtype)
+    whole = batch.run(built)
+    if what == "query":
+        batch.q[3, 1, 5] = float("nan")
+        touched = [(3, 1)]
+    else:  # the tenth token of the third sequence, whose 16 new tokens are all that it has
+        at = batch.tables[2, 0]
+        batch.k[at, 1, :, 9] = float("nan")
+        first = int(batch.starts[2])
+        touched = [(first + t, h) for t in range(9, 16) for h in (2, 3)]
+    found = batch.run(built)
+    for t in range(whole.shape[0]):
+        for h in range(whole.shape[1]):
+            if (t, h) in touched:
+                assert found[t, h].isnan().all()
+            else:
+                assert torch.equal(found[t, h], whole[t, h]), (t, h)

@@ -39,6 +39,11 @@ HALVES = """
 extern "C" void narrow_bf16(const float* x, bf16* y, int64_t n) {
   for_lanes(0, n, [&](int64_t i, auto count) { store(y + i, load(x + i, count), count); });
 }
+extern "C" void exp_of_scores(const float* x, float* y, int64_t n) {
+  for_lanes(0, n, [&](int64_t i, auto count) {
+    store(y + i, exp_nonpositive(load(x + i, count)), count);
+  });
+}
 extern "C" void narrow_f16(const float* x, f16* y, int64_t n) {
   for_lanes(0, n, [&](int64_t i, auto count) { store(y + i, load(x + i, count), count); });
 }
@@ -99,6 +104,24 @@ def test_error_in_ulp_and_edges(name: str, libraries: dict[str, ctypes.CDLL]) ->
     np.testing.assert_array_equal(got[edges], want[edges])
     tiny = np.isfinite(want) & ~normal
     assert np.all(np.abs(got[tiny] - want[tiny]) <= SMALLEST_NORMAL)
+
+
+def test_the_exponential_of_scores(libraries: dict[str, ctypes.CDLL]) -> None:
+    """Of nonpositive numbers: 3 ulp, 0 below -87, NaN where there is one, one result everywhere."""
+    rng = np.random.default_rng(1)
+    parts = [-rng.uniform(0, 100, 40001), -rng.uniform(0, 1, 5000), [0.0, -0.0, -87, -np.inf]]
+    x = np.concatenate([*parts, [np.nan]]).astype(np.float32)
+    x[7:9] = np.array([0x7FC00001, 0xFFC12345], np.uint32).view(np.float32)  # NaN with low bits
+    results = [apply(lib, "exp_of_scores", x) for lib in libraries.values()]
+    with np.errstate(invalid="ignore"):
+        zero, exact = x < -87, np.exp(x.astype(np.float64))
+    nan = np.isnan(x)
+    assert np.isnan(results[0][nan]).all() and (results[0][zero] == 0).all()
+    rest = ~nan & ~zero
+    ulp = np.abs(results[0][rest] - exact[rest]) / np.spacing(exact[rest].astype(np.float32))
+    assert ulp.max() <= 3
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
 
 
 @pytest.mark.parametrize("name", [*MOST_ULP, *ACTIVATIONS])
