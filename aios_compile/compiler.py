@@ -165,11 +165,13 @@ def pass_options(
     sizes: ResolvedSizes,
     model: torch.nn.Module,
     measured: Measured | None = None,
+    cpu: build.Target | None = None,
 ) -> PassOptions:
     """Return what the passes need to know of a model and its options.
 
-    measured: what quantising its weights loses; without it, all are quantised. Raises ConfigError
-    for weights in a format that the target does not multiply.
+    measured: what quantising its weights loses; without it, all are quantised. cpu: the
+    instruction set on the CPU; the host's without it. Raises ConfigError for weights in a format
+    that the target does not multiply.
     """
     stored = next((p.dtype for p in model.parameters()), torch.float32)
     name, target = options.kv_cache_dtype, family(options.device)
@@ -182,7 +184,7 @@ def pass_options(
             f"quantization={options.quantization!r}: no CPU multiplies 8-bit floats",
             advice="quantization='int8' or 'int4' on the CPU; fp8 with device='cuda'",
         )
-    bf16_dot = target == "cpp" and build.Target.host().bf16_dot
+    bf16_dot = target == "cpp" and (cpu or build.Target.host()).bf16_dot
     return PassOptions(
         target,
         PAGE_SIZE,

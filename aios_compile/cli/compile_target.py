@@ -1,4 +1,4 @@
-"""`aios compile`: the artefact of a model, or its kernels for a GPU that is not here."""
+"""`aios compile`: the artefact of a model, or its kernels for a machine that is not here."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ def compile_model(
     options: dict[str, Any],
     as_json: JsonOption = False,
     target: Annotated[
-        str, typer.Option(help="cuda:80, cuda:90, cuda:100 or hip:gfx942: kernels only, no GPU")
+        str,
+        typer.Option(
+            help="kernels only, for a machine that is not here: cuda:80, cuda:90, cuda:100, "
+            "hip:gfx942, or cpu: and an instruction set (cpu:neondot)"
+        ),
     ] = "",
     out: Annotated[str, typer.Option("--dump", help="folder for --target's kernels")] = "",
 ) -> None:
-    """Make the artefact of MODEL ahead of time, or with --target its kernels for a GPU."""
+    """Make the artefact of MODEL ahead of time, or with --target its kernels for a machine."""
     if target:
         _kernels(model, target, out, options, as_json)
         return
@@ -38,15 +42,36 @@ def compile_model(
 
 
 def _kernels(model: str, target: str, out: str, options: dict[str, Any], as_json: bool) -> None:
-    """Compile for a card into the folder `out` and print what each kernel uses and costs."""
-    from aios_compile.study.gpu_compile import compile_for
-    from aios_compile.study.gpu_pages import write_pages
-
+    """Compile for a machine into the folder `out` and print what each kernel uses and costs."""
     if not out:
         raise ConfigError("--target needs a folder", advice=f"--target {target} --dump out/")
     folder = Path(out).absolute()
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty", advice="choose a folder of its own")
+    family, _, name = target.partition(":")
+    show = _for_cpu if family == "cpu" else _for_card
+    show(model, name if family == "cpu" else target, folder, options, as_json)
+
+
+def _for_cpu(model: str, name: str, folder: Path, options: dict[str, Any], as_json: bool) -> None:
+    from aios_compile.study.cpu_compile import compile_for
+
+    report = compile_for(model, name, folder, options)
+    if as_json:
+        print_json(report.as_dict())
+        return
+    rows = [
+        (row.name, str(row.launches), human_bytes(row.bytes_a_token), human_bytes(size))
+        for row, size in report.kernels
+    ]
+    print_table(("kernel", "launches", "bytes a token", "code"), rows)
+    print(f"{report.target}, {report.compiler}: {report.library}")
+
+
+def _for_card(model: str, target: str, folder: Path, options: dict[str, Any], as_json: bool) -> None:
+    from aios_compile.study.gpu_compile import compile_for
+    from aios_compile.study.gpu_pages import write_pages
+
     report = compile_for(model, target, folder, options)
     index = write_pages(report, folder)
     if as_json:

@@ -24,11 +24,12 @@ from aios_compile.codegen.cpp import build
 from aios_compile.codegen.emit_kernels import Emitted, tensor_arguments
 from aios_compile.codegen.operand import BYTES, Operand, dim_value
 from aios_compile.codegen.pack_weights import to_numpy
-from aios_compile.codegen.packing import ROW_PACKINGS
+from aios_compile.codegen.packing import ROW_PACKINGS, pack_quant16
 from aios_compile.codegen.source import KernelSource
 from aios_compile.errors import CodegenError
 from aios_compile.ir import evaluate
 from aios_compile.ir.module import body_of, placeholders
+from aios_compile.ir.quant_format import QuantFormat
 from aios_compile.passes.measure import FLOOR_ROUNDINGS
 
 FACTOR = 4.0  # times eager's own error: a kernel may sum in another order
@@ -52,12 +53,19 @@ class Checked:
 
 
 class Kernels:
-    """Kernels built into one library of their own, called one at a time; `close` unmaps it."""
+    """Kernels built into one library of their own, called one at a time; `close` unmaps it.
+
+    target: an instruction set that this machine has; the host's without it.
+    """
 
     def __init__(
-        self, sources: Sequence[KernelSource], folder: Path, objects_folder: Path | None = None
+        self,
+        sources: Sequence[KernelSource],
+        folder: Path,
+        objects_folder: Path | None = None,
+        target: build.Target | None = None,
     ) -> None:
-        target = build.Target.host()
+        target = target or build.Target.host()
         objects = build.build_objects(sources, objects_folder or folder / "objects", target)
         name = f"kernels-{sources[0].digest()[:16]}-{len(sources)}.so"
         self._library = build.load(build.link(objects, folder / name, target))
@@ -175,8 +183,13 @@ def prepare(
 
 def _operand_array(operand: Operand, value: Tensor, sizes: Mapping[str, int]) -> Array:
     value = value.detach().to(_TORCH[operand.dtype])
-    if operand.packed in ROW_PACKINGS:
-        packed = ROW_PACKINGS[operand.packed](to_numpy(value.contiguous()), operand.name)
+    layout, _, form = (operand.packed or "").partition(".")
+    if operand.packed in ROW_PACKINGS or layout == "quant16":
+        rows = to_numpy(value.contiguous())
+        if layout == "quant16":
+            packed = pack_quant16(rows, QuantFormat.parse(form), operand.name)
+        else:
+            packed = ROW_PACKINGS[layout](rows, operand.name)
         array = _aligned(packed.nbytes)
         array[: packed.nbytes] = packed.reshape(-1).view(np.uint8)
         return array

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from aios_compile.capture.capture import capture
+from aios_compile.codegen.cpp.build import Target
 from aios_compile.codegen.emit_kernels import Emitted
 from aios_compile.codegen.program import Program
 from aios_compile.codegen.targets import emit, lower_for
@@ -53,10 +54,12 @@ def plan_model(
     stages: Sequence[Stage] = STAGES,
     disabled: Sequence[str] = (),
     card: str = "",
+    cpu: Target | None = None,
 ) -> Planned:
     """Capture, run the passes, emit and plan. verify: 1 proves each pass on random weights.
 
     card: with device="cuda", the GPU that the kernels are made for ("cuda:90"); none is needed.
+    cpu: with device="cpu", the instruction set instead of the host's.
     """
     sizes = options.resolve_sizes(source.max_model_len)
     model = source.build()
@@ -65,7 +68,7 @@ def plan_model(
     results = run_pipeline(
         module,
         stages,
-        pass_options(options, source, sizes, model),
+        pass_options(options, source, sizes, model, cpu=cpu),
         disabled=(*options.disable_passes, *disabled),
         verify=verify,
         seed=options.seed,
@@ -77,6 +80,7 @@ def plan_model(
     if module.not_generatable:
         sizes = replace(sizes, max_num_seqs=1)
     settings = settings_of(source, module, sizes, card, joined)
+    settings |= {"target": cpu.name} if cpu is not None else {}
     program = lower_for(module, emitted, limits_of(module, sizes), settings, plan_memory)
     return Planned(captured, module, tuple(results), emitted, program)
 

@@ -78,7 +78,7 @@ def apply_overrides(
     if not wanted:
         return verdicts
     weights.learn(module)
-    samples = [_operands(module, emitted, wanted, weights, tokens, width) for tokens in TOKENS]
+    samples = [sample_calls(module, emitted, wanted, weights, tokens, width) for tokens in TOKENS]
     for index in wanted:
         source = emitted.sources[index]
         edited = replace(source, text=edits[source.name])
@@ -91,7 +91,7 @@ def apply_overrides(
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
     """A call of a kernel, the values of its arguments, the sizes of the step."""
 
     call: fx.Node
@@ -99,14 +99,14 @@ class _Sample:
     sizes: dict[str, int]
 
 
-def _operands(
+def sample_calls(
     module: IRModule,
     emitted: Emitted,
     wanted: Sequence[int],
     weights: RandomWeights,
     num_tokens: int,
     width: int,
-) -> dict[int, _Sample]:
+) -> dict[int, Sample]:
     """Run one step in PyTorch, one layer of each kind; return the wanted kernels' operands."""
     whole = bool(module.not_generatable) or "slots" not in module.inputs.values()
     step = inputs.whole(num_tokens) if whole else inputs.mixed(num_tokens)
@@ -115,12 +115,12 @@ def _operands(
     with one_thread():
         run_steps(module, [step], weights, skips, 0, watch=trace.watch)
     sizes = {**inputs.sizes_of(step), "P": width}
-    found: dict[int, _Sample] = {}
+    found: dict[int, Sample] = {}
     for (region, node), _ in trace.values.items():
         if is_kernel_call(node) and emitted.by_call[node] in wanted:
             places: list[Any] = [(region, a) for a in node.args]
             values = [trace.values.get(place, place[1]) for place in places]
-            found.setdefault(emitted.by_call[node], _Sample(node, values, sizes))
+            found.setdefault(emitted.by_call[node], Sample(node, values, sizes))
     return found
 
 
@@ -153,7 +153,7 @@ def _verdict(
     source: KernelSource,
     edited: KernelSource,
     emitted: Emitted,
-    samples: Sequence[_Sample],
+    samples: Sequence[Sample],
     folder: Path,
 ) -> Verdict:
     with tempfile.TemporaryDirectory() as temporary:
@@ -181,7 +181,7 @@ def _verdict(
             candidate.close()
 
 
-def _check(sample: _Sample, emitted: Emitted, kernels: Kernels) -> Checked | str:
+def _check(sample: Sample, emitted: Emitted, kernels: Kernels) -> Checked | str:
     """Return how right a kernel is, or why it is not."""
     arguments = sample.call, emitted, sample.values, sample.sizes
     tokens = sample.sizes["T"]

@@ -20,6 +20,7 @@ from aios_compile.codegen.cpp import build
 from aios_compile.codegen.operand import Operand, dim_value
 from aios_compile.codegen.source import KernelSource
 from aios_compile.ir.symbols import new_fake, new_fake_mode
+from tests.codegen.emulated import EmulatedKernels
 
 torch.set_num_threads(1)
 FOLDER = Path(tempfile.gettempdir()) / f"aios-test-objects-{os.getuid()}"
@@ -62,16 +63,22 @@ def make_body(
 
 
 class Kernel:
-    """A built kernel; call it with sizes and tensors (inputs, then outputs)."""
+    """A built kernel; call it with sizes and tensors (inputs, then outputs).
+
+    Kernels of another architecture run in an emulator.
+    """
 
     def __init__(self, source: KernelSource, target: build.Target | None = None) -> None:
         target = target or build.Target.host()
+        self.source, self.emulated = source, None
+        if target.foreign:
+            self.emulated = EmulatedKernels([source], target, FOLDER)
+            return
         objects = build.build_objects([source], FOLDER, target, jobs=1)
         self.library = build.load(build.link(objects, objects[0].with_suffix(".so"), target))
         self.run = getattr(self.library, source.symbol)
         self.items = getattr(self.library, f"{source.symbol}_items")
         self.items.restype = ctypes.c_int64
-        self.source = source
 
     def __call__(
         self,
@@ -85,6 +92,9 @@ class Kernel:
         shapes = [[dim_value(d, sizes) for d in o.shape] for o in self.source.workspace]
         spaces = [poisoned(shape) for shape in shapes]
         operands = [*tensors, *spaces]
+        if self.emulated is not None:
+            self.emulated.run(0, sizes, operands, splits, last_only)
+            return
         addresses = [t.data_ptr() if isinstance(t, Tensor) else t.ctypes.data for t in operands]
         p = (ctypes.c_void_p * len(addresses))(*addresses)
         items = self.items(ctypes.byref(n))

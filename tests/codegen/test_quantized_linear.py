@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from aios_compile.codegen.cpp import build, quantized_linear
 from aios_compile.codegen.packing import pack_quant16
 from aios_compile.ir import ops, quantized
 from aios_compile.ir.quant_format import QuantFormat
-from tests.codegen.harness import Kernel, make_body
+from tests.codegen.emulated import emulable, skip_unless_runnable
+from tests.codegen.harness import FOLDER, Kernel, make_body
 from tests.ir.test_quantized import FORMATS, random_fields
 
 assert ops.TABLE
 aios, aten = torch.ops.aios, torch.ops.aten
 RUNNABLE = [t.name for t, needs in build.TARGETS if needs <= build.cpu_features()]
+RUNNABLE += emulable() if "NIGHTLY" in os.environ else ()
 EVERYWHERE = ("int8_g32_f16", "int4_g32_f16", "uint5_g32_k_min_k", "int6_g16_k")
 # On every instruction set; `make nightly` takes one format of each width.
 WIDTHS = EVERYWHERE if "NIGHTLY" in os.environ else ("int4_g32_f16", "int6_g16_k")
@@ -96,6 +99,55 @@ def test_all_formats_targets_and_tiles_give_the_same_bits(name):
             if tokens == max(TOKENS):
                 whole = out if target == RUNNABLE[0] else whole  # noqa: F821
                 assert torch.equal(out, whole), target
+
+
+def run_on(target, name, tokens):
+    """Return the same linear of `tokens` tokens, computed with a target's instructions."""
+    rows, depth = ROWS, 128
+    torch.manual_seed(7)
+    x, out = torch.randn(tokens, depth), torch.full((tokens, rows), float("nan"))
+    _, _, source = source_of(plain, rows, depth, name)
+    Kernel(source, target)({"T": tokens}, x, packed(random_rows(name, rows, depth), name), out)
+    return out
+
+
+def test_neon_gives_the_same_bits():
+    """In an emulator; tests/nightly/test_aarch64.py runs every kernel of a model there."""
+    skip_unless_runnable("neondot")
+    for tokens in (1, 5):
+        name, found = "int8_g32_f16", run_on(build.Target.named("neondot"), "int8_g32_f16", tokens)
+        assert torch.equal(found, run_on(build.Target.host(), name, tokens))
+
+
+# AVX-VNNI's instruction has a twin in AVX-512 that differs in its encoding only.
+VNNI = build.Target.named("avxvnni")
+TWIN = (*build.Target.named("avx2").march_flags, "-mavx512vl", "-mavx512vnni", "-D__AVXVNNI__")
+TWIN += ("-D_mm256_dpbusd_avx_epi32=_mm256_dpbusd_epi32",)
+
+
+def dot_products(source, target):
+    """Return the dot product instructions of a kernel, disassembled."""
+    (built,) = build.build_objects([source], FOLDER, target, jobs=1)
+    command = ["objdump", "-d", "-w", "--no-show-raw-insn", str(built)]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [line.split("\t", 1)[1] for line in lines if "vpdpbusd" in line]
+
+
+@pytest.mark.parametrize("name", EVERYWHERE if "NIGHTLY" in os.environ else ["int8_g32_f16"])
+def test_avx_vnni_is_compiled_and_its_twin_gives_the_same_bits(name):
+    """No processor that this was written on has AVX-VNNI itself."""
+    if build.host_machine() != "x86_64":
+        pytest.skip("the processor lacks AVX-512 VNNI")
+    _, _, source = source_of(plain, ROWS, 128, name)
+    twin = build.Target("avxvnni twin", TWIN, 32, "x86_64")
+    ours, theirs = dot_products(source, VNNI), dot_products(source, twin)
+    assert ours and all(line.startswith("{vex} vpdpbusd") and "ymm" in line for line in ours)
+    assert len(theirs) == len(ours) and not any("{vex}" in line for line in theirs)
+    if not {"avx512vl", "avx512_vnni"} <= build.cpu_features():
+        pytest.skip("the processor lacks AVX-512 VNNI")
+    for tokens in (1, 7):
+        portable = run_on(build.Target.named("avx2"), name, tokens)
+        assert torch.equal(run_on(twin, name, tokens), portable)
 
 
 def test_a_row_does_not_depend_on_its_batch():

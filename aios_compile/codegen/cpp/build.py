@@ -29,6 +29,7 @@ from aios_compile.errors import BuildError
 
 HEADER_FOLDER = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
+PACKAGES = "apt install g++, dnf install gcc-c++, xcode-select --install"
 # The floating-point policy: a product and a sum are fused where the text says fma, nowhere else; no
 # fast-math; sqrt sets no errno, so that it is one instruction. Whole numbers wrap, as in torch.
 FLAGS = (
@@ -44,16 +45,25 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Target:
-    """The instruction set that kernels are compiled for. `vector_bytes` is one register's width."""
+    """The instruction set that kernels are compiled for. `vector_bytes` is one register's width.
+
+    machine: the architecture that has it, as in a compiler's name; "" for any.
+    """
 
     name: str
     march_flags: tuple[str, ...]
     vector_bytes: int
+    machine: str = ""
 
     @property
     def bf16_dot(self) -> bool:
         """Whether it has dot products of pairs of bf16 (vdpbf16ps)."""
         return "-mavx512bf16" in self.march_flags
+
+    @property
+    def foreign(self) -> bool:
+        """Whether only a cross-compiler makes its code here."""
+        return self.machine not in ("", host_machine())
 
     @staticmethod
     def host() -> Target:
@@ -77,7 +87,11 @@ _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
 def _x86(name: str, vector_bytes: int, *features: str) -> tuple[Target, frozenset[str]]:
     """Return a target and its features; Linux writes avx512_vnni for what gcc calls avx512vnni."""
     flags = tuple(f"-m{f.replace('_', '')}" for f in features)
-    return Target(name, flags, vector_bytes), frozenset(features)
+    return Target(name, flags, vector_bytes, "x86_64"), frozenset(features)
+
+
+def _arm(name: str, flags: tuple[str, ...], *features: str) -> tuple[Target, frozenset[str]]:
+    return Target(name, flags, 16, "aarch64"), frozenset(features)
 
 
 # From wide to narrow, each with the processor features that it needs. The last needs none. VNNI and
@@ -88,16 +102,21 @@ TARGETS: tuple[tuple[Target, frozenset[str]], ...] = (
     _x86("avx512", 64, *_AVX512),
     _x86("avxvnni", 32, *_AVX2, "avx_vnni"),
     _x86("avx2", 32, *_AVX2),
-    (Target("neondot", ("-march=armv8.2-a+dotprod",), 16), frozenset({"asimd", "asimddp"})),
-    (Target("neon", (), 16), frozenset({"asimd"})),
+    _arm("neondot", ("-march=armv8.2-a+dotprod",), "asimd", "asimddp"),
+    _arm("neon", (), "asimd"),
     (Target("portable", (), 16), frozenset()),
 )
 
 
+def host_machine() -> str:
+    """Return this machine's architecture as compilers spell it: x86_64, aarch64."""
+    name = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
 def cpu_features() -> frozenset[str]:
     """Return the processor's feature names as Linux spells them; empty where they are unknown."""
-    arm = platform.machine().lower() in ("arm64", "aarch64")
-    base = frozenset({"asimd"} if arm else ())  # part of the base architecture
+    base = frozenset({"asimd"} if host_machine() == "aarch64" else ())  # of every such processor
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -114,17 +133,20 @@ class Compiler:
     version: str
 
 
-def find_compiler() -> Compiler:
+def find_compiler(target: Target | None = None) -> Compiler:
     """Return the compiler named by AIOS_CXX, else the first of c++, g++, clang++ on the PATH.
 
-    Raises BuildError when there is none.
+    For a target of another architecture it is the cross-compiler: aarch64-linux-gnu-g++. Raises
+    BuildError when there is none.
     """
-    return _find_compiler(env.CXX.get(), os.environ.get("PATH", ""))
+    cross = target.machine if target is not None and target.foreign else ""
+    return _find_compiler(env.CXX.get(), os.environ.get("PATH", ""), cross)
 
 
 @functools.lru_cache(maxsize=8)
-def _find_compiler(chosen: str, path: str) -> Compiler:
-    names = (chosen,) if chosen else COMPILERS
+def _find_compiler(chosen: str, path: str, cross: str) -> Compiler:
+    usual = (f"{cross}-linux-gnu-g++",) if cross else COMPILERS
+    names = (chosen,) if chosen else usual
     for name in names:
         found = shutil.which(name, path=path)
         if found is None:
@@ -135,11 +157,12 @@ def _find_compiler(chosen: str, path: str) -> Compiler:
             continue
         if run.returncode == 0:
             return Compiler(found, run.stdout.splitlines()[0] if run.stdout else "unknown")
-    where = f"AIOS_CXX={chosen!r} is not a C++ compiler" if chosen else "no C++ compiler was found"
+    kind = f"C++ compiler for {cross}" if cross else "C++ compiler"
+    where = f"AIOS_CXX={chosen!r} is not a C++ compiler" if chosen else f"no {kind} was found"
+    package = f"apt install g++-{cross.replace('_', '-')}-linux-gnu" if cross else PACKAGES
     raise BuildError(
         f"{where}: looked for {', '.join(names)} on the PATH",
-        advice="install g++ (apt install g++, dnf install gcc-c++, xcode-select --install) or set "
-        "AIOS_CXX to the path of g++ or clang++",
+        advice=f"install g++ ({package}) or set AIOS_CXX to the path of g++ or clang++",
     )
 
 
@@ -154,9 +177,14 @@ def compile_flags(target: Target, extra_flags: Sequence[str] = ()) -> tuple[str,
     return (*FLAGS, *target.march_flags, *extra_flags)
 
 
+def _toolchain(target: Target) -> str:
+    version = find_compiler(target).version
+    return f"{version} for {target.machine}" if target.foreign else version
+
+
 def object_key(text: str, target: Target, extra_flags: Sequence[str] = ()) -> str:
     """Return the name under which the object of `text` is cached: a sha256 in hex."""
-    parts = (text, headers_text(), find_compiler().version, *compile_flags(target, extra_flags))
+    parts = (text, headers_text(), _toolchain(target), *compile_flags(target, extra_flags))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -176,7 +204,7 @@ def build_objects(
     """
     pairs = [(s.name, s.text) if isinstance(s, KernelSource) else s for s in sources]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    find_compiler()
+    find_compiler(target)
     objects = [folder / f"{object_key(text, target, extra_flags)}.o" for _, text in pairs]
     missing = {path: pair for path, pair in zip(objects, pairs) if not path.exists()}
     done = len(pairs) - len(missing)
@@ -200,9 +228,9 @@ def build_objects(
 
 def _includes(folder: Path, target: Target, extra_flags: tuple[str, ...]) -> list[str]:
     """Return the include folders' arguments, that of the precompiled prelude first."""
-    compiler, flags = find_compiler(), compile_flags(target, extra_flags)
+    compiler, flags = find_compiler(target).path, compile_flags(target, extra_flags)
     header, key = HEADER_FOLDER / PRELUDE, headers_text()
-    ready = precompile(folder, header, compiler.path, compiler.version, flags, key, _run)
+    ready = precompile(folder, header, compiler, _toolchain(target), flags, key, _run)
     return [*ready, "-I", str(HEADER_FOLDER)]
 
 
@@ -219,7 +247,7 @@ def _compile(
         kernel = Path(aside) / f"{re.sub(r'[^A-Za-z0-9_]', '_', name)}.cpp"
         kernel.write_text(text)
         built = kernel.with_suffix(".o")
-        command = [find_compiler().path, *compile_flags(target, extra_flags)]
+        command = [find_compiler(target).path, *compile_flags(target, extra_flags)]
         command += [*includes, "-c", str(kernel), "-o", str(built)]
         _run(command, f"kernel {name}", "a generated kernel must compile: please report it")
         os.replace(kernel, source)
@@ -255,7 +283,7 @@ def link(
     march = target.march_flags if target else ()
     with tempfile.TemporaryDirectory(prefix=".link-", dir=out_path.parent) as aside:
         built = Path(aside) / out_path.name
-        command = [find_compiler().path, *march, *extra_flags, "-fPIC", "-o", str(built)]
+        command = [find_compiler(target).path, *march, *extra_flags, "-fPIC", "-o", str(built)]
         command += [*(str(path) for path in objects), *LINK_FLAGS]
         _run(command, f"linking {out_path.name}", "free disk space, or remove the cache folder")
         os.replace(built, out_path)
