@@ -68,7 +68,9 @@ def _for_cpu(model: str, name: str, folder: Path, options: dict[str, Any], as_js
     print(f"{report.target}, {report.compiler}: {report.library}")
 
 
-def _for_card(model: str, target: str, folder: Path, options: dict[str, Any], as_json: bool) -> None:
+def _for_card(
+    model: str, target: str, folder: Path, options: dict[str, Any], as_json: bool
+) -> None:
     from aios_compile.study.gpu_compile import compile_for
     from aios_compile.study.gpu_pages import write_pages
 

@@ -59,9 +59,7 @@ def skip_unless_runnable(name: str) -> None:
 class EmulatedKernels:
     """Kernels in one static program for `target`; call them one at a time."""
 
-    def __init__(
-        self, sources: Sequence[KernelSource], target: build.Target, folder: Path
-    ) -> None:
+    def __init__(self, sources: Sequence[KernelSource], target: build.Target, folder: Path) -> None:
         self.sources, self.target = list(sources), target
         objects = build.build_objects([*sources, ("main", self._main())], folder, target)
         self.program = objects[-1].with_suffix(f".{hash(tuple(objects)):x}.elf")

@@ -67,6 +67,33 @@ def test_no_compiler_gives_advice(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         build.find_compiler()
 
 
+def test_a_foreign_target_needs_a_cross_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(build, "host_machine", lambda: "x86_64")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    target = build.Target.named("neondot")
+    assert target.foreign and not build.Target.named("portable").foreign
+    with pytest.raises(BuildError, match="no C.. compiler for aarch64 was found") as caught:
+        build.build_objects([("good", GOOD)], tmp_path / "objects", target)
+    assert "apt install g++-aarch64-linux-gnu" in str(caught.value)
+    cross = tmp_path / "aarch64-linux-gnu-g++"
+    cross.write_text("#!/bin/sh\necho a cross-compiler\n")
+    cross.chmod(0o755)
+    assert build.find_compiler(target) == build.Compiler(str(cross), "a cross-compiler")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert build.find_compiler(target) == build.Compiler(str(cross), "a cross-compiler")
+    assert build.find_compiler().path != str(cross)
+
+
+def test_an_unknown_instruction_set_is_refused(tmp_path: Path) -> None:
+    from aios_compile.errors import CodegenError
+    from aios_compile.study.cpu_compile import compile_for
+
+    with pytest.raises(CodegenError, match="'sse9' is unknown .known: avx512bf16"):
+        compile_for("model", "sse9", tmp_path, {})
+
+
 def test_a_folder_that_cannot_execute_gives_advice(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
