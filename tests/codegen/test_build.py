@@ -74,7 +74,7 @@ def test_a_foreign_target_needs_a_cross_compiler(
     monkeypatch.setenv("PATH", str(tmp_path))
     target = build.Target.named("neondot")
     assert target.foreign and not build.Target.named("portable").foreign
-    with pytest.raises(BuildError, match="no C.. compiler for aarch64 was found") as caught:
+    with pytest.raises(BuildError, match=r"no C.. compiler for aarch64 was found") as caught:
         build.build_objects([("good", GOOD)], tmp_path / "objects", target)
     assert "apt install g++-aarch64-linux-gnu" in str(caught.value)
     cross = tmp_path / "aarch64-linux-gnu-g++"
@@ -90,7 +90,7 @@ def test_an_unknown_instruction_set_is_refused(tmp_path: Path) -> None:
     from aios_compile.errors import CodegenError
     from aios_compile.study.cpu_compile import compile_for
 
-    with pytest.raises(CodegenError, match="'sse9' is unknown .known: avx512bf16"):
+    with pytest.raises(CodegenError, match=r"'sse9' is unknown .known: avx512bf16"):
         compile_for("model", "sse9", tmp_path, {})
 
 
