@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from aios_compile.capture.capture import capture
+from aios_compile.ir import snapshot
 from aios_compile.ir.module import IRModule, drop_dead, placeholders
 from aios_compile.models.config import ModelConfig
 from aios_compile.models.decoder import Decoder
@@ -174,9 +177,18 @@ def decoder_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
 def captured(
     model_type: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any
 ) -> IRModule:
-    """Return level 1 of a tiny decoder with seeded weights of about unit gain."""
+    """Return level 1 of a tiny decoder with seeded weights of about unit gain.
+
+    A decoder is captured once a process; each call returns a copy (the weights are shared).
+    """
+    config = decoder_config(model_type, **changes)
+    return snapshot.take(_captured(json.dumps(config), dtype))
+
+
+@functools.cache
+def _captured(config: str, dtype: torch.dtype) -> IRModule:
     torch.manual_seed(0)
-    model = Decoder(ModelConfig.from_dict(decoder_config(model_type, **changes)))
+    model = Decoder(ModelConfig.from_dict(json.loads(config)))
     return captured_module(model, dtype, flat=True)
 
 

@@ -60,8 +60,9 @@ def lowered(
     for stage in (RAISE, REWRITE, FUSE):
         for function in [p for p in stage.passes if info_of(p).target in ("", target)]:
             applied = helpers.apply(function, module, target, options).hits
-            refresh(module)
-            verify(module)
+            if any(applied.values()):
+                refresh(module)
+                verify(module)
             layers = [n for name, n in applied.items() if name]
             hits[function.__name__] = (max(layers, default=0), applied[""])
         module.level = stage.level_after
