@@ -12,6 +12,7 @@ from aios_compile.codegen.cpp import build, linear
 from aios_compile.codegen.packing import ROW_PACKINGS
 from aios_compile.ir import ops  # noqa: F401  (registers the ops)
 from tests.codegen.harness import Kernel, make_body, sparse
+from tests.variants import nightly
 
 aios, aten = torch.ops.aios, torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -171,7 +172,7 @@ def test_row_bits_do_not_depend_on_the_batch(function):
     assert abs(float(chain) - float(whole[7, 3])) <= 2e-6 * abs(float(chain)) + 1e-6
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [*SOME[:1], *nightly(*TARGETS)])
 @pytest.mark.parametrize("tokens", [1, 7, 30])
 def test_tails(tokens, target):
     skip_unless(target)
@@ -201,7 +202,7 @@ def test_tails(tokens, target):
         close(actual, wanted, depth)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [*SOME[:1], *nightly(*TARGETS)])
 @pytest.mark.parametrize("tokens", [1, 4, 29])
 def test_gated_halves(tokens, target):
     skip_unless(target)

@@ -190,7 +190,7 @@ def test_gated_halves(tokens):
 
 def test_the_largest_codes_do_not_overflow():
     """All codes and activations at their ends, where sums in 16 bits would wrap or saturate."""
-    for name in EVERYWHERE:
+    for name in WIDTHS:
         form = QuantFormat.parse(name)
         fields = random_fields(form, ROWS, DEPTH)
         fields.codes.fill_((1 << form.bits) - 1)
@@ -221,7 +221,7 @@ def test_what_this_machine_cannot_run_compiles(tmp_path):
     if not build.cpu_features() & {"sse2"}:
         pytest.skip("no x86 compiler")
     target = build.Target.named("avxvnni")
-    for name in EVERYWHERE:
+    for name in WIDTHS:
         _, _, source = source_of(plain, ROWS, DEPTH, name, DEPTH + 3)
         (path,) = build.build_objects([source], tmp_path, target)
         assert path.stat().st_size > 1000

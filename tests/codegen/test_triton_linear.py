@@ -11,6 +11,7 @@ import torch
 from aios_compile.ir import ops  # noqa: F401  (registers the ops)
 from tests.codegen.harness import make_body
 from tests.codegen.triton_modules import load, poisoned, run
+from tests.variants import nightly
 
 pytest.importorskip("triton")
 
@@ -89,7 +90,13 @@ def close(actual, expected, depth, dtype=f32):
 @pytest.mark.parametrize("config", [ROWS, DOT, SPLIT, TILE], ids=lambda c: f"{c.kind}{c.split}")
 @pytest.mark.parametrize(
     "dtypes",
-    [(f32, f32), (f32, bf16), (f32, f16), (f16, f16), (bf16, bf16), (f16, bf16), (bf16, f32)],
+    [
+        (f32, f32),
+        (f32, bf16),
+        (f16, f16),
+        (bf16, bf16),
+        *nightly(((f32, f16),), ((f16, bf16),), ((bf16, f32),)),
+    ],
     ids=lambda d: "-".join(str(x)[6:] for x in d),
 )
 def test_plain_at_borders(config: Config, dtypes: Any) -> None:

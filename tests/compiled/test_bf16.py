@@ -13,8 +13,9 @@ import pytest
 from aios_compile.codegen.cpp import build
 from tests import zoo
 from tests.compiled.conftest import Load
+from tests.variants import nightly
 
-NAMES = ("llama_gqa", "mistral_window", "qwen2_gqa", "qwen3_gqa")
+NAMES = ("llama_gqa", "qwen3_gqa", *nightly("mistral_window", "qwen2_gqa"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from aios_compile import SamplingParams
 from tests import zoo
@@ -25,6 +26,7 @@ def longer(folder: Path, base: Path) -> Path:
     return Path(path)
 
 
+@pytest.mark.nightly
 def test_tokens_and_logprobs_do_not_depend_on_threads_or_steps(
     load: Load, zoo_folder: Path, tmp_path: Path
 ) -> None:

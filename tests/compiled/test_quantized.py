@@ -65,7 +65,7 @@ def test_perplexity_and_bits(load: Load, plain: float) -> None:
 
 
 def test_formats_by_name_and_what_is_refused(load: Load) -> None:
-    model = load(SHAKESPEARE, quantization="uint4_g64_f16_min_f16")
+    model = load("qwen3_gqa", quantization="uint4_g64_f16_min_f16")
     assert "quant16.uint4_g64_f16_min_f16" in {w.packed for w in model.program.weights}
     model = load("qwen3_gqa", quantization="int4_g128_f16")  # rows of 64 values
     assert not any(w.packed.startswith("quant16") for w in model.program.weights)

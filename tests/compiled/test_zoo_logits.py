@@ -13,6 +13,7 @@ import torch
 
 from tests import zoo
 from tests.compiled.conftest import Load
+from tests.variants import nightly
 
 NUM_GREEDY = 64
 PROMPT = 8
@@ -20,9 +21,10 @@ NAMES = (
     "llama_gqa", "llama_mqa", "llama_tied", "llama_attention_bias", "llama_mlp_bias",
     "llama_head_dim", "llama_odd_sizes", "llama_gelu_tanh", "llama_linear",
     "llama_llama3", "llama_yarn", "llama_dynamic", "llama_partial_rotary",
-    "mistral_window", "mistral_window_page", "mistral_head_dim", "mistral_yarn",
-    "qwen2_gqa", "qwen2_tied", "qwen2_layer_types", "qwen2_yarn", "qwen2_dynamic",
-    "qwen3_gqa", "qwen3_tied", "qwen3_bias", "qwen3_window", "qwen3_layer_types",
+    "mistral_window", "mistral_window_page", "mistral_head_dim",
+    "qwen2_gqa", "qwen2_tied", "qwen2_layer_types", "qwen2_dynamic",
+    "qwen3_gqa", "qwen3_bias", "qwen3_window", "qwen3_layer_types",
+    *nightly("mistral_yarn", "qwen2_yarn", "qwen3_tied"),
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import torch
 from aios_compile.errors import PromptTooLongError, RequestError, UnsupportedModelError
 from tests.foreign import modules
 from tests.foreign.modules import CALLABLE, GENERATABLE, Alibi, Called, Model, blocks, build, causal
+from tests.variants import nightly
 
 
 def eager(model, ids):
@@ -31,7 +32,12 @@ def greedy(model, ids, count):
     return ids[-count:].tolist()
 
 
-@pytest.mark.parametrize("name", GENERATABLE)
+NIGHTLY = ("spelled", "squared_relu", "odd_activation", "alibi_called", "complex_angles", "flat")
+
+
+@pytest.mark.parametrize(
+    "name", [*(n for n in GENERATABLE if n not in NIGHTLY), *nightly(*NIGHTLY)]
+)
 def test_generatable(name, compiled):
     model = build(GENERATABLE[name])
     with compiled(model, max_num_batched_tokens=24) as found:

@@ -69,6 +69,7 @@ def rounded(scheme: Scheme) -> Decoder:
     return model
 
 
+@pytest.mark.nightly
 def test_gptq_and_awq_beat_rounding_to_nearest(texts: Any, tmp_path: Path) -> None:
     """INT4, groups of 32, held-out perplexity, all of the text and 32 windows to calibrate on: to
     nearest +0.53 %, AWQ +0.35 %, GPTQ +0.15 %. Here on some of it."""
