@@ -9,15 +9,17 @@ bytes over the card's bandwidth, plus what a launch costs in a graph.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from aios_compile.codegen.program import Program
 from aios_compile.codegen.triton.cards import LATENCY_US, LAUNCH_US, Card, card_of
 from aios_compile.codegen.triton.compile_ahead import CACHE, Binary, compile_ahead
+from aios_compile.codegen.triton.occupancy import Occupancy, occupancy
 from aios_compile.compiler import launched_sources
 from aios_compile.config import CompileOptions
 from aios_compile.errors import DeviceMemoryError
@@ -27,6 +29,7 @@ from aios_compile.runtime.gpu_memory import plan_card
 from aios_compile.study.kernel_table import KernelRow, kernel_rows
 from aios_compile.study.plan_model import Planned, open_without_weights, plan_model
 
+CHOSEN = re.compile(r"^# chosen for (.*)$", re.MULTILINE)  # in the head of a linear's module
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
 
@@ -35,7 +38,9 @@ class KernelReport:
     """One kernel of a decode step of one sequence (256 tokens in the cache).
 
     calls: in a step, all layers. launches: of its module in one call. bytes, floor_us,
-    predicted_us: of one call. share: floor over prediction. binaries: all variants.
+    predicted_us: of one call. share: floor over prediction. binaries: all variants. held: programs
+    that a multiprocessor holds of each launch for one token. chosen: why a linear's variants are
+    what they are, a line each.
     """
 
     row: KernelRow
@@ -45,6 +50,8 @@ class KernelReport:
     floor_us: float
     predicted_us: float
     binaries: tuple[Binary, ...]
+    held: tuple[Occupancy, ...] = ()
+    chosen: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -59,6 +66,7 @@ class KernelReport:
         numbers = ("calls", "launches", "bytes", "floor_us", "predicted_us", "share")
         values = {name: getattr(self, name) for name in numbers}
         lines = list(self.row.model_lines)
+        values |= {"chosen": list(self.chosen), "held": [asdict(h) for h in self.held]}
         binaries = [asdict(b) for b in self.binaries]
         return {"name": self.row.name, **values, "model_lines": lines, "binaries": binaries}
 
@@ -111,7 +119,11 @@ def compile_for(
     by_symbol = {s.symbol: tuple(b) for s, b in zip(sources, binaries)}
     rows = kernel_rows(planned.module, planned.emitted, planned.program)
     launched = [row for row in rows if row.symbol in by_symbol]
-    reports = [report_of(row, by_symbol[row.symbol], card) for row in launched]
+    reasons = {s.symbol: tuple(CHOSEN.findall(s.text)) for s in sources}
+    reports = [
+        replace(report_of(row, by_symbol[row.symbol], card), chosen=reasons[row.symbol])
+        for row in launched
+    ]
     reports.sort(key=lambda report: -report.predicted_us * report.calls)
     options = CompileOptions.parse({**keywords, "device": "cuda"})
     memory = memory_table(planned.program, card, options.gpu_memory_utilization)
@@ -140,7 +152,8 @@ def report_of(row: KernelRow, binaries: tuple[Binary, ...], card: Card) -> Kerne
     size = row.bytes_a_token // max(1, row.launches)
     floor = size / card.bytes_per_us
     predicted = floor + launches * LAUNCH_US + LATENCY_US
-    return KernelReport(row, row.launches, launches, size, floor, predicted, binaries)
+    held = tuple(occupancy(b.usage(), card) for b in binaries[:launches])
+    return KernelReport(row, row.launches, launches, size, floor, predicted, binaries, held)
 
 
 def floor_us(rows: list[KernelRow], card: Card) -> float:

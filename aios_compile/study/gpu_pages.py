@@ -51,7 +51,8 @@ def _index(report: StepReport) -> str:
         f"{report.predicted_us:.0f} us ({report.floor_us / report.predicted_us:.0%}).</p>"
         f"<pre>{escape(report.memory)}</pre>"
     )
-    names = "kernel calls launches bytes floor_us predicted_us roofline registers spills shared"
+    names = "kernel calls launches bytes floor_us predicted_us roofline registers spills shared "
+    names += "resident"
     rows = ["".join(f"<th>{n}</th>" for n in [*names.split(), "model"])]
     for kernel in report.kernels:
         used = kernel.decode_binaries()
@@ -61,6 +62,7 @@ def _index(report: StepReport) -> str:
             f"{kernel.predicted_us:.2f}", f"{kernel.share:.0%}",
             "/".join(str(b.registers) for b in used), "/".join(str(b.spill_bytes) for b in used),
             "/".join(str(b.shared_bytes) for b in used),
+            "/".join(f"{h.programs} ({h.limit})" for h in kernel.held),
             escape("; ".join(kernel.row.model_lines[:2])),
         ]  # fmt: skip
         rows.append("".join(f"<td>{c}</td>" for c in cells))

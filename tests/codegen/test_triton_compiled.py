@@ -69,6 +69,8 @@ def test_attention_streams_pages_in_16_byte_copies_and_spills_nothing(tmp_path: 
     row = KernelRow(source.name, source.symbol, 28, 0, 28 << 20, 0, (), ("decoder.py:1",))
     report = gpu_compile.report_of(row, (split, whole), card_of("cuda:90"))
     assert report.launches == 1 and report.decode_binaries() == [split]
+    (held,) = report.held
+    assert held.programs == 65536 // (-(-split.registers // 8) * 8 * 128) == 2
     assert report.floor_us < report.predicted_us and report.bytes == 1 << 20
     step = gpu_compile.StepReport("cuda:90", "H200", (report,), report.floor_us * 28)
     index = gpu_pages.write_pages(step, tmp_path)
@@ -79,6 +81,7 @@ def test_attention_streams_pages_in_16_byte_copies_and_spills_nothing(tmp_path: 
         assert len(linked) > 30 and max(linked) <= last
     assert f"id='L{last}'" in page and "decoder.py:1" in page and "HGMMA" in page
     assert f"{source.name}.html" in index.read_text()
+    assert f"<td>2 ({held.limit})</td>" in index.read_text()
     assert "HGMMA" in Path(whole.text).with_suffix(".sass").read_text()
     assert json.loads((tmp_path / "report.json").read_text())["launches"] == 28
 

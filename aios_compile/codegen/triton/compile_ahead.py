@@ -24,6 +24,7 @@ from typing import Any
 
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton.binary_cache import settle_keys
+from aios_compile.codegen.triton.occupancy import Usage
 from aios_compile.errors import CodegenError
 
 CACHE = "triton_cache"  # the folder of Triton's cache below that of the modules
@@ -43,6 +44,10 @@ class Binary:
     shared_bytes: int
     text: str
     binary: str
+
+    def usage(self) -> Usage:
+        """Return what one program uses of a multiprocessor."""
+        return Usage(self.registers, self.shared_bytes, self.num_warps, self.spill_bytes)
 
     def assembly(self) -> str:
         """Return the PTX, or AMD's assembly."""

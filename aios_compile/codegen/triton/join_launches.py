@@ -20,7 +20,7 @@ from aios_compile.codegen.triton import persistent
 from aios_compile.codegen.triton.cards import Card
 from aios_compile.codegen.triton.compile_ahead import compile_ahead
 from aios_compile.codegen.triton.module_parts import take_apart
-from aios_compile.codegen.triton.occupancy import Usage, occupancy
+from aios_compile.codegen.triton.occupancy import occupancy
 from aios_compile.codegen.triton.persistent import Run
 from aios_compile.errors import CodegenError
 
@@ -118,7 +118,7 @@ def _resident(run: Run, card: Card) -> dict[int, int]:
     for binary in binaries:
         if binary.most is None or binary.most > persistent.MOST:
             continue
-        usage = Usage(binary.registers, binary.shared_bytes, binary.num_warps, binary.spill_bytes)
+        usage = binary.usage()
         held = occupancy(usage, card).programs
         told.append(
             f"for {binary.most} tokens {usage.registers} registers, {usage.spill_bytes} bytes "

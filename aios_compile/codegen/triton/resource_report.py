@@ -48,7 +48,7 @@ class ResourceReport:
             except CodegenError:
                 usage = UNFIT
             else:
-                usage = Usage(last.registers, last.shared_bytes, last.num_warps, last.spill_bytes)
+                usage = last.usage()
         if place is not None:
             self._keep(place, usage)
         return usage
