@@ -102,6 +102,7 @@ def test_a_limit_bounds_what_is_compiled() -> None:
         assert all(c.compiled <= limit for c in found.values())
 
 
+@pytest.mark.nightly
 def test_the_compilers_numbers_are_read_kept_and_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ from aios_compile.codegen.triton.cards import card_of
 
 aios, aten = torch.ops.aios, torch.ops.aten
 FORMS = ("int8_g32_f16", "int4_g32_f16", "uint4_g128_f16_min_zero", "int4_g32_bf16")
+LONGER = ("uint4_g128_f16_min_zero", "e4m3_g32_f32")
 OTHERS = ("uint4_g32_k_min_k", "uint5_g32_k_min_k", "int6_g16_k", "uint4_g64_f32_min_bf16")
 
 
@@ -170,7 +171,10 @@ def in_reverse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", descending)
 
 
-@pytest.mark.parametrize("name", ["int8_g32_f16", "uint4_g128_f16_min_zero", "e4m3_g32_f32"])
+@pytest.mark.parametrize(
+    "name",
+    ["int8_g32_f16", *(pytest.param(name, marks=pytest.mark.nightly) for name in LONGER)],
+)
 def test_parts_of_the_depth_are_added_in_their_order(name: str, monkeypatch: Any) -> None:
     """The same bits for 2 to 32 tokens, and whoever of a tile's programs comes last."""
     rows, form = 37, QuantFormat.parse(name)

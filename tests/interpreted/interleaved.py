@@ -4,7 +4,8 @@ The interpreter runs programs one behind the other, so a program that waits for 
 ends. Here each program is a thread of which one runs at a time; at every atomic operation it gives
 the turn back, and `pick` says who goes on. A program that looks at one flag twice (an atomic that
 adds zero) rests until somebody changes something; when all rest, that is a deadlock. At most
-`resident` programs have begun and not ended, as on a card that holds no more.
+`resident` programs have begun and not ended, as on a card that holds no more. Launches in one
+context overlap as dependent launches do: a program of a later one may run up to `wait_for_inputs`.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ class _Stopped(BaseException):
 
 
 class _Program:
-    def __init__(self, index: tuple[int, int, int], run: Callable[[], None]) -> None:
-        self.index, self.go, self.back = index, threading.Semaphore(0), threading.Semaphore(0)
+    """A program of the launch-th launch, the place-th of all that run together."""
+
+    def __init__(self, launch: int, place: int, grid: int, index: int, run: Any) -> None:
+        self.launch, self.place, self.grid, self.index = launch, place, grid, index
+        self.go, self.back = threading.Semaphore(0), threading.Semaphore(0)
         self.begun = self.ended = self.stopped = False
         self.error: BaseException | None = None
         self.looked_at: int | None = None
@@ -71,15 +75,21 @@ class Turns:
         self.pick, self.resident, self.num_turns = pick, resident, 0
         self.current: _Program | None = None
         self.resting: set[int] = set()
+        self.programs: list[_Program] = []
 
-    def run(self, programs: list[_Program]) -> None:
+    def add(self, launch: int, grid: int, run: Callable[[], None]) -> None:
+        """Add the programs of a launch."""
+        begin = len(self.programs)
+        self.programs += [_Program(launch, begin + i, grid, i, run) for i in range(grid)]
+
+    def run(self) -> None:
         """Run all programs to their ends. Raises Deadlock, or what a program raised."""
-        self.resting = set()
+        self.resting, programs = set(), self.programs
         try:
             while not all(p.ended for p in programs):
                 self._turn(programs)
         finally:
-            self.current = None
+            self.current, self.programs = None, []
             for program in programs:
                 program.stopped = True
                 while program.begun and not program.ended:
@@ -98,7 +108,8 @@ class Turns:
         chosen = self.pick(able)
         self.num_turns += 1
         self.current = program = programs[chosen]
-        interpreter.interpreter_builder.set_grid_idx(*program.index)
+        interpreter.interpreter_builder.set_grid_dim(program.grid, 1, 1)
+        interpreter.interpreter_builder.set_grid_idx(program.index, 0, 0)
         program.resume()
         if program.error is not None:
             raise program.error
@@ -111,16 +122,25 @@ class Turns:
         if program is None or threading.current_thread() is not program.thread:
             return
         if not changes and program.looked_at == place:  # in vain, or it would have gone on
-            self.resting.add(program.index[0])
+            self.resting.add(program.place)
         program.give_back()
         program.looked_at = None if changes else place
         if changes:
             self.resting.clear()
 
+    def wait_for_inputs(self) -> None:
+        """Rest until all programs of the launch before have ended; see dependent_launch.py."""
+        program = self.current
+        assert program is not None
+        while any(p.launch == program.launch - 1 and not p.ended for p in self.programs):
+            self.resting.add(program.place)
+            program.give_back()
+
 
 @contextlib.contextmanager
 def interleaved(turns: Turns) -> Iterator[None]:
-    """Run the launches of one-dimensional grids that begin in this context by `turns`."""
+    """Run the launches of this context, of one-dimensional grids, by `turns` when it ends."""
+    scopes: list[Any] = []
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     atomic, call = builder.create_atomic_rmw, executor.__call__
 
@@ -130,23 +150,22 @@ def interleaved(turns: Turns) -> Iterator[None]:
 
     def run(self: Any, *arguments: Any, **keywords: Any) -> None:
         names = inspect.getfullargspec(self.fn).args
-        scope = interpreter._patch_lang(self.fn)
-        try:
-            given = inspect.getcallargs(
-                self.fn, *arguments, **{k: v for k, v in keywords.items() if k in names}
-            )
-            given = {
-                name: value if name in self.constexprs else interpreter._implicit_cvt(value)
-                for name, value in given.items()
-            }
-            count = self.grid[0]
-            interpreter.interpreter_builder.set_grid_dim(count, 1, 1)
-            turns.run([_Program((i, 0, 0), lambda: self.fn(**given)) for i in range(count)])
-        finally:
-            scope.restore()
+        scopes.append(interpreter._patch_lang(self.fn))
+        given = inspect.getcallargs(
+            self.fn, *arguments, **{k: v for k, v in keywords.items() if k in names}
+        )
+        given = {
+            name: value if name in self.constexprs else interpreter._implicit_cvt(value)
+            for name, value in given.items()
+        }
+        self.fn.__globals__["wait_for_inputs"] = turns.wait_for_inputs
+        turns.add(len(scopes), self.grid[0], lambda: self.fn(**given))
 
     builder.create_atomic_rmw, executor.__call__ = create_atomic_rmw, run
     try:
         yield
+        turns.run()
     finally:
         builder.create_atomic_rmw, executor.__call__ = atomic, call
+        for scope in reversed(scopes):
+            scope.restore()

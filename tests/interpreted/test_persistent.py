@@ -6,6 +6,7 @@ interleaved (interleaved.py), so that its flags are what keeps the phases apart.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 from collections.abc import Callable
@@ -43,29 +44,36 @@ def test_steps_have_the_bits_of_separate_launches() -> None:
 
 
 @dataclass
-class Layer:
-    """The first layer's launch of a step, and memory as it was before: poison, but for inputs."""
+class Layers:
+    """The layers' launches of a step, and memory as it was before: poison, but for inputs."""
 
     source: KernelSource
     executor: GpuExecutor
     sizes: dict[str, int]
-    operands: list[Any]
+    operands: list[list[Any]]
     memory: tuple[Any, ...]
     before: tuple[Any, ...]
 
-    def run(self, text: str) -> tuple[Any, ...]:
-        """Return arena and KV pages after the launch of a module; its flags must be zeros."""
+    def run(self, text: str, turns: Turns | None = None, count: int = 1) -> tuple[Any, ...]:
+        """Return arena and KV pages after a module's launches for the first `count` layers, which
+        overlap if there are turns to take; its flags must be zeros.
+        """
         for place, values in zip(self.memory, self.before):
             place.copy_(values)
         source = KernelSource(self.source.name, self.source.symbol, "triton", text, 0)
-        load(source).launch(self.operands, **self.sizes)
+        module = load(source)
+        with contextlib.nullcontext() if turns is None else interleaved(turns):
+            for operands in self.operands[:count]:
+                module.launch(operands, **self.sizes)
         assert not self.executor._counters.any(), "flags are left raised"
         return tuple(place.clone() for place in self.memory[:2])
 
 
 @functools.cache
-def layer(sequences: tuple[tuple[int, int], ...]) -> tuple[Layer, tuple[Any, ...]]:
-    """Return the layer of a step, and what its phases as separate launches make of it."""
+def layers(
+    sequences: tuple[tuple[int, int], ...], count: int = 1
+) -> tuple[Layers, tuple[Any, ...]]:
+    """Return the layers of a step, and what phases as separate launches make of `count` of them."""
     built: Model = model(NAME, persistent=True)
     executor = built.executor(captures=False)
     executor._arena.fill_(255)  # NaN: what is read before it is written shows
@@ -79,19 +87,21 @@ def layer(sequences: tuple[tuple[int, int], ...]) -> tuple[Layer, tuple[Any, ...
         module.launch(
             [executor.operand(p, t, sizes) for p, t in zip(call.operands, module.TYPES)], **sizes
         )
-    call = executor.calls[first]
-    types = executor.modules[call.kernel].TYPES
-    operands = [executor.operand(p, t, sizes) for p, t in zip(call.operands, types)]
+    used = [call for call in executor.calls if call.region]
+    types = executor.modules[used[0].kernel].TYPES
+    operands = [
+        [executor.operand(p, t, sizes) for p, t in zip(call.operands, types)] for call in used
+    ]
     memory = (executor._arena, executor._states, executor._counters)
     before = tuple(place.clone() for place in memory)
-    source = built.emitted.sources[call.kernel]
-    found = Layer(source, executor, sizes, operands, memory, before)
-    return found, found.run(source.text)
+    source = built.emitted.sources[used[0].kernel]
+    found = Layers(source, executor, sizes, operands, memory, before)
+    return found, found.run(source.text, count=count)
 
 
 def whole(text: str, programs: int = PROGRAMS) -> str:
     """Return the module with one launch, of so many programs, for all phases."""
-    found = text.replace("if INTERPRETED.value else [(0, number)]", "if False else [(0, number)]")
+    found = text.replace("    if INTERPRETED.value:", "    if False:")
     assert found != text and ", 132, 5, num_warps" in text
     return found.replace(", 132, 5, num_warps", f", {programs}, 5, num_warps")
 
@@ -108,29 +118,49 @@ def drawn(seed: int) -> Pick:
     return random.Random(seed).choice
 
 
-def outcome(text: str, pick: Pick, sequences: Any, resident: int | None = None) -> bool:
-    """Return whether a module's launch has the bits of the phases, with its flags cleared."""
-    found, expected = layer(sequences)
-    with interleaved(Turns(pick, resident)):
-        got = found.run(text)
+def outcome(
+    text: str, pick: Pick, sequences: Any, resident: int | None = None, count: int = 1
+) -> bool:
+    """Return whether a module's launches have the bits of the phases, with the flags cleared."""
+    found, expected = layers(sequences, count)
+    got = found.run(text, Turns(pick, resident), count)
     return all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
-@pytest.mark.parametrize("sequences", [((3, 1),), ((0, 3), (2, 1))], ids=["one", "mixed"])
+@pytest.mark.parametrize(
+    "sequences",
+    [
+        pytest.param(((3, 1),), id="one"),
+        pytest.param(((0, 3), (2, 1)), id="mixed", marks=pytest.mark.nightly),
+    ],
+)
 def test_any_order_of_programs_has_the_same_bits(sequences: Any) -> None:
-    found, _ = layer(sequences)
+    found, _ = layers(sequences)
     text = whole(found.source.text)
-    for pick in (highest, lowest, drawn(1)):
+    for pick in (highest, drawn(1))[: len(sequences)]:
         assert outcome(text, pick, sequences)
-    if sequences[0][0]:
+    if len(sequences) > 1:
+        assert outcome(text, lowest, sequences) and outcome(text, drawn(2), sequences)
         idle = whole(found.source.text, 40)  # more programs than a phase has items
-        assert outcome(idle, drawn(3), sequences) and outcome(idle, highest, sequences)
+        assert outcome(idle, highest, sequences)
+
+
+@pytest.mark.nightly
+def test_launches_that_overlap_do_not_take_each_others_flags() -> None:
+    """Two layers as dependent launches; the second's idle programs begin before the first ends."""
+    found, _ = layers(((3, 1),), 2)
+    text = whole(found.source.text, 40)
+    for pick in (highest, lowest, drawn(1)):
+        assert outcome(text, pick, ((3, 1),), count=2)
+    waits = "            wait_for_inputs()\n        if LAST > 1:"
+    fault = _replaced(waits, waits.replace("wait_for_inputs()", "pass"))(text)
+    with pytest.raises((Deadlock, AssertionError)):
+        assert outcome(fault, highest, ((3, 1),), count=2)
 
 
 def test_more_programs_than_are_resident_never_end() -> None:
     """Why the executor refuses a device with fewer multiprocessors than the launch has programs."""
-    found, _ = layer(((3, 1),))
-    assert outcome(whole(found.source.text), drawn(1), ((3, 1),), resident=PROGRAMS)
+    found, _ = layers(((3, 1),))
     with pytest.raises(Deadlock):
         outcome(whole(found.source.text), lowest, ((3, 1),), resident=PROGRAMS - 1)
 
@@ -163,10 +193,13 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [*FAULTS][:2] + [pytest.param(name, marks=pytest.mark.nightly) for name in [*FAULTS][2:]],
+)
 def test_a_planted_fault_is_found(fault: str) -> None:
     """Wrong bits, flags that stay raised, or programs that never end, in one of a few orders."""
-    found, _ = layer(((3, 1),))
+    found, _ = layers(((3, 1),))
     text = FAULTS[fault](whole(found.source.text))
     for pick in (highest, lowest, drawn(1), drawn(2), drawn(3)):
         try:

@@ -79,7 +79,9 @@ def ended(flag, program, programs, items):
 LAUNCHES = '''\
 def phases(kernel, programs, number, **options):
     """Return a persistent kernel's launch; one for each phase where programs run in turns."""
-    spans = [(p, p + 1) for p in range(number)] if INTERPRETED.value else [(0, number)]
+    spans = [(0, number)]
+    if INTERPRETED.value:  # nobody may wait for a later program, and a few do all items
+        spans, programs = [(p, p + 1) for p in range(number)], min(programs, 8)
     return tuple(
         dict(
             kernel=kernel, grid=lambda T, S, R, P: (programs,),
