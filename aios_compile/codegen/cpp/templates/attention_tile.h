@@ -299,19 +299,22 @@ AIOS_NOINLINE void attend(Tile* tiles, const Sizes* n, void* const* p, int64_t s
     step.begin = (int)max(first - group, (int64_t)0);
     step.end = (int)min((int64_t)AHEAD, last - group + 1);
     step.first_key = group * PAGE;
+    const bool over = group + AHEAD > last;  // then the heads that often follow
     for (int i = 0; i < count; ++i) {
       const bool same = i + 1 < count;
       for (int j = step.begin; j < step.end; ++j) {
-        const int64_t page = table[group + j], next = table[min(group + AHEAD + j, last)];
+        const int64_t page = table[group + j];
+        const int64_t next = table[min((over ? first : group + AHEAD) + j, last)];
+        const int64_t then = over ? min(head + count, (int64_t)KV_HEADS - 1) : head;
         step.keys[j] = k_at(n, p, page, head + i);
         step.values[j] = v_at(n, p, page, head + i);
-        step.next_keys[j] = same ? k_at(n, p, page, head + i + 1) : k_at(n, p, next, head);
-        step.next_values[j] = same ? v_at(n, p, page, head + i + 1) : v_at(n, p, next, head);
+        step.next_keys[j] = same ? k_at(n, p, page, head + i + 1) : k_at(n, p, next, then);
+        step.next_values[j] = same ? v_at(n, p, page, head + i + 1) : v_at(n, p, next, then);
         if (!IN_CODES) continue;
         step.key_scales[j] = key_scales_at(n, p, page, head + i);
         step.value_scales[j] = value_scales_at(n, p, page, head + i);
-        __builtin_prefetch(key_scales_at(n, p, same ? page : next, same ? head + i + 1 : head));
-        __builtin_prefetch(value_scales_at(n, p, same ? page : next, same ? head + i + 1 : head));
+        __builtin_prefetch(key_scales_at(n, p, same ? page : next, same ? head + i + 1 : then));
+        __builtin_prefetch(value_scales_at(n, p, same ? page : next, same ? head + i + 1 : then));
       }
       dot_rows(tiles[i], step);
       softmax_step(tiles[i], step);
