@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import aios_compile
+from aios_compile import CompiledModel
 from aios_compile.codegen.cpp import build
 
 OPTIONS = {
@@ -21,20 +25,24 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's cache: its workers share their objects."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return tmp_path_factory.getbasetemp().parent / "foreign-cache"
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., CompiledModel]:
     """Return a function that compiles a module (-O1: these tests are about meaning)."""
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("cache")
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the run's folder: its workers share their objects
-        folder = tmp_path_factory.getbasetemp().parent / "foreign-cache"
     real = build.build_objects
 
-    def quick(*args, **keywords):
+    def quick(*args: Any, **keywords: Any) -> Any:
         return real(*args, **{**keywords, "extra_flags": ("-O1",)})
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AIOS_VERIFY", "0")  # the logits are compared here, end to end
-        patch.setattr(build, "build_objects", quick)
-        yield lambda model, **options: aios_compile.load_and_compile(
-            model, cache_dir=folder, **{**OPTIONS, **options}
-        )
+    monkeypatch.setenv("AIOS_VERIFY", "0")  # the logits are compared here, end to end
+    monkeypatch.setattr(build, "build_objects", quick)
+    return lambda model, **options: aios_compile.load_and_compile(
+        model, cache_dir=folder, **{**OPTIONS, **options}
+    )
