@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from aios_compile.cli import main as cli
+from aios_compile.cli.session import model_of
 from aios_compile.config import CompileOptions
-from aios_compile.errors import CheckpointError, RequestError
+from aios_compile.errors import CheckpointError, ConfigError, RequestError
 from aios_compile.progress import Progress
 from aios_compile.runtime.outputs import (
     CompletionOutput,
@@ -338,3 +339,20 @@ def test_compile_for_a_card_says_what_is_missing(
     given = [str(tmp_path / a) if a == "new" else a for a in arguments]
     result = shell.run("compile", "m", *given)
     assert result.code == 1 and expected in result.err and not shell.models
+
+
+def test_a_module_of_a_file_that_the_user_names(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("WIDTH = 3\n")
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import beside\n\n\nclass Module:\n    width = beside.WIDTH\n\n"
+        "    def named_parameters(self):\n        return ()\n\n\n"
+        "made = Module()\n\n\ndef make():\n    return Module()\n"
+    )
+    assert model_of(f"{file}:made").width == model_of(f"{file}:Module").width == 3
+    assert model_of(f"{file}:make") is model_of(f"{file}:make"), "one module, one set of weights"
+    assert model_of("org/name") == "org/name" and model_of(str(file)) == str(file)
+    with pytest.raises(ConfigError, match=r"mine\.py has no 'other'"):
+        model_of(f"{file}:other")
+    with pytest.raises(ConfigError, match="no such file"):
+        model_of(f"{tmp_path / 'none.py'}:made")

@@ -10,7 +10,7 @@ import typer
 
 from aios_compile.cli.options import EXIT_MISTAKE, JsonOption, ModelArgument
 from aios_compile.cli.output import print_json
-from aios_compile.cli.session import load
+from aios_compile.cli.session import load, model_of
 from aios_compile.config import NOT_IN_KEY, CompileOptions
 from aios_compile.errors import CaptureError, ConfigError
 
@@ -36,7 +36,7 @@ def bisect(
     other = None if against == "eager" else parse_setting(against, given)
     if other is not None and not changed(given, other):
         raise ConfigError(f"--against {against} is the same setting", advice="name another value")
-    source = open_source(model, given)
+    source = open_source(model_of(model), given)
     if prompt and source.tokenizer is None:
         raise ConfigError("the model has no tokenizer", advice="give --tokens N instead")
     ids = source.tokenizer.encode(prompt) if prompt and source.tokenizer else None
@@ -83,7 +83,7 @@ def _compare_programs(
     setting = changed(options, other)
     if all(name in NOT_IN_KEY for name in setting):
         return Finding()  # both are the same program
-    one, two = (open_subject(open_source(model, o), o, ids) for o in (options, other))
+    one, two = (open_subject(open_source(model_of(model), o), o, ids) for o in (options, other))
     found = find_difference(one, two, options.disable_passes, other.disable_passes, say=_say)
     is_whole = found.kind == "setting"
     return dataclasses.replace(found, name=text_of(setting)) if is_whole else found

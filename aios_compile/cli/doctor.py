@@ -10,6 +10,7 @@ import typer
 
 from aios_compile.cli.options import EXIT_MISTAKE, JsonOption, ModelArgument
 from aios_compile.cli.output import plain, print_json
+from aios_compile.cli.session import model_of
 from aios_compile.config import CompileOptions
 from aios_compile.errors import ConfigError
 
@@ -26,6 +27,12 @@ def doctor(
     savings: Annotated[
         bool, typer.Option("--savings", help="count also what each optional pass saves")
     ] = False,
+    why: Annotated[
+        str,
+        typer.Option(
+            help="an op, a module path or file.py:LINE: in which kernel, and why not fused"
+        ),
+    ] = "",
     bandwidth: Annotated[
         float, typer.Option(help="GB/s of memory; measured if not given", min=0, show_default=False)
     ] = 0.0,
@@ -37,15 +44,19 @@ def doctor(
 
     parsed = CompileOptions.parse(options)
     speed = 1e9 * bandwidth or read_bandwidth(parsed.threads(), repeats=3)
-    found = study.examine(model, parsed, context=context, bandwidth=speed)
+    subject = model_of(model)
+    found = study.examine(subject, parsed, context=context, bandwidth=speed)
     if pin:
         Path(pin).write_text(json.dumps(study.pinned(found), indent=1) + "\n", encoding="utf-8")
     wrong = study.differences(found, wanted)
-    saved = study.savings(model, parsed, context=context) if savings else None
+    saved = study.savings(subject, parsed, context=context) if savings else None
+    reasons = study.why(found, why) if why else []
     if as_json:
-        print_json({**plain(found), "differences": wrong, "savings": plain(saved)})
+        shown = {**plain(found), "differences": wrong, "savings": plain(saved), "why": reasons}
+        print_json(shown)
     else:
-        print(found)
+        nothing = f"no op and no module path has {why!r} in it, and no model line file.py:NUMBER"
+        print("\n".join(reasons or [nothing]) if why and not found.refused else found)
         print(f"\nwhat each pass saves\n{saved}" if saved else "", end="\n" if saved else "")
         for line in wrong:
             print(f"DIFFERS: {line}")

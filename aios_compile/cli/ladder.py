@@ -9,7 +9,7 @@ import typer
 
 from aios_compile.cli.options import JsonOption, ModelArgument
 from aios_compile.cli.output import print_json, print_table
-from aios_compile.cli.session import load
+from aios_compile.cli.session import load, model_of
 from aios_compile.config import CompileOptions
 
 
@@ -28,7 +28,7 @@ def ladder(
     given = CompileOptions.parse(options)
     ids = tuple((i * 7919) % 61 + 1 for i in range(prompt_tokens + tokens))
     request = study.Request(ids, prompt_tokens)
-    source = open_source(model, given)
+    source = open_source(model_of(model), given)
     rungs = list(study.climb(source, given, lambda chosen: load(model, chosen), request))
     if plot:
         Path(plot).write_text(study.svg(rungs), encoding="utf-8")

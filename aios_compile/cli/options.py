@@ -24,7 +24,10 @@ from aios_compile.errors import AiosError, ConfigError, RequestError
 EXIT_MISTAKE, EXIT_BROKEN_PIPE, EXIT_INTERRUPTED = 1, 141, 130
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="model folder, GGUF file or hub id")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="model folder, GGUF file, hub id, or FILE.py:NAME (a module)"
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on stdout")]
 

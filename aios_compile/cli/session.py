@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aios_compile.errors import ConfigError
@@ -19,7 +22,35 @@ def load(model: str, options: dict[str, Any]) -> CompiledModel:
     """Load and compile `model`; the import is here so that `aios --help` needs none of it."""
     import aios_compile
 
-    return aios_compile.load_and_compile(model, **options)
+    return aios_compile.load_and_compile(model_of(model), **options)
+
+
+def model_of(text: str) -> Any:
+    """Return MODEL as the library takes it: of FILE.py:NAME the module that the user's file makes.
+
+    Only a file that is named so is run, never one that lies in a model folder. NAME is an nn.Module
+    or a function without arguments that returns one; it is made once, so that all programs of a
+    command have its weights. Raises ConfigError for a file or a name that is not there.
+    """
+    path, colon, name = text.rpartition(":")
+    return _made(path, name) if colon and path.endswith(".py") else text
+
+
+@functools.cache
+def _made(path: str, name: str) -> Any:
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}:{name}: there is no such file")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)
+    sys.path.insert(0, str(Path(path).resolve().parent))  # as `python FILE.py` does
+    spec.loader.exec_module(module)
+    made = getattr(module, name, None)
+    if made is None:
+        raise ConfigError(f"{path} has no {name!r}", advice="NAME is a module, or makes one")
+    is_module = hasattr(made, "named_parameters") and not isinstance(made, type)
+    return made if is_module else made()
 
 
 def encode(model: CompiledModel, text: str, *, special_tokens: bool = True) -> list[int]:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from torch import fx
 
 KEYS = ("stack_trace", "nn_module_stack")
-_TORCH = re.compile(r"[/\\\\](site|dist)-packages[/\\\\]torch[/\\\\]")
+# Files of libraries that serve all models: torch, and what transformers' model files share.
+_SHARED = re.compile(r"[/\\](site|dist)-packages[/\\](torch|transformers(?![/\\]models))[/\\]")
+_CAPTURE = str(Path(__file__).parents[1] / "capture")  # stands in for the model's attention
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 
 
 def _frame(node: fx.Node) -> tuple[str, str, str, str] | None:
-    """Return the innermost frame that is not torch's own (its functional.py says nothing)."""
+    """Return the innermost frame of the model: a line of torch's functional.py says nothing, nor
+    does what capture puts in the place of a library's attention.
+    """
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [f for f in frames if not _TORCH.search(f[0])] or frames
+    own = [f for f in frames if not (_SHARED.search(f[0]) or f[0].startswith(_CAPTURE))] or frames
     return own[-1] if own else None
 
 
@@ -26,6 +31,11 @@ def source_line(node: fx.Node) -> str:
         return ""
     path, line, function, text = frame
     return f"{path.rsplit('/', 1)[-1]}:{line} in {function}: {text.strip()}"
+
+
+def place(node: fx.Node) -> str:
+    """Return the module path and the source line: one line may serve many modules (a norm's)."""
+    return ", ".join(filter(None, [module_path(node), source_line(node)]))
 
 
 def source_file(node: fx.Node) -> tuple[str, int] | None:

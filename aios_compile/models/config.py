@@ -146,6 +146,10 @@ def token_ids(fields: Fields, key: str, vocab_size: int) -> tuple[int, ...]:
     return tuple(ids)
 
 
+# What to do with an architecture that is not here.
+_OTHER_FAMILY = "build it with its own library: pass the nn.Module, or FILE.py:NAME to a command"
+
+
 def _model_type(fields: Fields) -> str:
     by_architecture = {family.architecture: name for name, family in FAMILIES.items()}
     architectures = fields.get_names("architectures") or []
@@ -154,7 +158,7 @@ def _model_type(fields: Fields) -> str:
         if name not in by_architecture:
             raise UnsupportedModelError(
                 f"{fields.where}: architecture {name!r} is not implemented, known: {known}",
-                advice="build the model with its own library and pass the nn.Module",
+                advice=_OTHER_FAMILY,
             )
     model_type = fields.get_name("model_type")
     if model_type is None and architectures:
@@ -163,7 +167,7 @@ def _model_type(fields: Fields) -> str:
         raise UnsupportedModelError(
             f"{fields.where}: model_type {model_type!r} is not implemented, known: "
             f"{', '.join(sorted(FAMILIES))}",
-            advice="build the model with its own library and pass the nn.Module",
+            advice=_OTHER_FAMILY,
         )
     if architectures and by_architecture[architectures[0]] != model_type:
         raise fields.wrong("architectures", architectures, FAMILIES[model_type].architecture)

@@ -31,7 +31,7 @@ def _match(norm: fx.Node) -> Match | Refusal | None:
     add = norm.args[0]
     if isinstance(add, fx.Node) and add.op == "placeholder":
         reason = "what it normalises is summed outside of the layer (or of the model)"
-        return Refusal(reason, provenance.source_line(norm))
+        return Refusal(reason, provenance.place(norm))
     if not is_call(add, aten.add.Tensor):
         return None
     assert isinstance(add, fx.Node)
@@ -39,7 +39,7 @@ def _match(norm: fx.Node) -> Match | Refusal | None:
     if refusal:
         return refusal
     if not is_convex([add, norm]):
-        return Refusal("the norm's weight depends on the sum", provenance.source_line(norm))
+        return Refusal("the norm's weight depends on the sum", provenance.place(norm))
     return Match(add, norm)
 
 
@@ -49,12 +49,12 @@ def _match_mirrored(norm: fx.Node) -> Match | Refusal | None:
     if not adds:
         return None
     if len(norm.users) > 1:
-        return Refusal("the normalised branch has another user", provenance.source_line(norm))
+        return Refusal("the normalised branch has another user", provenance.place(norm))
     return _refusal_of_add(adds[0]) or Match(norm, adds[0])
 
 
 def _refusal_of_add(add: fx.Node) -> Refusal | None:
-    line = provenance.source_line(add)
+    line = provenance.place(add)
     a, b = add.args[0], add.args[1]
     if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
         return Refusal("the sum adds a number, not a residual", line)

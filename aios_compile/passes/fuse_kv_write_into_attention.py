@@ -22,7 +22,7 @@ def _group(match: Match) -> list[fx.Node] | Refusal:
     """Return what becomes one kernel: the heads' norms and ropes, the write, the attention."""
     group = [*match.nodes, match.write, *getitems(match.write), match.attention]
     if not is_convex(group):
-        line = provenance.source_line(match.attention)
+        line = provenance.place(match.attention)
         return Refusal("the attention depends on another reader of the written cache", line)
     order = {n: i for i, n in enumerate(match.write.graph.nodes)}
     return sorted(group, key=order.__getitem__)

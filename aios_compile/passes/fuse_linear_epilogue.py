@@ -44,7 +44,7 @@ class Match(NamedTuple):
 
 def epilogue_of(root: fx.Node) -> Match | Refusal | None:
     """Return the linear and the tail that alone uses it, None where nothing pointwise follows."""
-    line = provenance.source_line(root)
+    line = provenance.place(root)
     halves = _halves(root)
     columns = shape_of(halves[0])[-1] if halves else 0
     if columns % BLOCK:

@@ -32,7 +32,7 @@ def _match(root: fx.Node) -> list[fx.Node] | Refusal | None:
     while is_call(node, *RESHAPES):
         chain.append(node)  # type: ignore[arg-type]
         node = node.args[0]  # type: ignore[union-attr]
-    line = provenance.source_line(root)
+    line = provenance.place(root)
     if is_call(node, aios.layer_norm.default):
         return Refusal("a layer norm takes the mean off before the product", line)
     if not is_call(node, aios.rms_norm.default):

@@ -46,7 +46,7 @@ class Match(NamedTuple):
 
 def match_write(write: fx.Node) -> Match | Refusal:
     """Match a kv_write, the attention that alone reads what it writes, and norms and ropes."""
-    line = provenance.source_line(write)
+    line = provenance.place(write)
     readers = {u for item in getitems(write) for u in item.users}
     attentions = [u for u in readers if is_call(u, aios.paged_attention.default)]
     if len(attentions) != 1:
@@ -73,7 +73,7 @@ def _chain(end: fx.Node) -> Chain | Refusal:
     behind = through_views(end)
     if behind is not end and is_call(behind, aios.rope.default, aios.rms_norm.default):
         reason = f"heads are rearranged behind {kernel_name([behind])}"
-        return Refusal(reason, provenance.source_line(behind))
+        return Refusal(reason, provenance.place(behind))
     if is_call(node, aios.rope.default):
         rope = node
         nodes.append(node)
@@ -83,7 +83,7 @@ def _chain(end: fx.Node) -> Chain | Refusal:
     for inner in nodes:
         if len(inner.users) > 1:
             reason = f"{kernel_name([inner])} has another user"
-            return Refusal(reason, provenance.source_line(inner))
+            return Refusal(reason, provenance.place(inner))
     return Chain(nodes[::-1], rope)
 
 

@@ -46,7 +46,7 @@ def _match(graph: fx.Graph, context: PassContext) -> Match | Refusal | None:
     if "logit_rows" in context.module.inputs.values():
         return None
     if _token_dim(logits, tokens) is None:
-        line = provenance.source_line(logits)
+        line = provenance.place(logits)
         return Refusal("the logits have no token axis", line)
     inside: set[fx.Node] = set()
     mixing = set(mixing_nodes(context.module)) if context.module.not_generatable else set()

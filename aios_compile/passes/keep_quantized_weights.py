@@ -49,7 +49,7 @@ def _match(node: fx.Node, context: PassContext) -> Match | Refusal | None:
     found = [entry for entry in stored if entry is not None]
     if not found:
         return None
-    line = provenance.source_line(node)
+    line = provenance.place(node)
     forms = sorted({form for _, form in found})
     if len(found) < len(stored) or len(forms) > 1:
         return Refusal(f"stored as {' and '.join(forms)} in some layers only", line)

@@ -31,7 +31,7 @@ def _match(node: fx.Node, context: PassContext) -> Match | Refusal | None:
     if not (is_call(gate, *LINEARS) and is_call(up, *LINEARS)):
         return None
     assert isinstance(gate, fx.Node) and isinstance(up, fx.Node)
-    line = provenance.source_line(node)
+    line = provenance.place(node)
     if gate is up:
         return Refusal("gate and up are one projection", line)
     if gate.args[0] is not up.args[0]:

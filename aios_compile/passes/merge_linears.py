@@ -19,7 +19,7 @@ LINEARS = (aios.linear.default, aios.quantized_linear.default)
 
 def refusal_to_merge(linears: Sequence[fx.Node], context: PassContext) -> Refusal | None:
     """Return why linears of one input cannot become one, or None."""
-    line = provenance.source_line(linears[0])
+    line = provenance.place(linears[0])
     weights = [n.args[1] for n in linears]
     biases = [b for n in linears if (b := bias_of(n)) is not None]
     if not all(context.is_weight(w) for w in (*weights, *biases)):

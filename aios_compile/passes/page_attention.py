@@ -33,7 +33,7 @@ class Match(NamedTuple):
 def _match(node: fx.Node, context: PassContext) -> Match | Refusal:
     q, k, v, *settings = node.args
     assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
-    line = provenance.source_line(node)
+    line = provenance.place(node)
     if any(x.meta["val"].dim() != 3 for x in (q, k, v)):
         return Refusal("attention over more than one sequence axis", line)
     tokens = new_size(context.module.mode, "T").node.expr

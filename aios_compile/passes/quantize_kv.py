@@ -42,7 +42,7 @@ def _match(write: fx.Node) -> Match | Refusal:
     others = [u for u in readers if u.op != "output"]
     for reader in others:
         if not is_call(reader, aios.paged_attention.default):
-            line = provenance.source_line(reader)
+            line = provenance.place(reader)
             return Refusal(f"{reader.target} reads the cached keys or values", line)
     return Match(write, k_cache, v_cache, others)
 

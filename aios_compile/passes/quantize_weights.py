@@ -39,7 +39,7 @@ class Match(NamedTuple):
 
 
 def _match(node: fx.Node, form: QuantFormat, context: PassContext) -> Match | Refusal:
-    line = provenance.source_line(node)
+    line = provenance.place(node)
     x, weight, _ = operands_of(node)
     if not context.is_weight(weight):
         return Refusal("a weight is computed in the graph, not loaded", line)

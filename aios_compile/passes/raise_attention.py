@@ -65,7 +65,7 @@ def raise_attention(graph: fx.Graph, context: PassContext) -> int:
             _rewrite(graph, node, found, context)
             hits += 1
         elif isinstance(found, str):
-            context.refuse(Refusal(found, provenance.source_line(node)))
+            context.refuse(Refusal(found, provenance.place(node)))
     return hits
 
 

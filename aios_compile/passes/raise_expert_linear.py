@@ -82,7 +82,7 @@ def _match(node: Any, context: PassContext) -> Match | Refusal | None:
         if weight is None or experts is None:
             continue
         if shape_of(vector)[width] != 1:
-            return Refusal("several rows meet each chosen matrix", provenance.source_line(node))
+            return Refusal("several rows meet each chosen matrix", provenance.place(node))
         return Match(vector, weight, experts, transposed != (matrix is b))
     return None
 

@@ -72,7 +72,7 @@ def _match(node: fx.Node) -> Match | Refusal | None:
         reason = _near_miss(node, activated, gate, up)
         if reason is None:
             return Match(gate, up, name)
-        reasons.append(Refusal(reason, provenance.source_line(node)))
+        reasons.append(Refusal(reason, provenance.place(node)))
     return reasons[0] if reasons else None
 
 

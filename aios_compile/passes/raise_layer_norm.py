@@ -78,10 +78,10 @@ def _match_native(node: Any) -> list[Match | Refusal]:
         return []
     x, widths, weight, bias, eps = node.args
     if len(widths) != 1:
-        return [Refusal("layer norm over several dimensions", provenance.source_line(node))]
+        return [Refusal("layer norm over several dimensions", provenance.place(node))]
     values = [u for u in node.users if is_call(u, operator.getitem)]
     if any(u.args[1] != 0 for u in values if u.users):
-        return [Refusal("the statistics of the layer norm are used", provenance.source_line(node))]
+        return [Refusal("the statistics of the layer norm are used", provenance.place(node))]
     return [Match(u, x, weight, bias, eps) for u in values if u.users]
 
 
@@ -94,7 +94,7 @@ def _match_spelled(variance: Any, context: PassContext) -> list[Match | Refusal]
     if x is None:
         return []
     if centred is None and _statistic(variance).kwargs.get("correction", 1) != 0:
-        return [Refusal("layer norm with an unbiased variance", provenance.source_line(variance))]
+        return [Refusal("layer norm with an unbiased variance", provenance.place(variance))]
     found: list[Match | Refusal] = []
     for quotient in quotients(variance, context):
         if not quotient.node.users or centred_on_mean(quotient.x, context) is not x:

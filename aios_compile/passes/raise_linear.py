@@ -85,9 +85,9 @@ def _match(node: Any, context: PassContext) -> Match | Refusal | None:
     if weight is None:
         return None
     if bias is not None and not (context.is_weight(bias) and rank_of(bias) == 1):
-        return Refusal("addmm adds something that is not a bias", provenance.source_line(node))
+        return Refusal("addmm adds something that is not a bias", provenance.place(node))
     if any(node.kwargs.get(k, 1) != 1 for k in ("beta", "alpha")):
-        return Refusal("addmm scales its operands", provenance.source_line(node))
+        return Refusal("addmm scales its operands", provenance.place(node))
     return Match(x, weight, transposed, bias)
 
 

@@ -83,7 +83,7 @@ def _match(mean: fx.Node, context: PassContext) -> list[Match | Refusal]:
             continue
         if quotient.x is not x:
             reason = "the root mean square divides another value than its own"
-            found.append(Refusal(reason, provenance.source_line(quotient.node)))
+            found.append(Refusal(reason, provenance.place(quotient.node)))
         else:
             found.append(_with_weight(quotient.node, x, quotient.eps, context))
     return found

@@ -69,25 +69,25 @@ def raise_rope(graph: fx.Graph, context: PassContext) -> int:
 def _match(node: Any) -> Match | Refusal | None:
     if is_call(node, *COMPLEX):
         reason = "a rotary embedding by complex numbers is not recognised"
-        return Refusal(reason, provenance.source_line(node))
+        return Refusal(reason, provenance.place(node))
     found = rotation(node)
     if found is None:
         return None
     rank, shape = rank_of(found.x), shape_of(found.x)
     if shape_of(node) != shape:
         reason = "the rotary tables have more dimensions than what they rotate"
-        return Refusal(reason, provenance.source_line(node))
+        return Refusal(reason, provenance.place(node))
     tables = [_aligned(t, rank) for t in (found.cos, found.sin)]
     moving = [d for d in range(rank - 1) if any(t[d] != 1 for t in tables)]
     if len(moving) != 1 or any(t[moving[0]] != shape[moving[0]] for t in tables):
         reason = "the rotary tables do not depend on the token alone"
-        return Refusal(reason, provenance.source_line(node))
+        return Refusal(reason, provenance.place(node))
     token = moving[0]
     if rank == 2:
         return Match(found, token, None)
     head = rank - 2 if token == rank - 3 else rank - 3 if token == rank - 2 else None
     if head is None:
-        return Refusal("heads do not stand beside tokens", provenance.source_line(node))
+        return Refusal("heads do not stand beside tokens", provenance.place(node))
     return Match(found, token, head)
 
 

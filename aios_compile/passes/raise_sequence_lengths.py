@@ -64,13 +64,13 @@ def _match(graph: fx.Graph, node: Any, context: PassContext) -> Match | Refusal 
         return None
     if shape_of(node) != (*shape_of(positions)[:-1], 1):
         reason = "the largest position is taken as one number for all tokens"
-        return Refusal(reason, provenance.source_line(node))
+        return Refusal(reason, provenance.place(node))
     values: dict[fx.Node, Tensor] = {node: positions.meta["val"]}
     for user in graph.nodes:
         if any(n in values for n in user.all_input_nodes):
             reason = _extend(user, values, context)
             if reason:
-                return Refusal(reason, provenance.source_line(user))
+                return Refusal(reason, provenance.place(user))
     return Match(node, values)
 
 

@@ -33,7 +33,7 @@ class Match(NamedTuple):
 
 
 def _match(node: fx.Node, context: PassContext) -> Match | Refusal | None:
-    line = provenance.source_line(node)
+    line = provenance.place(node)
     x, weight = node.args[:2]
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)

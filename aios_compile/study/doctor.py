@@ -170,6 +170,31 @@ def differences(diagnosis: Diagnosis, expected: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def why(diagnosis: Diagnosis, text: str) -> list[str]:
+    """Return, for every op with `text` in its name or module path, or "file.py:12" in its model
+    lines, the kernel that computes it, what else is in there, and why passes left it alone.
+    """
+    lines = []
+    for row in diagnosis.kernels:
+        at_line = ":" in text and any(text in line for line in row.model_lines)
+        for op, path in row.places:
+            if not (at_line or text in path or text in op):
+                continue
+            others = [_named(*p) for p in row.places if p != (op, path)]
+            with_them = f"with {', '.join(others)}" if others else "alone"
+            lines.append(f"{_named(op, path)}: in {row.name}, {with_them}")
+            reasons = [(n, t) for n, t in diagnosis.near_misses if path and f" ({path}, " in t]
+            lines += [f"    {n}: {t.partition(f' ({path}, ')[0]}" for n, t in reasons]
+            if not (others or reasons):
+                lines.append("    no pass found a pattern near it")
+    return lines
+
+
+def _named(op: str, path: str) -> str:
+    name = op.removeprefix("aios.").removeprefix("aten.").partition(".")[0]
+    return f"{name} of {path}" if path else name
+
+
 def pinned(diagnosis: Diagnosis) -> dict[str, int]:
     """Return what `--expect` can hold: rewrites a pass, kernels, launches, near misses."""
     counts = {

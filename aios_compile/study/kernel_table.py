@@ -25,7 +25,7 @@ class KernelRow:
 
     launches: in one step, all layers. weight_bytes, kv_bytes, activation_bytes: read and written in
     one step, all launches together. phases: "layer 2" where the step runs it. model_lines: what it
-    computes. computes: the ops of its body.
+    computes. computes: the ops of its body. places: the op and the module path of each.
     """
 
     name: str
@@ -37,6 +37,7 @@ class KernelRow:
     phases: tuple[str, ...]
     model_lines: tuple[str, ...]
     computes: tuple[str, ...] = ()
+    places: tuple[tuple[str, str], ...] = ()
 
     @property
     def bytes_a_token(self) -> int:
@@ -51,8 +52,8 @@ class KernelRow:
         """Read a row that as_dict wrote."""
         names = [f.name for f in fields(KernelRow)]
         lists = ("phases", "model_lines", "computes")
-        values: list[Any] = [tuple(row[n]) if n in lists else row[n] for n in names]
-        return KernelRow(*values)
+        values = {n: tuple(row[n]) if n in lists else row[n] for n in names}
+        return KernelRow(**{**values, "places": tuple((op, path) for op, path in row["places"])})
 
 
 def kernel_rows(
@@ -60,21 +61,25 @@ def kernel_rows(
 ) -> list[KernelRow]:
     """Return a row for each kernel, the one that moves the most bytes first."""
     from aios_compile.codegen.program import Launch
-    from aios_compile.ir import snapshot
+    from aios_compile.ir import provenance, snapshot
     from aios_compile.ir.module import body_of
     from aios_compile.study.traffic import Traffic, call_costs
 
     traffic = {i: Traffic() for i in range(len(emitted.sources))}
     launches = dict.fromkeys(traffic, 0)
     computes: dict[int, tuple[str, ...]] = {}
+    places: dict[int, tuple[tuple[str, str], ...]] = {}
     joined = {gm.graph: emitted.joined.get(name) for name, gm in module.regions().items()}
     for cost in call_costs(module, context):
         run = joined.get(cost.call.graph)  # the persistent launch that the kernel is a phase of
         index = emitted.by_call[cost.call] if run is None else run
         traffic[index] += cost.traffic * cost.times
         launches[index] += cost.times
-        ops = [snapshot.target_name(n) for n in body_of(cost.call).graph.nodes if _computes(n)]
+        nodes = [n for n in body_of(cost.call).graph.nodes if _computes(n)]
+        ops = [snapshot.target_name(n) for n in nodes]
+        paths = zip(ops, map(provenance.module_path, nodes))
         computes[index] = tuple(dict.fromkeys((*computes.get(index, ()), *ops)))
+        places[index] = tuple(dict.fromkeys((*places.get(index, ()), *paths)))
     for item in program.function("step").items:  # the kernels around a step, which no call makes
         if isinstance(item, Launch) and item.kernel not in emitted.by_call.values():
             launches[item.kernel] += 1
@@ -92,6 +97,7 @@ def kernel_rows(
             phases.get(i, ()),
             tuple(source.model_lines),
             computes.get(i, ()),
+            places.get(i, ()),
         )
         for i, source in enumerate(emitted.sources)
     ]

@@ -1,7 +1,8 @@
 """The bytes that each kernel call of a decode step moves, counted from level 3.
 
-One sequence, one token (T = S = R = 1): a weight once, a looked-up table one row, a KV cache one
-token where it is written and `context` tokens where attention reads it, activations as they are.
+One sequence, one token (T = S = R = 1): a weight once, of a looked-up table the rows that are asked
+for, of experts the chosen ones; of a KV cache one token where it is written and, where attention
+reads it, `context` tokens or the window if that is narrower; activations as they are.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ from aios_compile.passes.context import PassContext
 
 _SIZES = {"T": 1, "S": 1, "R": 1, "NP": 1, "NB": 1, "NA": 1}
 aten, aios = torch.ops.aten, torch.ops.aios
+LOOKUPS = (
+    aten.embedding.default,
+    aten.index.Tensor,
+    aten.index_select.default,
+    aios.quantized_embedding.default,
+)
+WINDOW = 7  # the argument of aios.paged_attention
 
 
 @dataclass(frozen=True)
@@ -75,20 +83,16 @@ def _traffic(
 ) -> Traffic:
     body = body_of(call)
     module = view.module
-    reads = any(n.target is aios.paged_attention.default for n in body.graph.nodes)
-    lookups = body.graph.find_nodes(op="call_function", target=aten.embedding.default)
-    tables = {str(n.args[0]) for n in lookups}
+    read_tokens = _read_tokens(body.graph, context)
     weights = kv = activations = 0
     for holder, argument in zip(placeholders(body.graph), call.args):
         value = holder.meta["val"]
         if not isinstance(value, Tensor):
             continue
         if _shape(module, value) in states:
-            kv += _token_bytes(value) * (context if reads else 0)
-        elif holder.name in tables:
-            weights += value.shape[-1] * value.element_size()
+            kv += _token_bytes(value) * read_tokens
         elif view.is_weight(argument):
-            weights += _bytes(module, value)
+            weights += _weight_bytes(module, holder)
         else:
             activations += _bytes(module, value)
     results = (
@@ -100,6 +104,40 @@ def _traffic(
         else:
             activations += _bytes(module, value)
     return Traffic(weights, kv, activations)
+
+
+def _read_tokens(body: fx.Graph, context: int) -> int:
+    """Return the tokens of a cache that the attention of a kernel reads; 0 without attention."""
+    found = body.find_nodes(op="call_function", target=aios.paged_attention.default)
+    windows = [n.args[WINDOW] if len(n.args) > WINDOW else None for n in found]
+    return max((min(context, w) if isinstance(w, int) else context for w in windows), default=0)
+
+
+def _weight_bytes(module: IRModule, weight: fx.Node) -> int:
+    """Return what a kernel reads of a weight: all, or the rows and experts that are chosen."""
+    value, users = weight.meta["val"], list(weight.users)
+    whole = _bytes(module, value)
+    if users and all(n.target in LOOKUPS and n.args[0] is weight for n in users):
+        rows = sum(_looked_up(module, n) for n in users)
+        return min(whole, rows)
+    if users and all(n.target is aios.expert_linear.default for n in users):
+        num_chosen = _count(module, users[0].args[2])
+        return min(whole, whole // int(value.shape[0]) * num_chosen)
+    return whole
+
+
+def _looked_up(module: IRModule, node: fx.Node) -> int:
+    """Return the bytes of a table that a lookup reads: codes of a row, or what it returns."""
+    table: Any = node.args[0]
+    if node.target is aios.quantized_embedding.default:
+        return _count(module, node.args[1]) * int(table.meta["val"].shape[-1])
+    return _count(module, node) * int(table.meta["val"].element_size())
+
+
+def _count(module: IRModule, node: Any) -> int:
+    """Return the elements of a value in a step of one token."""
+    value: Tensor = node.meta["val"]
+    return _bytes(module, value) // value.element_size()
 
 
 def _shape(module: IRModule, value: Any) -> tuple[int | str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import fx
 
@@ -35,6 +37,20 @@ def test_a_cast_of_a_weight_has_the_line_that_reads_the_weight() -> None:
     cast = graph.call_function(aten._to_copy.default, (weight,))
     provenance.inherit(cast, [weight])
     assert provenance.source_line(cast) == "model.py:7 in forward: x = 7"
+
+
+def test_lines_of_shared_files_and_of_capture_stand_back_for_the_models() -> None:
+    frame = '  File "{}", line {}, in forward\n    x = {}\n'
+    site = "/v/lib/site-packages"
+    capture = str(Path(provenance.__file__).parents[1] / "capture" / "foreign.py")
+    shared = [f"{site}/torch/nn/functional.py", f"{site}/transformers/integrations/moe.py", capture]
+    model = f"{site}/transformers/models/olmoe/modeling_olmoe.py"
+    for path in shared:
+        node = fx.Graph().placeholder("x")
+        node.meta = {"stack_trace": frame.format(model, 5, 5) + frame.format(path, 9, 9)}
+        assert provenance.source_line(node) == "modeling_olmoe.py:5 in forward: x = 5"
+        node.meta = {"stack_trace": frame.format(path, 9, 9)}
+        assert provenance.source_line(node).endswith("py:9 in forward: x = 9"), "better than none"
 
 
 def test_the_layer_index_of_a_region_is_shown_as_a_star() -> None:

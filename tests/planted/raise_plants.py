@@ -34,6 +34,20 @@ def a_cast_that_rounds_is_left(graph: fx.Graph, context: PassContext) -> int:
     return 1
 
 
+@plant("widen_activations", "half")
+def a_cast_moved_behind_a_product(graph: fx.Graph, context: PassContext) -> int:
+    """Multiply in half precision and widen the result, not the operands."""
+    node = calls(graph, aten.mm.default)[-1]
+
+    def cast(value: Any, dtype: torch.dtype) -> fx.Node:
+        return context.call(graph, aten._to_copy.default, value, dtype=dtype, source=[node])
+
+    with graph.inserting_before(node):
+        low = [cast(operand, torch.bfloat16) for operand in node.args]
+        product = context.call(graph, aten.mm.default, *low, source=[node])
+        return drop(node, cast(product, torch.float32))
+
+
 @plant("fold_constants", "qwen3")
 def attention_scale_forgotten(graph: fx.Graph, context: PassContext) -> int:
     return set_argument(calls(graph, aios.sdpa.default), 5, lambda scale: 1.0)
