@@ -9,8 +9,11 @@ from pathlib import Path
 from torch import fx
 
 KEYS = ("stack_trace", "nn_module_stack")
-# Files of libraries that serve all models: torch, and what transformers' model files share.
-_SHARED = re.compile(r"[/\\](site|dist)-packages[/\\](torch|transformers(?![/\\]models))[/\\]")
+# Files that serve all models, whose lines say nothing: torch, and transformers' own layers.
+_SHARED = re.compile(
+    r"[/\\](site|dist)-packages[/\\]"
+    r"(torch[/\\]|transformers[/\\](integrations|activations\.py|pytorch_utils\.py))"
+)
 _CAPTURE = str(Path(__file__).parents[1] / "capture")  # stands in for the model's attention
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 

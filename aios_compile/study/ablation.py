@@ -6,7 +6,7 @@ Counted from level 3, nothing is run or timed; bytes as in study/traffic.py.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aios_compile.errors import AiosError
 from aios_compile.ir import snapshot
@@ -61,27 +61,31 @@ def ablate(
     context: int = 256,
     only: Collection[str] | None = None,
 ) -> Ablation:
-    """Run the pipeline on copies of level 1: once whole, once without each optional pass.
+    """Run the pipeline once whole, and from each optional pass on once more without it.
 
     only: the passes to leave out; None for every optional one.
     """
 
-    def cost(disabled: tuple[str, ...]) -> Cost:
-        module = snapshot.take(captured)
-        run_pipeline(module, stages, options, disabled=disabled, verify=0)
-        return cost_of(module, context)
-
-    everything = cost(())
+    module = snapshot.take(captured)
+    saved = []
+    for i, stage in enumerate(stages):
+        for j, function in enumerate(stage.passes):
+            info = info_of(function)
+            wanted = only is None or info.name in only
+            if wanted and not info.required and info.runs_on(options.target):
+                rest = (replace(stage, passes=stage.passes[j + 1 :]), *stages[i + 1 :])
+                saved.append((info.name, snapshot.take(module), rest))
+            one = Stage(module.level, (function,))
+            run_pipeline(module, [one], options, verify=0)
+        run_pipeline(module, [Stage(stage.level_after, (), stage.analysis)], options, verify=0)
+    everything = cost_of(module, context)
     without: dict[str, Cost | str] = {}
-    for function in [p for stage in stages for p in stage.passes]:
-        info = info_of(function)
-        wanted = only is None or info.name in only
-        if info.required or not wanted or not info.runs_on(options.target):
-            continue
+    for name, before, rest in saved:
         try:
-            without[info.name] = cost((info.name,))
+            run_pipeline(before, rest, options, verify=0)
+            without[name] = cost_of(before, context)
         except AiosError as error:
-            without[info.name] = f"needed: {error.message}"
+            without[name] = f"needed: {error.message}"
     return Ablation(everything, without)
 
 
