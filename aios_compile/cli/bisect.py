@@ -64,13 +64,13 @@ def _search(
         found = _compare_programs(model, options, other, ids)
     found = found if found.kind else study.find_wrong_kernel(subject, module, say=_say)
     if other is not None and not found.kind:
-        found = _compare_answers(model, subject, options, other)
+        found = _compare_answers(model, subject, module, options, other)
     if found.kind:
         return found
     import torch
 
     with _loaded(model, options, "float32") as loaded:  # as the programs of the passes here
-        return study.find_wrong_step(subject, torch.as_tensor(loaded(ids)))
+        return study.find_wrong_step(subject, module, torch.as_tensor(loaded(ids)))
 
 
 def _compare_programs(
@@ -90,7 +90,7 @@ def _compare_programs(
 
 
 def _compare_answers(
-    model: str, subject: Any, options: CompileOptions, other: CompileOptions
+    model: str, subject: Any, module: Any, options: CompileOptions, other: CompileOptions
 ) -> Any:
     from aios_compile.study.bisect_settings import changed, find_different_answer
 
@@ -98,6 +98,7 @@ def _compare_answers(
     as_given = "kv_cache_dtype" in setting or all(name in NOT_IN_KEY for name in setting)
     return find_different_answer(
         subject,
+        module,
         options,
         other,
         lambda chosen: _loaded(model, chosen, "" if as_given else "float32"),

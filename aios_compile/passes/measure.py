@@ -138,13 +138,15 @@ def run_steps(
     prompt: Sequence[int] = (),
     watch: evaluate.Observe | None = None,
     rounds_kv: bool = False,
+    rounds_activations: bool = False,
 ) -> Run:
     """Run a program over its steps, states going from one to the next.
 
     computed_in: the dtype of all floating-point values; None leaves the program's own. sampled: add
     what the sampler's reference makes of the logits, as sample_tokens should. prompt: token ids
     instead of random ones. watch: is told the value of every node. rounds_kv: int8 caches hold
-    int8, see _first_state.
+    int8, see _first_state. rounds_activations: where a pass meant it, as the kernels do; otherwise
+    they are exact (ir/evaluate.py).
     """
     values = inputs.describe(module)
     used = _weights_in_use(module, skips)
@@ -173,7 +175,7 @@ def run_steps(
             given,
             computed_in=computed_in,
             skips=skips,
-            widened=weights.widened,
+            widened=None if rounds_activations else weights.widened,
             watch=watch,
         )
         found.append({n: r for n, r in results.items() if isinstance(r, Tensor)})

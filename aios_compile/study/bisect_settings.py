@@ -20,6 +20,7 @@ from torch import Tensor
 from aios_compile.config import NOT_IN_KEY, CompileOptions
 from aios_compile.errors import ConfigError
 from aios_compile.ir import snapshot
+from aios_compile.ir.module import IRModule
 from aios_compile.passes.graph_pass import info_of
 from aios_compile.passes.pipeline import PIPELINE, STAGES
 from aios_compile.passes.runner import Stage, run_pipeline
@@ -122,17 +123,18 @@ def _known(names: Sequence[str]) -> list[str]:
 
 def find_different_answer(
     subject: Subject,
+    module: IRModule,
     options: CompileOptions,
     other: CompileOptions,
     load: Load,
 ) -> Finding:
     """Compare the compiled models of two settings: logits of the prompt and, where the settings may
-    change no bit, the tokens after it. reference: the program whose rounding is the measure.
+    change no bit, the tokens after it. module: level 3, whose rounding is the measure.
     """
     setting = changed(options, other)
     exact = all(name in NOT_IN_KEY for name in setting)
     answers = [_answer(load(o), subject.prompt, exact) for o in (options, other)]
-    _, budget = (None, 0.0) if exact else oracle_of(subject, subject.captured)
+    _, budget = (None, 0.0) if exact else oracle_of(subject, module, native=True)
     (logits, tokens), (other_logits, other_tokens) = answers
     error = relative_error(logits, other_logits.double())
     name = text_of(setting)

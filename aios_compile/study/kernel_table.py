@@ -52,8 +52,9 @@ class KernelRow:
         """Read a row that as_dict wrote."""
         names = [f.name for f in fields(KernelRow)]
         lists = ("phases", "model_lines", "computes")
-        values = {n: tuple(row[n]) if n in lists else row[n] for n in names}
-        return KernelRow(**{**values, "places": tuple((op, path) for op, path in row["places"])})
+        values: dict[str, Any] = {n: tuple(row[n]) if n in lists else row[n] for n in names}
+        values["places"] = tuple((op, path) for op, path in row["places"])
+        return KernelRow(**values)
 
 
 def kernel_rows(
