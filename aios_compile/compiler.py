@@ -26,7 +26,7 @@ from aios_compile.codegen.program import Program
 from aios_compile.codegen.quantized_weights import QuantizedWeight, kv_remarks, remarks
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.targets import SUFFIXES, emit, family, lower_for
-from aios_compile.config import CompileOptions, ResolvedSizes
+from aios_compile.config import KV_CODES, CompileOptions, ResolvedSizes
 from aios_compile.errors import ConfigError
 from aios_compile.ir.attention_window import window_tokens
 from aios_compile.ir.module import IRModule, placeholders
@@ -175,8 +175,8 @@ def pass_options(
     """
     stored = next((p.dtype for p in model.parameters()), torch.float32)
     name, target = options.kv_cache_dtype, family(options.device)
-    in_codes = name == "int8"
-    kv_dtype = stored if name == "auto" or in_codes else getattr(torch, name)
+    codes = KV_CODES.get(name, "")
+    kv_dtype = stored if name == "auto" or codes else getattr(torch, name)
     width = _page_table_width(sizes)
     form = options.quantization_format()
     if form.startswith("e4m3") and target == "cpp":
@@ -193,7 +193,7 @@ def pass_options(
         width,
         form,
         bf16_dot,
-        quantize_kv=in_codes,
+        quantize_kv=codes,
         quantize_embeddings=options.quantize_embeddings,
         kept_weights=() if measured is None else measured.kept_weights(),
     )

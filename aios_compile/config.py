@@ -18,10 +18,12 @@ from aios_compile.errors import ConfigError
 from aios_compile.ir.quant_format import SHORT_NAMES, QuantFormat
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8", "fp8")
+KV_CODES = {"int8": "int8", "fp8": "e4m3"}  # caches of codes, and what the codes are
 SCHEDULING_POLICIES = ("fcfs", "priority", "fair_share", "shortest_remaining")
 # The names that vLLM and torch use for the same thing.
 _DTYPE_ALIASES = {"float": "float32", "half": "float16", "fp32": "float32", "bf16": "bfloat16"}
+_KV_ALIASES = {**_DTYPE_ALIASES, "fp8_e4m3": "fp8", "float8_e4m3fn": "fp8"}
 
 # Fields that leave the artefact as it is, each with the reason. All others are part of its key.
 NOT_IN_KEY = {
@@ -58,7 +60,7 @@ class CompileOptions:
     quantize_embeddings: bool = _option(
         False, "with quantization: the embedding table too; one tied to the head is stored once"
     )
-    kv_cache_dtype: str = _option("auto", "auto, float32, bfloat16 or int8")
+    kv_cache_dtype: str = _option("auto", "auto, float32, bfloat16, int8 or fp8 (e4m3)")
     max_model_len: int | None = _option(None, "longest prompt + output, in tokens")
     max_num_seqs: int | None = _option(None, "sequences in one step")
     max_num_batched_tokens: int | None = _option(None, "tokens in one step")
@@ -95,9 +97,10 @@ class CompileOptions:
     progress: bool = _option(True, "show the stages and their time on stderr")
 
     def __post_init__(self) -> None:
-        for name in ("device", "dtype", "kv_cache_dtype"):
+        aliases = {"device": {}, "dtype": _DTYPE_ALIASES, "kv_cache_dtype": _KV_ALIASES}
+        for name, known in aliases.items():
             text = str(getattr(self, name)).removeprefix("torch.")
-            self._set(name, _DTYPE_ALIASES.get(text, text) if name != "device" else text)
+            self._set(name, known.get(text, text))
         for name in ("tokenizer", "cache_dir", "decision_log"):
             value = getattr(self, name)
             if value is not None:
@@ -124,7 +127,7 @@ class CompileOptions:
             raise _bad("quantize_embeddings", True, "quantization to say how")
         if self.scheduling_policy not in SCHEDULING_POLICIES:
             raise _bad("scheduling_policy", self.scheduling_policy, ", ".join(SCHEDULING_POLICIES))
-        known = (*KV_CACHE_DTYPES, "fp8", "fp8_e4m3", "fp8_e5m2")
+        known = (*KV_CACHE_DTYPES, "fp8_e5m2")
         if self.kv_cache_dtype not in known:
             raise _bad("kv_cache_dtype", self.kv_cache_dtype, ", ".join(KV_CACHE_DTYPES))
         for name in (
@@ -158,7 +161,8 @@ class CompileOptions:
 
     def _check_not_built(self) -> None:
         missing = {
-            "kv_cache_dtype": self.kv_cache_dtype not in KV_CACHE_DTYPES and "an fp8 KV cache",
+            "kv_cache_dtype": self.kv_cache_dtype not in KV_CACHE_DTYPES
+            and "a KV cache of e5m2 numbers",
             "tensor_parallel_size": self.tensor_parallel_size > 1 and "tensor parallelism",
             "pipeline_parallel_size": self.pipeline_parallel_size > 1 and "pipeline parallelism",
         }

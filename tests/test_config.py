@@ -88,7 +88,7 @@ def test_a_bad_value_names_field_value_and_range(name: str, value: object, expec
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("kv_cache_dtype", "fp8_e4m3"),
+        ("kv_cache_dtype", "fp8_e5m2"),
         ("tensor_parallel_size", 2),
         ("pipeline_parallel_size", 2),
     ],

@@ -36,6 +36,7 @@ TORCH_DTYPES = {
     "i16": torch.int16,
     "i8": torch.int8,
     "u8": torch.uint8,
+    "e4m3": torch.float8_e4m3fn,
     "bool": torch.bool,
 }
 

@@ -19,10 +19,11 @@ DTYPE_NAMES = {
     "torch.int16": "i16",
     "torch.int8": "i8",
     "torch.uint8": "u8",
+    "torch.float8_e4m3fn": "e4m3",
     "torch.bool": "bool",
 }
 BYTES = {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "bf16": 2, "f16": 2, "i16": 2}
-BYTES.update({"i8": 1, "u8": 1, "bool": 1})
+BYTES.update({"i8": 1, "u8": 1, "e4m3": 1, "bool": 1})
 
 
 @dataclass(frozen=True)

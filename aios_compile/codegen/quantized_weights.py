@@ -17,6 +17,7 @@ from aios_compile.ir.quantized import dequantize
 
 PACKED = ("quant16.", "planar.")  # layouts of quantised rows, followed by the format's name
 SAMPLED_ROWS = 128  # of a matrix whose error is measured
+KV_NAMES = {"i8": "int8", "e4m3": "fp8 (e4m3)"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -71,15 +72,17 @@ def source_of(recipe: Recipe) -> Recipe | None:
 
 
 def kv_remarks(program: Program) -> list[str]:
-    """Return what the report says of an int8 KV cache: bytes a token, bits a value."""
-    codes = sum(prod(s.page_shape) for s in program.states if s.dtype == "i8")
+    """Return what the report says of a KV cache of codes: bytes a token, bits a value."""
+    held = [s for s in program.states if s.dtype in KV_NAMES]
+    codes = sum(prod(s.page_shape) for s in held)
     if not codes:
         return []
     scales = sum(4 * prod(s.page_shape) for s in program.states if s.dtype == "f32")
     page = program.settings["page_size"]
+    name = KV_NAMES[held[0].dtype]
     return [
-        f"KV cache in int8, a scale a token and head: {(codes + scales) // page:,} bytes a token, "
-        f"{8 * (codes + scales) / codes:.2f} bits a value; its error: pass quantize_kv"
+        f"KV cache in {name}, a scale a token and head: {(codes + scales) // page:,} bytes a "
+        f"token, {8 * (codes + scales) / codes:.2f} bits a value; its error: pass quantize_kv"
     ]
 
 

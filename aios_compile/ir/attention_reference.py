@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aios_compile.ir.quantized import quantize_groups
+from aios_compile.ir.quantized import LARGEST_CODE, quantize_groups
 
 
 def visible(
@@ -140,6 +140,7 @@ def paged_attention(
         pages = page_tables[s, : -(-length // page_size)]
         k, v = k_cache[pages], v_cache[pages]
         if k_scales is not None and v_scales is not None:
+            k, v = k.to(k_scales.dtype), v.to(v_scales.dtype)  # PyTorch promotes no 8-bit floats
             k, v = k * k_scales[pages].unsqueeze(2), v * v_scales[pages].unsqueeze(3)
         k = k.permute(0, 3, 1, 2).flatten(0, 1)[:length]
         v = v.permute(0, 2, 1, 3).flatten(0, 1)[:length]
@@ -170,11 +171,17 @@ def quantized_kv_write(
     v_scales: Tensor,
     slots: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    exact = k_cache.is_floating_point()  # while a pass is proven: rounding would hide what it does
+    kind = k_cache.dtype
+    exact = kind not in LARGEST_CODE  # while a pass is proven: rounding would hide what it does
+    kind = torch.int8 if exact else kind
     page_size = v_cache.shape[2]
     pages, offsets = slots // page_size, slots % page_size
     new_k_scales, new_v_scales = k_scales.clone(), v_scales.clone()
-    k_codes, new_k_scales[pages, :, offsets] = quantize_groups(k.to(k_scales.dtype), exact=exact)
-    v_codes, new_v_scales[pages, :, offsets] = quantize_groups(v.to(v_scales.dtype), exact=exact)
+    k_codes, new_k_scales[pages, :, offsets] = quantize_groups(
+        k.to(k_scales.dtype), kind, exact=exact
+    )
+    v_codes, new_v_scales[pages, :, offsets] = quantize_groups(
+        v.to(v_scales.dtype), kind, exact=exact
+    )
     new_k, new_v = kv_write(k_codes, v_codes, k_cache, v_cache, slots)
     return new_k, new_v, new_k_scales, new_v_scales

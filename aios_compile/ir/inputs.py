@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from aios_compile.ir.module import IRModule, placeholders
+from aios_compile.ir.quantized import LARGEST_CODE
 from aios_compile.ir.symbols import size_names
 
 MAX_PAGES = 16  # a sampled cache has at most this many pages, whatever the pool will have
@@ -161,10 +162,10 @@ def random_tensor(name: str, shape: Sequence[int], dtype: torch.dtype, seed: int
 
 
 def random_state(name: str, shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
-    """Return a cache full of values of about 1: floats, or int8 codes and their scales."""
+    """Return a cache full of values of about 1: floats, or codes (int8, e4m3) and their scales."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
-    if dtype == torch.int8:
-        return torch.randint(-127, 128, tuple(shape), generator=generator).to(dtype)
+    if dtype in LARGEST_CODE:
+        return torch.randint(-127, 128, tuple(shape), generator=generator).float().to(dtype)
     if "_scales" in name:
         return ((0.5 + torch.rand(tuple(shape), generator=generator)) / 64).to(dtype)
     return random_tensor(name, shape, dtype, seed) * 20

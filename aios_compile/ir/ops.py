@@ -231,7 +231,7 @@ OPS: tuple[Op, ...] = (
         attention_reference.paged_attention,
         _fake_paged_attention,
         "causal attention of a flat batch over pages: k_cache[N, G, D, page], v_cache[N, G, page, "
-        "Dv]; the keys of this step are in the caches already; int8 caches have scales[N, G, page]",
+        "Dv]; the keys of this step are in the caches already; codes have scales[N, G, page]",
     ),
     Op(
         "kv_write",
@@ -246,8 +246,8 @@ OPS: tuple[Op, ...] = (
         "Tensor slots) -> (Tensor, Tensor, Tensor, Tensor)",
         attention_reference.quantized_kv_write,
         _fake_quantized_kv_write,
-        "kv_write to int8 caches: code = round(x * 127 / max|x|) over a head of a token, its scale "
-        "max|x| / 127 in scales[N, G, page]",
+        "kv_write to int8 or e4m3 caches: code = round(x * c / max|x|) over a head of a token, its "
+        "scale max|x| / c in scales[N, G, page]; c = 127, for e4m3 448",
     ),
     Op(
         "quantize_rows",

@@ -16,6 +16,8 @@ from aios_compile.ir.quant_format import E4M3_MAX, UNIT_DEPTH, QuantFormat
 
 ACTIVATION_GROUP = 32  # values of a token under one scale
 SMALLEST = 2.0**-100  # a group of activations below it counts as zeros: 127 / x stays finite
+# Largest code of a dtype that holds codes of a KV cache; 448 is E4M3's (no infinities: "fn").
+LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: E4M3_MAX}
 SCALE_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 
@@ -136,20 +138,26 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.reshape(x.shape), scales
 
 
-def quantize_groups(groups: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor]:
-    """Return codes int8 [..., D] and scales [...] of floats [..., D]: x = code * scale.
+def quantize_groups(
+    groups: Tensor, dtype: torch.dtype = torch.int8, *, exact: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return codes [..., D] in a dtype of LARGEST_CODE, scales [...] of floats [..., D]: x = c * s.
 
-    scale = max|x| / 127, code = x * (127 / max|x|), rounded half to even; what cannot be told from
-    zeros has scale 0, what has a NaN has scale NaN. exact: codes as floats that are not rounded.
+    With int8, scale = max|x| / 127, code = x * (127 / max|x|), rounded half to even; with e4m3 the
+    same with 448. What cannot be told from zeros has scale 0, what has a NaN has scale NaN and
+    codes of 0. exact: codes as floats that are not rounded.
     """
+    top = LARGEST_CODE[dtype]
     largest = groups.abs().amax(-1)
     live = ~(largest < SMALLEST)  # NaN is live: it must reach the result
-    scales = torch.where(live, largest / 127, 0.0)
-    inverse = torch.where(live, 127 / largest, 0.0)
+    scales = torch.where(live, largest / top, 0.0)
+    inverse = torch.where(live, top / largest, 0.0)
     codes = groups * inverse.unsqueeze(-1)
     if exact:
         return codes, scales
-    return codes.round().nan_to_num(0.0, 0.0, 0.0).to(torch.int8), scales
+    if dtype == torch.int8:
+        return codes.round().nan_to_num(0.0, 0.0, 0.0).to(dtype), scales
+    return codes.nan_to_num(0.0, 0.0, 0.0).clamp(-top, top).to(dtype), scales
 
 
 def quantized_linear(x: Tensor, weight: Tensor, form: str, bias: Tensor | None = None) -> Tensor:

@@ -83,6 +83,7 @@ _SHORT = {
     torch.int32: "i32",
     torch.int8: "i8",
     torch.uint8: "u8",
+    torch.float8_e4m3fn: "e4m3",
     torch.bool: "b8",
 }
 

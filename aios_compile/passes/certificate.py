@@ -12,7 +12,7 @@ before (see _Chain).
 A pass that quantises weights is proven on dequantised weights: the program before gets the values
 that the recipes of the program after make, activations are exact, and what is left to differ is
 rounding. How much quantisation changes is no property of the rewrite: the loader measures it.
-A pass that stores the KV cache as int8 is proven on codes that are not rounded; with real ones it
+A pass that stores the KV cache in codes is proven on codes that are not rounded; with real ones it
 is held against the program before with keys and values half a step off (kv_rounding.py), and that
 error is the one that is shown.
 
@@ -209,8 +209,9 @@ class Certifier:
         with one_thread():
             for index in range(len(chain.tokens)):
                 rows += self._compare(chain, after, weights, index, factor, storage)
-                if lossy and kv_rounding.rounds_kv(chain.start, after):
-                    rounded += self._compare_rounded(chain, after, weights, index)
+                codes = kv_rounding.rounded_dtype(chain.start, after) if lossy else None
+                if codes is not None:
+                    rounded += self._compare_rounded(chain, after, weights, index, codes)
                 weights.forget()
         worst = max(rows, key=lambda r: r.ratio, default=Row("nothing to compare", 0.0, 0.0))
         if worst.ratio <= 1 and rounded:
@@ -244,7 +245,12 @@ class Certifier:
         return rows_between(oracle, eager, result, f"at T={num_tokens}", factor, storage)
 
     def _compare_rounded(
-        self, chain: _Chain, after: IRModule, weights: RandomWeights, index: int
+        self,
+        chain: _Chain,
+        after: IRModule,
+        weights: RandomWeights,
+        index: int,
+        codes: torch.dtype,
     ) -> list[Row]:
         """Run `after` with codes that are rounded; return a row a shared output."""
         start, num_tokens = chain.start, chain.tokens[index]
@@ -253,10 +259,10 @@ class Certifier:
         run = functools.partial(
             run_steps, weights=weights, seed=self.seed, prompt=self.samples.prompt
         )
-        off = kv_rounding.moved(start)
+        off = kv_rounding.moved(start, codes)
         moved = run(off, steps, skips=skips, computed_in=chain.computed_in)
         result = run(after, after_steps, skips=after_skips, rounds_kv=True)
-        where, oracle = f"with int8 pages at T={num_tokens}", chain.eager[index][0]
+        where, oracle = f"with pages of codes at T={num_tokens}", chain.eager[index][0]
         return rows_between(oracle, moved, result, where, FACTORS["exact"], 0.0)
 
     def _key(

@@ -29,9 +29,9 @@ class PassOptions:
 
     quantization: the name of a format (ir/quant_format.py) for the weights of linears, or "".
     bf16_dot: whether the processor multiplies pairs of bf16 (passes/round_activations.py).
-    quantize_kv: keep keys and values as int8 with a scale a token and head. quantize_embeddings:
-    quantise tables that are looked up as well. kept_weights: (checkpoint name, reason) of weights
-    that are not quantised because they would lose too much.
+    quantize_kv: keep keys and values as codes with a scale a token and head, "int8" or "e4m3", or
+    "". quantize_embeddings: quantise tables that are looked up as well. kept_weights: (checkpoint
+    name, reason) of weights that are not quantised because they would lose too much.
     """
 
     target: str = "cpp"
@@ -41,7 +41,7 @@ class PassOptions:
     max_pages_per_sequence: int = 8
     quantization: str = ""
     bf16_dot: bool = False
-    quantize_kv: bool = False
+    quantize_kv: str = ""
     quantize_embeddings: bool = False
     kept_weights: tuple[tuple[str, str], ...] = ()
 

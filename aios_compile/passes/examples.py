@@ -48,10 +48,11 @@ DTYPES = {
     "i32": torch.int32,
     "i8": torch.int8,
     "u8": torch.uint8,
+    "e4m3": torch.float8_e4m3fn,
     "b8": torch.bool,
 }
 # What the examples assume.
-OPTIONS = PassOptions(quantization="int8_g32_f16", quantize_kv=True, bf16_dot=True)
+OPTIONS = PassOptions(quantization="int8_g32_f16", quantize_kv="int8", bf16_dot=True)
 _ANNOTATION = re.compile(r"(?:(weight|input|state)\s+)?(\w+)\[(.*)\]")
 
 

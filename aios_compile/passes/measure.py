@@ -14,6 +14,7 @@ from aios_compile.ir import evaluate, inputs, random_weights, sample_op
 from aios_compile.ir.inputs import Step
 from aios_compile.ir.module import IRModule, Recipe, outputs
 from aios_compile.ir.ops import wide
+from aios_compile.ir.quantized import LARGEST_CODE
 from aios_compile.ir.random_weights import RandomWeights
 from aios_compile.passes.sample_tokens import RESULTS as SAMPLED
 
@@ -144,8 +145,8 @@ def run_steps(
 
     computed_in: the dtype of all floating-point values; None leaves the program's own. sampled: add
     what the sampler's reference makes of the logits, as sample_tokens should. prompt: token ids
-    instead of random ones. watch: is told the value of every node. rounds_kv: int8 caches hold
-    int8, see _first_state. rounds_activations: where a pass meant it, as the kernels do; otherwise
+    instead of random ones. watch: is told the value of every node. rounds_kv: caches of codes hold
+    codes, see _first_state. rounds_activations: where a pass meant it, as the kernels do; otherwise
     they are exact (ir/evaluate.py).
     """
     values = inputs.describe(module)
@@ -241,14 +242,14 @@ def _first_state(
 ) -> Tensor:
     """Return a cache: random where batches have a past, zeros where the sequence starts here.
 
-    A half-precision or int8 cache is held in float32 while measuring: how keys are stored is an
-    option of the user, and its rounding would hide what the pass does. rounds_kv: int8 stays.
+    A cache of half precision or of codes is held in float32 while measuring: how keys are stored is
+    an option of the user, and its rounding would hide what the pass does. rounds_kv: codes stay.
     """
     shape = [inputs.size(s, {}) for s in value.shape]
     past = any(step.total == 0 for step in steps)
     tensor = inputs.random_state(value.name, shape, value.dtype, seed)
     tensor = tensor if past else torch.zeros_like(tensor)
-    codes = value.dtype == torch.int8
+    codes = value.dtype in LARGEST_CODE
     if codes and rounds_kv:
         return tensor
     return tensor.to(dtype or (torch.float32 if codes else wide(value.dtype)))
@@ -332,6 +333,10 @@ def wider_dtype(before: IRModule, after: IRModule) -> torch.dtype | None:
 
 
 def storage_roundoff(module: IRModule) -> float:
-    """Return the coarsest rounding among what a program stores: its states and weights."""
+    """Return the coarsest rounding among what a program stores: its states and weights.
+
+    Codes of a KV cache do not count: they are measured unrounded, and then on their own.
+    """
     held = [v.dtype for v in inputs.describe(module) if v.kind in ("state", "weight")]
-    return max((torch.finfo(d).eps for d in held if d.is_floating_point), default=0.0)
+    floats = [d for d in held if d.is_floating_point and d not in LARGEST_CODE]
+    return max((torch.finfo(d).eps for d in floats), default=0.0)

@@ -5,6 +5,10 @@ bounds how many sequences fit (Qwen3-0.6B, a token: 229,376 bytes in bf16, 118,2
 for each token and head needs no calibration, is written with the token and never changes: a page
 means the same whoever shares, copies or swaps it. The scale is float32, 32 bits for D codes.
 
+The codes are int8, or e4m3 (OCP's 8-bit float). With a scale a token and head int8 is the closer
+one: its steps are even, while e4m3 has 3 bits of mantissa for the largest values too (and keeps
+small values beside large ones). GPUs from sm_89 on convert e4m3 by themselves.
+
 What is proven is the rewrite, on codes that are not rounded (passes/certificate.py). How much the
 rounding changes is measured beside it and held against the same program with every key and value
 moved by the half step that rounding may move it.
@@ -26,6 +30,7 @@ from aios_compile.passes.graph_pass import graph_pass
 
 aios = torch.ops.aios
 SCALES = torch.float32
+CODES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
 
 
 class Match(NamedTuple):
@@ -49,7 +54,7 @@ def _match(write: fx.Node) -> Match | Refusal:
 
 @graph_pass(numerics="lossy", required=True)
 def quantize_kv(graph: fx.Graph, context: PassContext) -> int:
-    """Write keys and values as int8 codes with a scale a token and head, and attend over those.
+    """Write keys and values as 8-bit codes with a scale a token and head, and attend over those.
 
     Before::
 
@@ -83,7 +88,7 @@ def quantize_kv(graph: fx.Graph, context: PassContext) -> int:
         match = _match(write)
         if isinstance(match, Refusal):  # what was asked for is not left out in silence
             raise PassError(
-                f"the KV cache cannot be int8: {match.reason}",
+                f"the KV cache cannot be {context.options.quantize_kv}: {match.reason}",
                 source_line=match.source_line or None,
                 advice="leave kv_cache_dtype at 'auto'",
             )
@@ -94,10 +99,10 @@ def quantize_kv(graph: fx.Graph, context: PassContext) -> int:
 
 def _rewrite(graph: fx.Graph, match: Match, context: PassContext) -> None:
     write, source = match.write, [match.write]
-    states = []
+    states, kind = [], context.options.quantize_kv
     for name, cache in (("k", match.k_cache), ("v", match.v_cache)):
         shape = cache.meta["val"].shape
-        states.append(context.add_state(graph, f"{name}_cache_int8", shape, torch.int8))
+        states.append(context.add_state(graph, f"{name}_cache_{kind}", shape, CODES[kind]))
     pages, heads, _, page = match.k_cache.meta["val"].shape
     for name in ("k", "v"):
         states.append(context.add_state(graph, f"{name}_scales", (pages, heads, page), SCALES))

@@ -24,6 +24,7 @@ SPINS = 20_000  # about a millisecond of pause instructions; 50 us parked at eve
 NUMPY_DTYPES = {
     "f32": np.float32, "i64": np.int64, "f64": np.float64, "i32": np.int32, "bool": np.bool_,
     "bf16": np.uint16, "f16": np.float16, "i16": np.int16, "i8": np.int8, "u8": np.uint8,
+    "e4m3": np.uint8,
 }  # fmt: skip
 Pointers = NDArray[np.uint64]
 Longs = NDArray[np.int64]

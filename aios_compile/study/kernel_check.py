@@ -30,6 +30,7 @@ from aios_compile.errors import CodegenError
 from aios_compile.ir import evaluate
 from aios_compile.ir.module import body_of, placeholders
 from aios_compile.ir.quant_format import QuantFormat
+from aios_compile.ir.quantized import LARGEST_CODE
 from aios_compile.passes.measure import FLOOR_ROUNDINGS
 
 FACTOR = 4.0  # times eager's own error: a kernel may sum in another order
@@ -141,7 +142,7 @@ class Prepared:
 _TORCH = {
     "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64,
     "i64": torch.int64, "i32": torch.int32, "i16": torch.int16, "i8": torch.int8,
-    "u8": torch.uint8, "bool": torch.bool,
+    "u8": torch.uint8, "e4m3": torch.float8_e4m3fn, "bool": torch.bool,
 }  # fmt: skip
 
 
@@ -248,12 +249,13 @@ def _results(value: Any) -> list[Tensor]:
 
 
 def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    floats = isinstance(value, Tensor) and value.is_floating_point()
+    return floats and value.dtype not in LARGEST_CODE
 
 
 def _compare(oracle: Tensor, native: Tensor, result: Tensor) -> Checked:
-    if native.dtype == torch.int8:  # codes of a KV cache: rounding may choose the neighbour
-        return Checked(_gap(result, oracle) / 127, 1 / 127)
+    if native.dtype in LARGEST_CODE:  # codes of a KV cache: rounding may choose the neighbour
+        return Checked(_gap(_places(result), _places(oracle)), 1.0)
     if not _is_float(native):
         wrong = ((result != oracle) & (native == oracle)).any()  # rounding may decide an integer
         return Checked(math.inf if bool(wrong) else 0.0, 1.0)
@@ -263,6 +265,14 @@ def _compare(oracle: Tensor, native: Tensor, result: Tensor) -> Checked:
     budget = FACTOR * _gap(native, oracle) / scale
     budget += FLOOR_ROUNDINGS * torch.finfo(native.dtype).eps
     return Checked(_gap(result, oracle) / scale, budget)
+
+
+def _places(codes: Tensor) -> Tensor:
+    """Return the places of codes among all codes of their dtype in ascending order."""
+    if codes.dtype == torch.int8:
+        return codes
+    bits = codes.contiguous().view(torch.uint8).int()
+    return torch.where(bits >= 128, 128 - bits, bits)
 
 
 def _gap(value: Tensor, oracle: Tensor) -> float:

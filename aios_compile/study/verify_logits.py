@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from aios_compile.config import KV_CODES
 from aios_compile.errors import EngineError
 from aios_compile.passes.certificate import FACTORS
 from aios_compile.passes.measure import FLOOR_ROUNDINGS
@@ -41,7 +42,7 @@ def verify_logits(model: CompiledModel, source: ModelSource) -> str:
     error = float((model(ids) - oracle).abs().max())
     told = f"logits differ from eager by {error:.2e} (largest {largest:.2e}, "
     options = model.options
-    if error > allowed and (options.quantization or options.kv_cache_dtype == "int8"):
+    if error > allowed and (options.quantization or options.kv_cache_dtype in KV_CODES):
         return f"{told}quantised, which no budget is held against)"
     text = f"{told}allowed {allowed:.2e})"
     if not error <= allowed:

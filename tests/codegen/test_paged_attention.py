@@ -11,7 +11,7 @@ import torch
 
 from aios_compile.codegen.cpp import build, paged_attention
 from aios_compile.ir import ops  # noqa: F401  (registers the ops)
-from aios_compile.ir.quantized import quantize_groups
+from aios_compile.ir.quantized import LARGEST_CODE, quantize_groups
 from tests.codegen.harness import Kernel, make_body, sparse
 from tests.variants import nightly
 
@@ -23,7 +23,7 @@ SLOPES = (0.5, 0.17677669, 0.0625, -0.01)
 def kernel(
     heads, kv_heads, width, v_width, dtype, target=None, sinks=False, page=PAGE, pages=6, **options
 ):
-    codes = dtype == torch.int8
+    codes = dtype in LARGEST_CODE
 
     def body(q, k_cache, v_cache, starts, lengths, tables, *rest):
         return torch.ops.aios.paged_attention.default(
@@ -79,7 +79,7 @@ class Batch:
         self.k = torch.full((POOL, kv_heads, width, page), unused, dtype=dtype)
         self.v = torch.full((POOL, kv_heads, page, v_width), unused, dtype=dtype)
         shape = (POOL, kv_heads, page)
-        self.scales = [torch.full(shape, float("nan")) for _ in range(2 * (dtype == torch.int8))]
+        self.scales = [torch.full(shape, float("nan")) for _ in range(2 * (dtype in LARGEST_CODE))]
         self.starts = torch.zeros(len(sequences) + 1, dtype=torch.int64)
         self.starts[1:] = torch.tensor([new for new, _ in sequences]).cumsum(0)
         self.lengths = torch.tensor([context for _, context in sequences])
@@ -93,8 +93,8 @@ class Batch:
                 k = torch.randn(kv_heads, width, generator=g)
                 v = torch.randn(kv_heads, v_width, generator=g)
                 if self.scales:
-                    k, self.scales[0][at, :, t % page] = quantize_groups(k)
-                    v, self.scales[1][at, :, t % page] = quantize_groups(v)
+                    k, self.scales[0][at, :, t % page] = quantize_groups(k, dtype)
+                    v, self.scales[1][at, :, t % page] = quantize_groups(v, dtype)
                 self.k[at, :, :, t % page] = k.to(dtype)
                 self.v[at, :, t % page] = v.to(dtype)
         self.sinks = torch.randn(heads, generator=g)
@@ -122,11 +122,15 @@ MIXED = ((1, 1), (1, 37), (16, 16), (21, 50), (1, 90))
         ((3, 1, 20, 13), torch.bfloat16, "portable"),
         ((16, 8, 128, 128), torch.bfloat16, "avx512"),
         *(((3, 1, 20, 13), torch.int8, t) for t in ("avx512", "portable")),
+        ((3, 1, 20, 13), torch.float8_e4m3fn, "avx512"),
         *nightly(
             ((4, 2, 32, 32), torch.float16, "avx2"),
             ((16, 8, 128, 128), torch.bfloat16, "avx2"),
             ((3, 1, 20, 13), torch.int8, "avx2"),
             ((16, 8, 128, 128), torch.int8, "avx512"),
+            ((3, 1, 20, 13), torch.float8_e4m3fn, "avx2"),
+            ((3, 1, 20, 13), torch.float8_e4m3fn, "portable"),
+            ((16, 8, 128, 128), torch.float8_e4m3fn, "avx512"),
         ),
     ],
 )
@@ -159,9 +163,10 @@ def test_masks_softcap_sinks(options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"window": 19}, {"chunk": 24}, {"alibi": SLOPES}, {"dtype": torch.int8, "window": 19}],
+    [{}, {"window": 19}, {"chunk": 24}, {"alibi": SLOPES}, {"dtype": torch.int8, "window": 19},
+     {"dtype": torch.float8_e4m3fn, "window": 19}],
     ids=str,
-)
+)  # fmt: skip
 def test_a_row_does_not_depend_on_batch_chunk_or_split(options):
     shape = (4, 2, 24, 40)
     options = {"dtype": torch.bfloat16, **options}

@@ -14,6 +14,8 @@ from aios_compile.codegen.expression import TORCH_DTYPES
 from aios_compile.codegen.operand import dim_value
 from aios_compile.codegen.source import KernelSource
 
+E4M3 = torch.float8_e4m3fn
+
 
 def load(source: KernelSource) -> ModuleType:
     """Write a kernel module to a file (Triton reads its source) and import it."""
@@ -33,7 +35,10 @@ class Kernel:
         self.source, self.module = source, load(source)
 
     def __call__(self, sizes: dict[str, int], *tensors: Tensor) -> None:
-        """Run the kernel; the workspace is poisoned, counters must be zeros again afterwards."""
+        """Run the kernel; the workspace is poisoned, counters must be zeros again afterwards.
+
+        Tensors of e4m3 go in as their bits, as the signature has them.
+        """
         source, full = self.source, {"T": 1, "S": 1, "R": 1, "P": 1, **sizes}
         assert len(tensors) == source.num_operands
         spaces = []
@@ -42,5 +47,6 @@ class Kernel:
             kind = TORCH_DTYPES[space.dtype]
             spaces.append(torch.full(size, float("nan") if kind.is_floating_point else -1).to(kind))
         counters = torch.zeros(source.counters, dtype=torch.int32)
+        tensors = tuple(t.view(torch.uint8) if t.dtype == E4M3 else t for t in tensors)
         self.module.launch([*tensors, *spaces, *([counters] if source.counters else [])], **sizes)
         assert not counters.any(), "counters are left at zero"

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from aios_compile.capture.capture import capture
 from aios_compile.ir import snapshot
 from aios_compile.ir.module import IRModule, drop_dead, placeholders
+from aios_compile.ir.quantized import LARGEST_CODE
 from aios_compile.models.config import ModelConfig
 from aios_compile.models.decoder import Decoder
 from aios_compile.passes.context import PassContext, PassOptions
@@ -100,7 +101,8 @@ def evaluate(
 
 
 def double(value: Tensor) -> Tensor:
-    return value.double() if value.is_floating_point() else value
+    widens = value.is_floating_point() and value.dtype not in LARGEST_CODE
+    return value.double() if widens else value
 
 
 def _size(size: Any, sizes: dict[str, int]) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
 import pytest
 import torch
 
+from aios_compile.ir import snapshot
 from aios_compile.ir.module import IRModule, Level, is_kernel_call
 from aios_compile.ir.refresh import refresh
 from aios_compile.ir.verifier import verify
@@ -49,7 +51,7 @@ ON_TRITON = {  # five kernels a layer
 }
 TRITON_LAYER = ["linear", "kv_write_attention", "linear", "linear", "linear"]
 IDS = list(range(3, 43))
-STATES = ("k_cache_int8", "k_scales", "v_cache_int8", "v_scales")
+CODES = {"int8": (torch.int8, 0.02), "e4m3": (torch.float8_e4m3fn, 0.1)}  # most that they change
 
 
 def lowered(
@@ -75,11 +77,12 @@ def kinds(module: IRModule, region: str) -> list[str]:
     return [n.meta["kernel"] for n in nodes if is_kernel_call(n)]
 
 
-def paged_logits(module: IRModule, *, codes: bool = False) -> torch.Tensor:
-    """Run a sequence in chunks through permuted pages. codes: int8 caches hold rounded codes."""
+def paged_logits(module: IRModule, *, codes: str = "") -> torch.Tensor:
+    """Run a sequence in chunks through permuted pages. codes: caches hold rounded codes."""
     caches = level2.empty_caches(module)
     if codes:
-        caches |= {n: c.mul(0).to(torch.int8) for n, c in caches.items() if n.endswith("_int8")}
+        kind = CODES[codes][0]
+        caches |= {n: c.mul(0).to(kind) for n, c in caches.items() if n.endswith(f"_{codes}")}
     cuts = (0, 17, 18, 40)
     parts = [
         level2.step(module, [(IDS[a:b], a, [9, 2, 5])], caches)["logits"]
@@ -102,19 +105,26 @@ def test_hits_are_pinned_and_level_3_computes_what_was_captured(family: str, tar
     helpers.assert_same([want], [paged_logits(module)])
 
 
-def test_an_int8_cache_changes_no_other_pass() -> None:
-    """The same hits and kernels; logits within what half a step of 254 can make of them."""
-    module = helpers.captured("mistral", torch.bfloat16, sliding_window=9)
+@functools.cache
+def windowed() -> IRModule:
+    return helpers.captured("mistral", torch.bfloat16, sliding_window=9)
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_a_cache_of_codes_changes_no_other_pass(codes: str) -> None:
+    """The same hits and kernels; logits within what half a step of the codes can make of them."""
+    module = snapshot.take(windowed())
     values = {"token_ids": torch.tensor(IDS), "positions": torch.arange(len(IDS))}
     (want,) = helpers.evaluate(module, values, len(IDS))
-    hits = lowered(module, options=PassOptions(quantize_kv=True))
+    hits = lowered(module, options=PassOptions(quantize_kv=codes))
     assert {name: hits[name] for name in HITS} == HITS and hits["quantize_kv"] == (1, 0)
     assert kinds(module, "layer") == LAYER
     names = [name.removeprefix("layer_") for name in module.states]
-    assert sorted(names) == [f"{i}_{n}" for i in (0, 1) for n in STATES]
+    states = (f"k_cache_{codes}", "k_scales", f"v_cache_{codes}", "v_scales")
+    assert sorted(names) == [f"{i}_{n}" for i in (0, 1) for n in states]
     helpers.assert_same([want], [paged_logits(module)])
-    lost = (paged_logits(module, codes=True) - want).abs().max() / want.abs().max()
-    assert 1e-5 < lost < 0.02, lost
+    lost = (paged_logits(module, codes=codes) - want).abs().max() / want.abs().max()
+    assert 1e-5 < lost < CODES[codes][1], lost
 
 
 def foreign(name: str) -> Any:

@@ -73,6 +73,7 @@ PROGRAMS: dict[str, Callable[[], IRModule]] = {
     "triton": lambda: captured("qwen3"),
     "rounded": lambda: captured("qwen3", torch.bfloat16),
     "int8_kv": lambda: captured("mistral", sliding_window=9),
+    "e4m3_kv": lambda: snapshot.take(level_1("int8_kv")),
     "experts": lambda: _traced(experts),
     "stored": _stored,
     "strided": lambda: _traced(strided),
@@ -84,7 +85,8 @@ OPTIONS = {
     "quantised": PassOptions(quantization="int8_g32_f16"),
     "triton": PassOptions(target="triton"),
     "rounded": PassOptions(bf16_dot=True),
-    "int8_kv": PassOptions(quantize_kv=True),
+    "int8_kv": PassOptions(quantize_kv="int8"),
+    "e4m3_kv": PassOptions(quantize_kv="e4m3"),
 }
 
 

@@ -135,9 +135,20 @@ def window_lost_with_the_scales(graph: fx.Graph, context: PassContext) -> int:
     return set_argument(calls(graph, PAGED), 7, lambda window: None)
 
 
+@plant("quantize_kv", "e4m3_kv")
+def scales_of_int8_for_e4m3_codes(graph: fx.Graph, context: PassContext) -> int:
+    """Scales as if the largest code were 127, not 448."""
+    node = calls(graph, PAGED)[0]
+    with graph.inserting_before(node):
+        scales = node.kwargs["v_scales"]
+        wrong = context.call(graph, aten.mul.Tensor, scales, 448 / 127, source=[node])
+    return _change_scales(graph, lambda k, v: (k, wrong))
+
+
+@plant("quantize_kv", "e4m3_kv")
 @plant("quantize_kv", "int8_kv")
 def keys_a_hundredth_too_large(graph: fx.Graph, context: PassContext) -> int:
-    """Within what rounding to int8 may change: only the exact comparison sees it."""
+    """Within what rounding to codes may change: only the exact comparison sees it."""
     node = calls(graph, QUANTIZED_WRITE)[0]
     with graph.inserting_before(node):
         larger = context.call(graph, aten.mul.Tensor, node.args[0], 1.01, source=[node])

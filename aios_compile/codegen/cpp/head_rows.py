@@ -2,12 +2,13 @@
 
 out[t, h] = rotate(norm(q[t, h])); k_cache[page, g, :, offset] = rotate(norm(k[t, g]));
 v_cache[page, g, offset, :] = v[t, g] with page, offset = slots[t] divided by the page size. Norm
-and rotation are each optional, and so is q or the pair k, v. Int8 caches get rint(x * 127 / max|x|)
-of a head and their scales max|x| / 127 (ir/quantized.py: quantize_groups).
+and rotation are each optional, and so is q or the pair k, v. Caches of int8 codes get
+rint(x * 127 / max|x|) of a head and their scales max|x| / 127, e4m3 the same with 448
+(ir/quantized.py: quantize_groups).
 Layouts: q[T, H, D], k[T, G, D], v[T, G, Dv] float32, elements of a head dense, any token and head
 stride (slices of the merged projection); cos, sin [T, R] float32, R <= D; norm weights [D] of any
-float dtype; slots i64[T]; k_cache[N, G, D, page], v_cache[N, G, page, Dv] in float32, bf16, f16 or
-int8 with k_scales, v_scales f32[N, G, page].
+float dtype; slots i64[T]; k_cache[N, G, D, page], v_cache[N, G, page, Dv] in float32, bf16, f16, or
+int8 or e4m3 with k_scales, v_scales f32[N, G, page].
 Bytes a token: each head read and written once. Items: (token, head).
 """
 
@@ -26,8 +27,11 @@ from aios_compile.codegen.cpp.template import (
 from aios_compile.codegen.operand import Dim, Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import Strided
+from aios_compile.ir.quant_format import E4M3_MAX
 
 FLOATS = ("f32", "bf16", "f16")
+LARGEST_CODE = {"i8": 127.0, "e4m3": E4M3_MAX}  # of the dtypes of caches of codes
+HEADERS = {"i8": ("quantized.h",), "e4m3": ("quantized.h", "e4m3.h")}
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Rotation:
 class Write:
     """The values, the slots and the caches of a KV write, and its outputs' positions.
 
-    states: k cache, v cache and, of int8 caches, k scales and v scales; outputs: in that order.
+    states: k cache, v cache and, of caches of codes, k scales and v scales; outputs: in that order.
     """
 
     value: Strided
@@ -79,8 +83,13 @@ class Write:
 
     @property
     def in_codes(self) -> bool:
-        """Return whether the caches are int8, with scales."""
+        """Return whether the caches hold codes, with scales."""
         return len(self.states) == 4
+
+    @property
+    def dtype(self) -> str:
+        """Return the dtype of the caches."""
+        return self.states[0].operand.dtype
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,7 @@ def fits(spec: HeadRowsSpec) -> bool:
     page, width = v.shape[2:]
     return (
         k.dtype == v.dtype
-        and (k.dtype == "i8" if spec.write.in_codes else k.dtype in FLOATS)
+        and k.dtype in (LARGEST_CODE if spec.write.in_codes else FLOATS)
         and k.strides[2:] == (page, 1)
         and v.strides[2:] == (width, 1)
         and all(state.offset == 0 for state in spec.write.states)
@@ -176,7 +185,7 @@ def emit(spec: HeadRowsSpec) -> KernelSource:
         template="head_rows",
         inplace=inplace,
         lines=spec.lines,
-        headers=("quantized.h",) if in_codes else (),
+        headers=HEADERS[spec.write.dtype] if spec.write is not None and in_codes else (),
     )
 
 
@@ -247,5 +256,6 @@ def _write(write: Write | None) -> list[str]:
         pointer("key_page", k_output, k.operand, ("page", "head")),
         pointer("value_page", v_output, v.operand, ("page", "head")),
         *scales,
+        *([constants(LARGEST_CODE=LARGEST_CODE[k.operand.dtype])] if write.in_codes else []),
         template_text("put_codes" if scale_outputs else "put_floats"),
     ]

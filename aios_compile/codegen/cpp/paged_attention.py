@@ -1,7 +1,7 @@
 """out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h / G]) v[j, h / G] over the visible keys j.
 
 Layouts: q[T, H, D] float32 (any token and head stride), k_cache[N, Hkv, D, page] and
-v_cache[N, Hkv, page, Dv] in float32, bf16, f16 or int8, then with k_scales, v_scales
+v_cache[N, Hkv, page, Dv] in float32, bf16, f16, or int8 or e4m3, then with k_scales, v_scales
 f32[N, Hkv, page], which multiply scores and probabilities (the codes become floats as they are);
 query_starts i64[S+1], context_lengths i64[S], page_tables i64[S, P], sinks f32[H] (optional),
 out[T, H, Dv] float32. Sums in float32.
@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from aios_compile.codegen.cpp.head_rows import FLOATS, LARGEST_CODE
 from aios_compile.codegen.cpp.template import (
     C_TYPES,
     constants,
@@ -116,7 +117,7 @@ def _fits(spec: PagedAttentionSpec) -> bool:
         q.dtype == "f32"
         and spec.out.dtype == "f32"
         and k.dtype == v.dtype
-        and (k.dtype == "i8" if len(scales) == 2 else k.dtype in ("f32", "bf16", "f16"))
+        and k.dtype in (LARGEST_CODE if len(scales) == 2 else FLOATS)
         and all(s.dtype == "f32" and s.strides[2] == 1 for s in scales)
         and isinstance(page, int)
         and page % 16 == 0
@@ -174,7 +175,11 @@ def emit(spec: PagedAttentionSpec) -> KernelSource:
     definitions += [template_text("attention_values"), template_text("attention_tile")]
     splits = max_spans(spec) > 1
     count = spec.num_operands
-    source = kernel("paged_attention", spec, definitions, count, lines=spec.lines, finishes=splits)
+    headers = ("e4m3.h",) if k.operand.dtype == "e4m3" else ()
+    source = kernel(
+        "paged_attention", spec, definitions, count, lines=spec.lines, finishes=splits,
+        headers=headers,
+    )  # fmt: skip
     return dataclasses.replace(source, workspace=(parts,)) if splits else source
 
 

@@ -24,6 +24,7 @@ C_TYPES = {
     "i32": "int32_t",
     "i8": "int8_t",
     "u8": "uint8_t",
+    "e4m3": "e4m3",
 }
 
 FINISH = """\

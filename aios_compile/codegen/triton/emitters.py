@@ -71,7 +71,10 @@ EMITTERS: tuple[ModuleType, ...] = (
     pointwise,
 )
 
-BY_CARD = (linear, quantized_linear, fp8_linear, kv_write_attention, paged_attention)
+BY_CARD = (
+    linear, quantized_linear, fp8_linear, kv_write_attention, paged_attention, kv_write,
+    qk_norm_rope_kv_write,
+)  # fmt: skip
 
 
 def emitters_for(card: Card = DEFAULT, tuning: Tuning | None = None) -> Sequence[Any]:

@@ -17,6 +17,7 @@ from aios_compile.codegen.operand import Dim, Operand
 
 POINTERS = {"f32": "*fp32", "bf16": "*bf16", "f16": "*fp16", "f64": "*fp64", "bool": "*i1"}
 POINTERS.update({"i64": "*i64", "i32": "*i32", "i16": "*i16", "i8": "*i8", "u8": "*u8"})
+POINTERS["e4m3"] = "*u8"  # their bits: not every card has the type
 JIT = '@triton.jit(do_not_specialize=["T", "S", "R", "P"])'
 
 HEAD = '''\

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from aios_compile.codegen.cpp.head_rows import Head, HeadRowsSpec, Write
+from aios_compile.codegen.cpp.head_rows import LARGEST_CODE, Head, HeadRowsSpec, Write
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import Strided
+from aios_compile.codegen.triton.cards import DEFAULT, Card
 from aios_compile.codegen.triton.frame import python_dim
 from aios_compile.codegen.triton.template import (
     Bound,
@@ -47,11 +48,11 @@ def serves(spec: HeadRowsSpec) -> bool:
     return is_fixed(*out) and all(is_fixed(v.offset, *v.operand.strides) for v in views)
 
 
-def emit(bound: Bound[HeadRowsSpec]) -> KernelSource:
-    """Return the module; the caches are updated in place."""
+def emit(bound: Bound[HeadRowsSpec], card: Card = DEFAULT) -> KernelSource:
+    """Return the module for a card; the caches are updated in place."""
     spec = bound.spec
     source = (spec.q or spec.k).source  # type: ignore[union-attr]
-    rows, values = source.operand.shape[0], constants(spec)
+    rows, values = source.operand.shape[0], constants(spec, card)
     tokens, heads = python_dim(rows), values["Q_HEADS"] + 2 * values["KV_HEADS"]
     arguments: tuple[int | str, ...] = (*names(spec).values(), tokens)
     one = Entry("head_rows", arguments, f"{tokens}, {heads}", (("BLOCK_T", 1),), num_warps=1)
@@ -59,8 +60,8 @@ def emit(bound: Bound[HeadRowsSpec]) -> KernelSource:
     block = Entry("head_rows", arguments, grid, (("BLOCK_T", BLOCK),))
     return kernel(
         spec.name, bound, [f"{spec.name}: one program a head and a block of tokens"],
-        bound.operands, values, ["head_rows"], [(SMALL, [one]), (None, [block])], rows,
-        inplace=inplace(spec), lines=spec.lines,
+        bound.operands, values, [*code_templates(spec), "head_rows"],
+        [(SMALL, [one]), (None, [block])], rows, inplace=inplace(spec), lines=spec.lines,
     )  # fmt: skip
 
 
@@ -91,7 +92,12 @@ def names(spec: HeadRowsSpec) -> dict[str, int]:
     return found | dict.fromkeys(states, 0) | dict(zip(states, outputs))
 
 
-def constants(spec: HeadRowsSpec) -> Values:
+def code_templates(spec: HeadRowsSpec) -> list[str]:
+    """Return the templates that caches of e4m3 codes need before the others."""
+    return ["e4m3"] if spec.write is not None and spec.write.dtype == "e4m3" else []
+
+
+def constants(spec: HeadRowsSpec, card: Card) -> Values:
     """Return the template's constants."""
     source = (spec.q or spec.k).source.operand  # type: ignore[union-attr]
     width = fixed(source.shape[2])
@@ -110,7 +116,7 @@ def constants(spec: HeadRowsSpec) -> Values:
         out = Operand(out.name, out.dtype, out.shape[1:], out.strides[1:])
     values["OUT_TOKEN"] = fixed(out.strides[0]) if out else 0
     values["OUT_HEAD"] = fixed(out.strides[1]) if out else 0
-    return values | _write(spec.write)
+    return values | _write(spec.write) | _codes(spec.write, card)
 
 
 def _rows(name: str, view: Strided | None) -> Values:
@@ -151,3 +157,14 @@ def _write(write: Write | None) -> Values:
     steps = [d for scales in write.states[2:] for d in scales.operand.strides[:2]]
     values |= dict.fromkeys(SCALES, 0) | dict(zip(SCALES, map(fixed, steps)))
     return values | _rows("SLOT", write.slots) | _rows("V", write.value)
+
+
+def _codes(write: Write | None, card: Card) -> Values:
+    """Return what kind of codes the caches hold, if they do."""
+    if write is None or not write.in_codes:
+        return {}
+    return {
+        "LARGEST_CODE": LARGEST_CODE[write.dtype],
+        "FLOAT_CODES": write.dtype == "e4m3",
+        "NATIVE_E4M3": card.fp8,
+    }

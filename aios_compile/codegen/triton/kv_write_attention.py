@@ -111,8 +111,8 @@ def emit(bound: Bound[Pair], card: Card = DEFAULT) -> KernelSource:
     heads_of = [names[name] for name in order]
     fused, whole = paged_attention.entries(spec, heads_of, caches, card, writes=True)
     split, _ = paged_attention.entries(spec, heads_of, caches, card)
-    most, values = paged_attention.split_tokens(spec), head_rows.constants(rows)
-    values |= {**paged_attention.constants(spec), "Q_HEADS": 0, "NEW_ROWS": NEW_ROWS}
+    most, values = paged_attention.split_tokens(spec), head_rows.constants(rows, card)
+    values |= {**paged_attention.constants(spec, card), "Q_HEADS": 0, "NEW_ROWS": NEW_ROWS}
     count, block = python_dim(tokens), head_rows.BLOCK
     write = Entry(
         "head_rows", (*names.values(), count),
@@ -122,7 +122,8 @@ def emit(bound: Bound[Pair], card: Card = DEFAULT) -> KernelSource:
     variants += [(most, [write, split])] if most > NEW_TOKENS else []
     return kernel(
         rows.name, bound, SUMMARY, bound.operands, values,
-        ["head_rows", paged_attention.slopes(spec), "new_rows", "paged_attention"],
+        [*head_rows.code_templates(rows), "head_rows", paged_attention.slopes(spec), "new_rows",
+         "paged_attention"],
         [*variants, (None, [write, whole])], tokens, inplace=head_rows.inplace(rows),
         lines=rows.lines, workspace=paged_attention.workspaces(spec),
         counters=paged_attention.counters(spec),

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from aios_compile.codegen.cpp import paged_attention
+from aios_compile.codegen.cpp.head_rows import LARGEST_CODE
 from aios_compile.codegen.cpp.paged_attention import PagedAttentionSpec
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.source import KernelSource
@@ -72,8 +73,9 @@ def emit(bound: Bound[PagedAttentionSpec], card: Card = DEFAULT) -> KernelSource
     scales = (spec.k_scales.index, spec.v_scales.index) if spec.k_scales and spec.v_scales else ()
     split, whole = entries(spec, (q,) * 8, (k, v, *scales), card)
     return kernel(
-        "paged_attention", bound, SUMMARY, bound.operands, constants(spec),
-        [slopes(spec), "plain_queries", "paged_attention"],
+        "paged_attention", bound, SUMMARY, bound.operands, constants(spec, card),
+        [*(["e4m3"] if floats_in_codes(spec) else []), slopes(spec), "plain_queries",
+         "paged_attention"],
         [(split_tokens(spec), [split]), (None, [whole])], spec.inputs[0].operand.shape[0],
         lines=spec.lines, workspace=workspaces(spec), counters=counters(spec),
     )  # fmt: skip
@@ -165,13 +167,18 @@ def shape_of(spec: PagedAttentionSpec) -> dict[str, int]:
     }  # fmt: skip
 
 
-def constants(spec: PagedAttentionSpec) -> Values:
+def floats_in_codes(spec: PagedAttentionSpec) -> bool:
+    """Return whether the caches hold codes that are e4m3 numbers."""
+    return spec.inputs[1].operand.dtype == "e4m3"
+
+
+def constants(spec: PagedAttentionSpec, card: Card) -> Values:
     """Return the template's constants."""
     q, k, v, starts, lengths, tables = spec.inputs
     shape = shape_of(spec)
     narrow = shape["D"] <= 128 and k.operand.dtype != "f32"
     kinds = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
-    kinds["i8"] = "tl.bfloat16"  # which holds every code
+    kinds |= dict.fromkeys(LARGEST_CODE, "tl.bfloat16")  # which holds every code
     steps = [v.operand.strides[:2] if v else (0, 0) for v in (spec.k_scales, spec.v_scales)]
     return {
         **shape,
@@ -188,6 +195,8 @@ def constants(spec: PagedAttentionSpec) -> Values:
         "HAS_SINKS": spec.sinks is not None,
         "HAS_ALIBI": spec.alibi is not None,
         "IN_CODES": spec.k_scales is not None,
+        "FLOAT_CODES": floats_in_codes(spec),
+        "NATIVE_E4M3": card.fp8,
         "KS_PAGE": fixed(steps[0][0]),
         "KS_HEAD": fixed(steps[0][1]),
         "VS_PAGE": fixed(steps[1][0]),

@@ -15,6 +15,7 @@ from aios_compile.codegen.cpp.head_rows import HeadRowsSpec
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton import head_rows
+from aios_compile.codegen.triton.cards import DEFAULT, Card
 from aios_compile.codegen.triton.template import Bound
 
 
@@ -30,6 +31,6 @@ def reference(
     return qk_norm_rope_kv_write.reference(spec.spec, body, *tensors)
 
 
-def emit(spec: Bound[HeadRowsSpec]) -> KernelSource:
-    """Return the kernel module."""
-    return head_rows.emit(spec)
+def emit(spec: Bound[HeadRowsSpec], card: Card = DEFAULT) -> KernelSource:
+    """Return the kernel module for a card."""
+    return head_rows.emit(spec, card)
