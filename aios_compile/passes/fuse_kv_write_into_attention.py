@@ -11,6 +11,7 @@ from torch import fx
 
 from aios_compile.ir import provenance
 from aios_compile.ir.fusion import fuse_nodes, is_convex
+from aios_compile.ir.refresh import refresh_layouts
 from aios_compile.passes.context import PassContext, Refusal
 from aios_compile.passes.fuse_qk_norm_rope_kv_write import WRITES, Match, match_write
 from aios_compile.passes.fusion_groups import getitems, is_call, kernel_name
@@ -73,7 +74,8 @@ def fuse_kv_write_into_attention(graph: fx.Graph, context: PassContext) -> int:
     hits = 0
     for write in [n for n in graph.nodes if is_call(n, *WRITES)]:
         sink_views(graph, write, context)
-        match = match_write(write)
+        refresh_layouts(context.module, graph)
+        match = match_write(write, context)
         group = match if isinstance(match, Refusal) else _group(match)
         if isinstance(group, Refusal):
             context.refuse(group)

@@ -13,6 +13,7 @@ from torch import fx
 
 from aios_compile.ir import ops, provenance
 from aios_compile.ir.fusion import fuse_nodes, is_convex
+from aios_compile.ir.refresh import refresh_layouts
 from aios_compile.passes.context import PassContext, Refusal
 from aios_compile.passes.fusion_groups import (
     getitems,
@@ -21,7 +22,7 @@ from aios_compile.passes.fusion_groups import (
     through_views,
 )
 from aios_compile.passes.graph_pass import graph_pass
-from aios_compile.passes.head_views import sink_views
+from aios_compile.passes.head_views import distances_vary, sink_views
 
 assert ops.TABLE, "the op table registers the aios operators"
 aios = torch.ops.aios
@@ -44,7 +45,7 @@ class Match(NamedTuple):
     attention: fx.Node
 
 
-def match_write(write: fx.Node) -> Match | Refusal:
+def match_write(write: fx.Node, context: PassContext) -> Match | Refusal:
     """Match a kv_write, the attention that alone reads what it writes, and norms and ropes."""
     line = provenance.place(write)
     readers = {u for item in getitems(write) for u in item.users}
@@ -64,6 +65,10 @@ def match_write(write: fx.Node) -> Match | Refusal:
     group = [*nodes, write, *getitems(write)]
     if not is_convex(group):
         return Refusal("the queries depend on the written cache", line)
+    heads = [q, k, write.args[1], *(n.args[0] for n in nodes)]
+    outside = [n for n in heads if isinstance(n, fx.Node) and n not in nodes]
+    if context.options.target == "triton" and any(map(distances_vary, outside)):
+        return Refusal("heads lie at distances that depend on the number of tokens", line)
     return Match(nodes, q, write, attentions[0])
 
 
@@ -131,7 +136,8 @@ def fuse_qk_norm_rope_kv_write(graph: fx.Graph, context: PassContext) -> int:
     hits = 0
     for write in [n for n in graph.nodes if is_call(n, *WRITES)]:
         sink_views(graph, write, context)
-        match = match_write(write)
+        refresh_layouts(context.module, graph)
+        match = match_write(write, context)
         if isinstance(match, Refusal):
             context.refuse(match)
         elif match.nodes:

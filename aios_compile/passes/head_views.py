@@ -30,6 +30,16 @@ def sink_views(graph: fx.Graph, write: fx.Node, context: PassContext) -> None:
         _sink(graph, above, aios.rms_norm.default, context)  # type: ignore[arg-type]
 
 
+def distances_vary(heads: fx.Node) -> bool:
+    """Return whether heads [..., T, H, D] lie at distances that are not numbers, but depend on T.
+
+    The Triton kernels of heads have no place for such.
+    """
+    value = heads.meta["val"]
+    kept = [d for s, d in zip(value.shape, value.stride()) if not (isinstance(s, int) and s == 1)]
+    return len(kept) > 2 and not all(isinstance(distance, int) for distance in kept)
+
+
 def _sink(graph: fx.Graph, user: fx.Node, target: Any, context: PassContext) -> None:
     """Rewrite user(views(op(x))) as user(op(views(x))) when op works row by row through them."""
     views, op = list[fx.Node](), user.args[0]
