@@ -139,7 +139,7 @@ def _function(
         if source and source != previous:
             lines.append(f"    # {source}")
             previous = source
-        lines.append(f"    {node.name}{_annotation(node, names)} = {_expression(node, region)}")
+        lines.append(f"    {node.name}{_annotation(node, names)} = {expression(node, region)}")
     return "\n".join([*lines, ""])
 
 
@@ -151,7 +151,8 @@ def _annotation(node: fx.Node, names: Mapping[str, str]) -> str:
     return f': "{dtype_text(value.dtype)}[{sizes}]"'
 
 
-def _expression(node: fx.Node, region: str) -> str:
+def expression(node: fx.Node, region: str) -> str:
+    """Return a call as Python text. region: whose kernels it may call, "" for the root's."""
     if node.target is operator.getitem:
         return f"{_argument(node.args[0])}[{_argument(node.args[1])}]"
     arguments = [_argument(a) for a in node.args]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,16 @@ from aios_compile.codegen.triton.occupancy import Occupancy, occupancy
 from aios_compile.compiler import launched_sources
 from aios_compile.config import CompileOptions
 from aios_compile.errors import DeviceMemoryError
+from aios_compile.ir.module import body_of
 from aios_compile.runtime.batch import Limits
 from aios_compile.runtime.gpu_executor import token_buckets
 from aios_compile.runtime.gpu_memory import plan_card
 from aios_compile.study.kernel_table import KernelRow, kernel_rows
+from aios_compile.study.line_nodes import BodyNode, nodes_of_lines
 from aios_compile.study.plan_model import Planned, open_without_weights, plan_model
 
 CHOSEN = re.compile(r"^# chosen for (.*)$", re.MULTILINE)  # in the head of a linear's module
+LineNodes = Mapping[int, tuple[BodyNode, ...]]
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
 
@@ -40,7 +43,7 @@ class KernelReport:
     calls: in a step, all layers. launches: of its module in one call. bytes, floor_us,
     predicted_us: of one call. share: floor over prediction. binaries: all variants. held: programs
     that a multiprocessor holds of each launch for one token. chosen: why a linear's variants are
-    what they are, a line each.
+    what they are, a line each. nodes: what each line of the Triton source computes (line_nodes.py).
     """
 
     row: KernelRow
@@ -52,6 +55,7 @@ class KernelReport:
     binaries: tuple[Binary, ...]
     held: tuple[Occupancy, ...] = ()
     chosen: tuple[str, ...] = ()
+    nodes: LineNodes = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -118,10 +122,18 @@ def compile_for(
     shutil.rmtree(out / CACHE, ignore_errors=True)
     by_symbol = {s.symbol: tuple(b) for s, b in zip(sources, binaries)}
     rows = kernel_rows(planned.module, planned.emitted, planned.program)
-    launched = [row for row in rows if row.symbol in by_symbol]
+    launched, every = [row for row in rows if row.symbol in by_symbol], planned.emitted.sources
+    nodes = {
+        every[i].symbol: nodes_of_lines(every[i].text, body_of(call))
+        for call, i in planned.emitted.by_call.items()
+        if every[i].symbol in by_symbol
+    }
     reasons = {s.symbol: tuple(CHOSEN.findall(s.text)) for s in sources}
     reports = [
-        replace(report_of(row, by_symbol[row.symbol], card), chosen=reasons[row.symbol])
+        replace(
+            report_of(row, by_symbol[row.symbol], card, nodes.get(row.symbol, {})),
+            chosen=reasons[row.symbol],
+        )
         for row in launched
     ]
     reports.sort(key=lambda report: -report.predicted_us * report.calls)
@@ -146,14 +158,18 @@ def memory_table(program: Program, card: Card, utilization: float) -> str:
         return str(error)
 
 
-def report_of(row: KernelRow, binaries: tuple[Binary, ...], card: Card) -> KernelReport:
+def report_of(
+    row: KernelRow, binaries: tuple[Binary, ...], card: Card, nodes: LineNodes | None = None
+) -> KernelReport:
     """Predict one call of a kernel: its bytes over the bandwidth, its launches, one latency."""
     launches = sum(b.most == binaries[0].most for b in binaries)
     size = row.bytes_a_token // max(1, row.launches)
     floor = size / card.bytes_per_us
     predicted = floor + launches * LAUNCH_US + LATENCY_US
     held = tuple(occupancy(b.usage(), card) for b in binaries[:launches])
-    return KernelReport(row, row.launches, launches, size, floor, predicted, binaries, held)
+    return KernelReport(
+        row, row.launches, launches, size, floor, predicted, binaries, held, nodes=nodes or {}
+    )
 
 
 def floor_us(rows: list[KernelRow], card: Card) -> float:

@@ -1,8 +1,10 @@
-"""Pages that put a kernel's Triton source, PTX and SASS side by side, linked line by line.
+"""Pages that lead from a kernel's SASS and PTX to its Triton source, its graph and the model.
 
-A line of PTX or SASS links to the source line that it comes from (ptxas keeps `.loc`), and the
-source's head names the model's lines. SASS is read with the nvdisasm of the triton wheel; AMD's
-assembly is one text.
+A line of PTX or SASS links to the Triton line that it comes from (ptxas keeps `.loc`), a Triton
+line to the nodes of the kernel's body that it computes (line_nodes.py), a node to its lines of the
+model; a link's tooltip says the rest of the way. The sources in the folder get the same as
+comments: no line moves. SASS is read with the nvdisasm of the triton wheel; AMD's assembly is one
+text.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ from pathlib import Path
 
 from aios_compile.codegen.triton.compile_ahead import Binary
 from aios_compile.errors import BuildError
-from aios_compile.study.gpu_compile import KernelReport, StepReport
+from aios_compile.study.gpu_compile import KernelReport, LineNodes, StepReport
+from aios_compile.study.line_nodes import BodyNode, annotated
 
 STYLE = """<style>
 body{font:14px sans-serif;margin:1em} table{border-collapse:collapse} td,th{padding:2px 8px}
 td{text-align:right} td:first-child,td:last-child{text-align:left}
 tr:nth-child(even){background:#eee}
-.columns{display:flex;gap:1em} .columns>div{flex:1;overflow:auto;height:90vh}
-pre{margin:4px} pre a{color:#888;text-decoration:none} :target{background:#fd8}
+.columns{display:flex;gap:1em} .columns>div{flex:1;overflow:auto;height:75vh}
+pre{margin:4px} pre a{color:#888;text-decoration:none} pre a:hover{color:#06c}
+pre.graph{max-height:18vh;overflow:auto;background:#f4f4f4;padding:4px} :target{background:#fd8}
 </style>"""
 LOC = re.compile(r"\s*\.loc\s+\d+\s+(\d+)")
 SASS_LINE = re.compile(r'//## File "([^"]*)", line (\d+)')
@@ -63,7 +67,7 @@ def _index(report: StepReport) -> str:
             "/".join(str(b.registers) for b in used), "/".join(str(b.spill_bytes) for b in used),
             "/".join(str(b.shared_bytes) for b in used),
             "/".join(f"{h.programs} ({h.limit})" for h in kernel.held),
-            escape("; ".join(kernel.row.model_lines[:2])),
+            "<br>".join(escape(line) for line in kernel.row.model_lines),
         ]  # fmt: skip
         rows.append("".join(f"<td>{c}</td>" for c in cells))
     table = "".join(f"<tr>{row}</tr>" for row in rows)
@@ -71,8 +75,10 @@ def _index(report: StepReport) -> str:
 
 
 def _kernel_page(kernel: KernelReport, out: Path) -> str:
-    source = (out / f"{kernel.row.symbol}.py").read_text(encoding="utf-8")
-    parts = []
+    place = out / f"{kernel.row.symbol}.py"
+    source = place.read_text(encoding="utf-8")
+    place.write_text(annotated(source, kernel.nodes), encoding="utf-8")
+    parts, nodes = [], kernel.nodes
     for binary in kernel.binaries:
         rows = "any number of rows" if binary.most is None else f"up to {binary.most} rows"
         parts.append(
@@ -81,12 +87,12 @@ def _kernel_page(kernel: KernelReport, out: Path) -> str:
             f"spilled, {binary.shared_bytes} bytes of shared memory</p>"
         )
         cuda = binary.text.endswith(".ptx")
-        parts.append(_text("PTX" if cuda else "assembly", ptx_lines(binary)))
+        parts.append(_text("PTX" if cuda else "assembly", ptx_lines(binary, nodes)))
         if cuda:
-            parts.append(_text("SASS", sass_lines(binary)))
-    title, lines = escape(kernel.row.name), escape("; ".join(kernel.row.model_lines))
-    left = _text("Triton", _source_lines(source))
-    body = f"<h2>{title}</h2><p>{lines}</p><div class='columns'><div>{left}</div><div>"
+            parts.append(_text("SASS", sass_lines(binary, nodes)))
+    graph = f"<pre class='graph'>{chr(10).join(_graph_lines(kernel))}</pre>"
+    left = _text("Triton", _source_lines(source, nodes))
+    body = f"<h2>{escape(kernel.row.name)}</h2>{graph}<div class='columns'><div>{left}</div><div>"
     return f"<!doctype html><meta charset='utf-8'>{STYLE}{body}{''.join(parts)}</div></div>\n"
 
 
@@ -94,17 +100,47 @@ def _text(title: str, lines: Iterable[str]) -> str:
     return f"<b>{title}</b><pre>{chr(10).join(lines)}</pre>"
 
 
-def _source_lines(source: str) -> list[str]:
-    lines = source.split("\n")
-    return [f"<span id='L{i}'>{i:4} {escape(x)}</span>" for i, x in enumerate(lines, 1)]
+def _graph_lines(kernel: KernelReport) -> list[str]:
+    """Return the model's lines, then the nodes of the body, each with links to its model lines."""
+    places = {line: i for i, line in enumerate(kernel.row.model_lines, 1)}
+    lines = [f"<span id='M{i}'>{escape(line)}</span>" for line, i in places.items()]
+    for node in dict.fromkeys(node for nodes in kernel.nodes.values() for node in nodes):
+        known = [x for x in node.model_lines if x in places]
+        links = [f"<a href='#M{places[x]}'>{escape(x.partition(' in ')[0])}</a>" for x in known]
+        call = escape(f"{node.name} = {node.call}")
+        lines.append(f"<span id='N{escape(node.name)}'>{call}</span>  {' '.join(links)}")
+    return lines
 
 
-def _linked(text: str, line: int) -> str:
-    mark = f"<a href='#L{line}'>{line:4}</a> " if line else "     "
-    return mark + escape(text)
+def _source_lines(source: str, nodes: LineNodes) -> list[str]:
+    """Return the Triton lines; a run of lines of the same nodes is linked to them at its end."""
+    lines, last = list[str](), tuple[BodyNode, ...]()
+    for i, text in enumerate(source.split("\n"), 1):
+        own = nodes.get(i, ())
+        links = [
+            f"<a href='#N{escape(n.name)}' title='{_told(n)}'>{escape(n.name)}</a>"
+            for n in (own if own != last else ())
+        ]
+        last = own or last
+        mark = f"   &lt;- {' '.join(links)}" if links else ""
+        lines.append(f"<span id='L{i}'>{i:4} {escape(text)}{mark}</span>")
+    return lines
 
 
-def ptx_lines(binary: Binary) -> list[str]:
+def _told(node: BodyNode) -> str:
+    return escape("; ".join(node.model_lines), quote=True)
+
+
+def _linked(text: str, line: int, nodes: LineNodes) -> str:
+    """Return a line with a link to its source line, whose tooltip names nodes and model lines."""
+    if not line:
+        return "     " + escape(text)
+    told = escape("; ".join(node.told() for node in nodes.get(line, ())), quote=True)
+    title = f" title='{told}'" if told else ""
+    return f"<a href='#L{line}'{title}>{line:4}</a> {escape(text)}"
+
+
+def ptx_lines(binary: Binary, nodes: LineNodes) -> list[str]:
     """Return the lines of PTX (or AMD assembly), each with a link to its source line."""
     lines, at = [], 0
     for text in binary.assembly().split("\n"):
@@ -114,11 +150,11 @@ def ptx_lines(binary: Binary) -> list[str]:
         elif text.startswith("\t.section"):  # debugging data, no code
             break
         else:
-            lines.append(_linked(text, at))
+            lines.append(_linked(text, at, nodes))
     return lines
 
 
-def sass_lines(binary: Binary) -> list[str]:
+def sass_lines(binary: Binary, nodes: LineNodes) -> list[str]:
     """Return the lines of SASS, each with a link to its source line, and write them beside the PTX.
 
     Raises BuildError when nvdisasm fails.
@@ -137,5 +173,5 @@ def sass_lines(binary: Binary) -> list[str]:
         if found:
             at = int(found.group(2)) if found.group(1).endswith(".py") else 0
         elif "/*" in text:
-            lines.append(_linked(text.strip(), at))
+            lines.append(_linked(text.strip(), at, nodes))
     return lines

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import fx
 
 from aios_compile.errors import CodegenError
 from aios_compile.ir import ops  # noqa: F401  (registers the ops)
@@ -21,6 +22,7 @@ from aios_compile.codegen.triton.cards import card_of
 from aios_compile.codegen.triton.compile_ahead import compile_ahead
 from aios_compile.study import gpu_compile, gpu_pages
 from aios_compile.study.kernel_table import KernelRow, kernel_rows
+from aios_compile.study.line_nodes import nodes_of_lines
 from tests.codegen.triton_kernels import load
 
 QWEN3 = {
@@ -36,8 +38,8 @@ LLAMA = {
 }  # fmt: skip
 
 
-def attention() -> KernelSource:
-    """Return Qwen3-0.6B's attention over bfloat16 pages, 4096 positions."""
+def attention() -> tuple[KernelSource, fx.GraphModule]:
+    """Return Qwen3-0.6B's attention over bfloat16 pages, 4096 positions, and the kernel's body."""
 
     def body(q, k, v, starts, lengths, tables):
         op = torch.ops.aios.paged_attention.default
@@ -54,11 +56,11 @@ def attention() -> KernelSource:
     graph, operands = make_body(body, inputs)
     spec = paged_attention.spec_of(graph, operands)
     assert spec is not None
-    return paged_attention.emit(spec)
+    return paged_attention.emit(spec), graph
 
 
 def test_attention_streams_pages_in_16_byte_copies_and_spills_nothing(tmp_path: Path) -> None:
-    source = attention()
+    source, graph = attention()
     ((split, whole),) = compile_ahead([source], "cuda:90", tmp_path)
     for binary in (split, whole):
         text = binary.assembly()
@@ -67,7 +69,8 @@ def test_attention_streams_pages_in_16_byte_copies_and_spills_nothing(tmp_path: 
         assert "ld.global.b16" not in text, "K and V are never read element by element"
     assert "wgmma.mma_async" in whole.assembly(), "prefill multiplies with Hopper's tensor cores"
     row = KernelRow(source.name, source.symbol, 28, 0, 28 << 20, 0, (), ("decoder.py:1",))
-    report = gpu_compile.report_of(row, (split, whole), card_of("cuda:90"))
+    nodes = nodes_of_lines(source.text, graph)
+    report = gpu_compile.report_of(row, (split, whole), card_of("cuda:90"), nodes)
     assert report.launches == 1 and report.decode_binaries() == [split]
     (held,) = report.held
     assert held.programs == 65536 // (-(-split.registers // 8) * 8 * 128) == 2
@@ -76,12 +79,17 @@ def test_attention_streams_pages_in_16_byte_copies_and_spills_nothing(tmp_path: 
     index = gpu_pages.write_pages(step, tmp_path)
     page = (tmp_path / f"{source.name}.html").read_text()
     last = len(source.text.split("\n"))
-    for lines in (gpu_pages.ptx_lines(split), gpu_pages.sass_lines(split)):
+    for lines in (gpu_pages.ptx_lines(split, nodes), gpu_pages.sass_lines(split, nodes)):
         linked = {int(x.split("#L")[1].split("'")[0]) for x in lines if "#L" in x}
         assert len(linked) > 30 and max(linked) <= last
+        assert sum("title='paged_attention" in x for x in lines) > len(lines) / 2
     assert f"id='L{last}'" in page and "decoder.py:1" in page and "HGMMA" in page
-    assert f"{source.name}.html" in index.read_text()
     assert f"<td>2 ({held.limit})</td>" in index.read_text()
+    assert "<span id='Npaged_attention_default'>" in page and "href='#Npaged_atten" in page
+    assert f"{source.name}.html" in index.read_text() and "decoder.py:1" in index.read_text()
+    written = (tmp_path / f"{source.symbol}.py").read_text().split("\n")
+    assert any("# <- paged_attention_default" in line for line in written)
+    assert [x.partition("  # <-")[0] for x in written] == source.text.split("\n")
     assert "HGMMA" in Path(whole.text).with_suffix(".sass").read_text()
     assert json.loads((tmp_path / "report.json").read_text())["launches"] == 28
 
