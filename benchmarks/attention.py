@@ -1,9 +1,9 @@
 """The attention kernel over a long context beside this machine's read bandwidth and FMA peak.
 
     python -m benchmarks.attention [--threads 2] [--context 8192] [--tokens 1,2,4,8,64]
-                                   [--pages random|ascending] [--kv bf16|int8]
+                                   [--pages random|ascending] [--kv bf16|int8|fp8]
 
-Qwen3-0.6B's heads (16 query, 8 key/value, 128 wide), bf16 or int8 caches, one sequence whose last
+Qwen3-0.6B's heads (16 query, 8 key/value, 128 wide), bf16, int8 or e4m3 caches, one sequence whose last
 tokens are computed. Its pages of 16 tokens lie in random order (the worst) or ascending (it grew
 alone). A list of layers of 512 MiB is streamed, so that nothing comes from the caches. Times are
 medians of processor time of the slowest thread.
@@ -29,10 +29,13 @@ from benchmarks.probes import Sizes, calls, interleaved, library, probes
 HEADS, KV_HEADS, WIDTH, PAGE = 16, 8, 128, 16
 
 
-def attention_source(pages: int, in_codes: bool = False) -> KernelSource:
+STORED = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def attention_source(pages: int, kv: str = "bf16") -> KernelSource:
     """Return the kernel for caches of `pages` pages, all of which one sequence may hold."""
     mode, graph = new_fake_mode(), torch.fx.Graph()
-    stored = torch.int8 if in_codes else torch.bfloat16
+    stored, in_codes = STORED[kv], kv != "bf16"
     shapes = {
         "q": (("T", HEADS, WIDTH), torch.float32),
         "k_cache": ((pages, KV_HEADS, WIDTH, PAGE), stored),
@@ -66,12 +69,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--tokens", default="1,2,4,8,64")
     parser.add_argument("--pages", choices=("random", "ascending"), default="random")
-    parser.add_argument("--kv", choices=("bf16", "int8"), default="bf16")
+    parser.add_argument("--kv", choices=tuple(STORED), default="bf16")
     arguments = parser.parse_args()
     assert ops.TABLE
     pages = -(-arguments.context // PAGE)
-    in_codes = arguments.kv == "int8"
-    source = attention_source(pages, in_codes)
+    in_codes = arguments.kv != "bf16"
+    source = attention_source(pages, arguments.kv)
     lib, rng = library([source]), np.random.default_rng(0)
     page_bytes = KV_HEADS * WIDTH * PAGE * (1 if in_codes else 2)
     layers = max(1, BYTES // (2 * pages * page_bytes))
@@ -80,6 +83,8 @@ def main() -> None:
     scales = np.zeros((layers, 2, pages, KV_HEADS, PAGE), np.float32)
     if in_codes:
         stored = np.clip(np.rint(values * 30), -127, 127).astype(np.int8)
+        if arguments.kv == "fp8":
+            stored = torch.from_numpy(stored).float().to(STORED["fp8"]).view(torch.uint8).numpy()
         scales[:] = rng.uniform(0.5, 1.5, scales.shape[1:]).astype(np.float32) / 30
     caches = np.repeat(stored[None], layers, 0)
     read, fma, operations = probes(lib, caches, arguments.threads)
@@ -155,8 +160,10 @@ def _check(
     context: int,
 ) -> None:
     """Compare the last token with float64 arithmetic."""
-    if cache.dtype == np.int8:
-        wide, each = cache[:, tables].astype(np.float64), scales[:, tables].astype(np.float64)
+    if cache.dtype != np.uint16:
+        codes = torch.from_numpy(cache[:, tables])
+        codes = codes if codes.dtype == torch.int8 else codes.view(STORED["fp8"])
+        wide, each = codes.double().numpy(), scales[:, tables].astype(np.float64)
     else:
         wide = (cache[:, tables].astype(np.uint32) << 16).view(np.float32).astype(np.float64)
         each = np.ones((2, len(tables), KV_HEADS, PAGE))

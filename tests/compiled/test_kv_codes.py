@@ -61,7 +61,9 @@ def test_the_example_checkpoint(
     assert counts["num_cached_tokens"] > 20 and counts["swapped"] > 1
 
 
-@BOTH
+@pytest.mark.parametrize(
+    "codes", [pytest.param(INT8, marks=pytest.mark.nightly), FP8], ids=["int8", "fp8"]
+)
 def test_windows_eager_and_the_pool(
     codes: dict[str, Any], load: Load, zoo_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
