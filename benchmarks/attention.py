@@ -3,10 +3,10 @@
     python -m benchmarks.attention [--threads 2] [--context 8192] [--tokens 1,2,4,8,64]
                                    [--pages random|ascending] [--kv bf16|int8|fp8]
 
-Qwen3-0.6B's heads (16 query, 8 key/value, 128 wide), bf16, int8 or e4m3 caches, one sequence whose last
-tokens are computed. Its pages of 16 tokens lie in random order (the worst) or ascending (it grew
-alone). A list of layers of 512 MiB is streamed, so that nothing comes from the caches. Times are
-medians of processor time of the slowest thread.
+Qwen3-0.6B's heads (16 query, 8 key/value, 128 wide), bf16, int8 or e4m3 caches, one sequence whose
+last tokens are computed. Its pages of 16 tokens lie in random order (the worst) or ascending (it
+grew alone). A list of layers of 512 MiB is streamed, so that nothing comes from the caches. Times
+are medians of processor time of the slowest thread.
 """
 
 from __future__ import annotations
