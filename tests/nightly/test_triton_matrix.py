@@ -1,13 +1,11 @@
 """Every linear layer, embedding, product and sampler of two models, compiled for four targets.
 
 No kernel spills, and each uses exactly the registers and shared memory of triton_resources.txt
-where the compiler is the one that wrote it. `UPDATE_RESOURCES=1` writes the file anew.
+where the compiler is the one that wrote it (resources.py).
 """
 
 from __future__ import annotations
 
-import functools
-import os
 from pathlib import Path
 
 import pytest
@@ -16,47 +14,18 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-import triton
-
 from aios_compile.codegen.triton import embedding, linear, matmul, quantized_linear, sample
 from aios_compile.codegen.triton.cards import CARDS, card_of
-from aios_compile.codegen.triton.compile_ahead import Binary, compile_ahead
+from aios_compile.codegen.triton.compile_ahead import compile_ahead
 from tests.codegen.kernels import operands_of, trace
 from tests.codegen.test_sample import body_of
 from tests.codegen.test_triton_binaries import WEIGHT_LOADS
 from tests.codegen.test_triton_quantized_linear import gated, plain, quantized_spec
 from tests.codegen.triton_shapes import LAYERS, MODELS, linear_spec
+from tests.nightly.resources import hold
 
 PINNED = Path(__file__).parent / "triton_resources.txt"
 f32, bf16, i64 = torch.float32, torch.bfloat16, torch.int64
-
-
-@functools.cache
-def pins() -> dict[str, str]:
-    """Return {key: resources} if this compiler wrote them."""
-    lines = PINNED.read_text().splitlines() if PINNED.exists() else [""]
-    rows = [line.split(" = ") for line in lines[1:]]
-    return dict(map(tuple, rows)) if lines[0] == _compiler() else {}
-
-
-def _compiler() -> str:
-    return f"triton {triton.__version__}"
-
-
-def hold(key: str, binaries: list[Binary]) -> None:
-    """Hold the binaries to the pins, or pin them."""
-    assert all(b.spill_bytes == 0 for b in binaries), [b for b in binaries if b.spill_bytes]
-    used = {
-        f"{key} {b.kernel.split('_', 3)[3]}": f"{b.registers} registers {b.shared_bytes} shared"
-        for b in binaries
-    }
-    if os.environ.get("UPDATE_RESOURCES"):
-        rows = {**pins(), **used}
-        text = "\n".join(f"{k} = {v}" for k, v in sorted(rows.items()))
-        PINNED.write_text(f"{_compiler()}\n{text}\n")
-        pins.cache_clear()
-    elif pins():
-        assert used == {k: v for k, v in pins().items() if k.startswith(f"{key} ")}
 
 
 @pytest.mark.parametrize("target", CARDS)
@@ -66,7 +35,8 @@ def test_linear_layers(model: str, dtype: torch.dtype, target: str, tmp_path: Pa
     card = card_of(target)
     sources = [linear.emit(linear_spec(model, layer, dtype), card) for layer in LAYERS]
     for layer, binaries in zip(LAYERS, compile_ahead(sources, target, tmp_path)):
-        hold(f"{target} {model} {layer} {str(dtype)[6:]}", binaries)
+        assert all(b.spill_bytes == 0 for b in binaries), [b for b in binaries if b.spill_bytes]
+        hold(PINNED, f"{target} {model} {layer} {str(dtype)[6:]}", binaries)
 
 
 @pytest.mark.parametrize("target", CARDS)

@@ -1,6 +1,7 @@
 """Every kernel of planned models, plain and quantised, compiled for four targets: no spills.
 
-The decode kernels that stream weights or pages do so 16 bytes at a time.
+Those that are not quantised are pinned in model_resources.txt, registers and shared memory. The
+decode kernels that stream weights or pages do so 16 bytes at a time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from aios_compile.study import gpu_compile
 from tests.codegen import test_expert_linear as experts
 from tests.codegen.kernels import operands_of, trace
 from tests.codegen.test_triton_compiled import QWEN3
+from tests.nightly.resources import DIGEST, hold
 
 LLAMA_8B = {
     **QWEN3, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
@@ -31,11 +33,16 @@ LLAMA_8B = {
 WIDE = ("v4.b32", "cp.async.cg.shared.global", "global_load_dwordx4")  # 16 bytes
 
 
-def sources_of(config: Any, target: str, quantization: str | None, folder: Path) -> list[Any]:
+PINNED = Path(__file__).parent / "model_resources.txt"
+
+
+def sources_of(
+    config: Any, target: str, folder: Path, quantization: str | None = None, kv: str = "auto"
+) -> list[Any]:
     """Return the kernels of a layer, and of a model that is not quantised all of them."""
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    options = {"max_model_len": 4096}
-    options |= {"quantization": quantization} if quantization else {}  # type: ignore[dict-item]
+    options: dict[str, Any] = {"max_model_len": 4096, "kv_cache_dtype": kv}
+    options |= {"quantization": quantization} if quantization else {}
     planned = gpu_compile.plan_for(folder, target, options)
     layer = planned.program.function("layer")
     used = dict.fromkeys(item.kernel for item in layer.items)
@@ -51,15 +58,36 @@ def test_kernels_of_a_model(
 ) -> None:
     if quantization == "fp8" and not CARDS[target].fp8:
         with pytest.raises(CodegenError, match=f"{target} .* does not multiply e4m3"):
-            sources_of(config, target, quantization, tmp_path)
+            sources_of(config, target, tmp_path, quantization)
         return
-    sources = sources_of(config, target, quantization, tmp_path)
+    sources = sources_of(config, target, tmp_path, quantization)
     for source, binaries in zip(sources, compile_ahead(sources, target, tmp_path)):
         # sine and cosine keep a table for large angles in local memory, which counts as spills
         known = "tl.cos(" in source.text
         assert known or all(b.spill_bytes == 0 for b in binaries), binaries
         if "linear" in source.name or "attention" in source.name:
             assert any(x in binaries[0].assembly() for x in WIDE), source.name
+        if quantization is None:
+            hold(PINNED, f"{target} {config['architectures'][0]} {title(source)}", binaries)
+
+
+def title(source: Any) -> str:
+    """Return a kernel's name without the digest of its text; equal names differ by their size."""
+    return f"{DIGEST.sub('', source.name)} {source.text.partition(chr(10))[0].lstrip('# ')[:60]}"
+
+
+@pytest.mark.parametrize("target", CARDS)
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+def test_attention_over_pages_of_codes(kv: str, target: str, tmp_path: Path) -> None:
+    """Codes are read in wide loads on each card, e4m3 converted by those that have it."""
+    for source in sources_of(QWEN3, target, tmp_path, kv=kv):
+        if "attention" not in source.name:
+            continue
+        (binaries,) = compile_ahead([source], target, tmp_path)
+        assert all(b.spill_bytes == 0 for b in binaries), binaries
+        converts = ["e4m3" in b.assembly() for b in binaries]
+        assert all(converts) == any(converts) == (kv == "fp8" and CARDS[target].fp8)
+        hold(PINNED, f"{target} {kv}_pages", binaries)
 
 
 @pytest.mark.parametrize("target", CARDS)

@@ -1,0 +1,43 @@
+"""Registers and shared memory of compiled kernels, pinned in text files beside the tests.
+
+A file holds for the compiler that its first line names; with another one only spills are held.
+`UPDATE_RESOURCES=1` writes the rows of what is run anew.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import triton
+
+from aios_compile.codegen.triton.compile_ahead import Binary
+
+COMPILER = f"triton {triton.__version__}"
+DIGEST = re.compile(r"_[0-9a-f]{8,10}(?=_|$)")
+
+
+def hold(file: Path, key: str, binaries: Iterable[Binary]) -> None:
+    """Hold the binaries of one key to their pins in a file, or pin them."""
+    used = {
+        f"{key} {DIGEST.sub('', b.kernel)} {b.most or 'any'}": f"{b.registers} registers "
+        f"{b.shared_bytes} shared {b.spill_bytes} spilled"
+        for b in binaries
+    }
+    rows = _rows(file)
+    own = {k: v for k, v in rows.items() if k.startswith(f"{key} ")}
+    if os.environ.get("UPDATE_RESOURCES"):
+        kept = {k: v for k, v in rows.items() if k not in own} | used
+        text = "\n".join(f"{k} = {v}" for k, v in sorted(kept.items()))
+        file.write_text(f"{COMPILER}\n{text}\n")
+    elif rows:
+        assert used == own
+
+
+def _rows(file: Path) -> dict[str, str]:
+    """Return {key: resources} if this compiler wrote them."""
+    lines = file.read_text().splitlines() if file.exists() else [""]
+    rows = [line.split(" = ") for line in lines[1:]]
+    return dict(map(tuple, rows)) if lines[0] == COMPILER else {}
