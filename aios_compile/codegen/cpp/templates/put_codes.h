@@ -1,6 +1,6 @@
 // Keys and values of a head of a token into its pages as codes, int8 or e4m3, under one scale each:
-// max|x| / LARGEST_CODE; 0 for values too small to tell from 0, NaN where there is one. The bits are
-// those of the definition (quantize_groups in ir/quantized.py).
+// max|x| / LARGEST_CODE; 0 for values too small to tell from 0, NaN where there is one. The bits
+// are those of the definition (quantize_groups in ir/quantized.py).
 
 AIOS_INLINE void put_vector(int8_t* codes, vf x) {
   store_as(codes, __builtin_convertvector(nearest(x), vc));
