@@ -5,17 +5,17 @@
 
 struct e4m3 { uint8_t bits; };
 
-// Every code is a float: exact. Its bits, moved to their places in a wider float, mean the number
-// over a power of two, subnormal numbers too; but 0x7f and 0xff, which are NaN.
+// Every code is a float: exact. Its bits, moved to their places in a float, mean the number over
+// 2^120, subnormal numbers too; but 0x7f and 0xff, which are NaN.
 AIOS_INLINE vf widen_e4m3(vb x) {
 #if AIOS_AVX512
-  const __m128i codes = (__m128i)x;
-  const __m256i halves = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);  // sign in two bits
-  const __m512 small = _mm512_cvtph_ps(_mm256_and_si256(halves, _mm256_set1_epi16((short)0xbfff)));
+  const __m128i codes = (__m128i)x;  // sign-extended, the sign stands in several bits
+  const __m512i bits = _mm512_slli_epi32(_mm512_cvtepi8_epi32(codes), 20);
+  const __m512 small = (__m512)_mm512_and_si512(bits, _mm512_set1_epi32((int)0x87f00000));
   const __m128i sizes = _mm_or_si128(codes, _mm_set1_epi8((char)0x80));
-  const __mmask16 nan = _mm_cmpeq_epi8_mask(sizes, _mm_set1_epi8((char)0xff));
-  const __m512 wide = _mm512_mul_ps(small, _mm512_set1_ps(256.0f));
-  return (vf)_mm512_mask_mov_ps(wide, nan, _mm512_set1_ps(__builtin_nanf("")));
+  const __mmask16 numbers = _mm_cmpneq_epi8_mask(sizes, _mm_set1_epi8((char)0xff));
+  const __m512 nan = _mm512_set1_ps(__builtin_nanf(""));
+  return (vf)_mm512_mask_mul_ps(nan, numbers, small, _mm512_set1_ps(0x1p120f));
 #else
   const vu u = __builtin_convertvector(x, vu);
   const vi size = (vi)((u & 0x7fu) << 20);

@@ -34,7 +34,7 @@ from aios_compile.codegen.triton.template import Bound, Entry, kernel
 aios = torch.ops.aios
 NEW_TOKENS = 32  # as many as the linears of a decode step serve in one launch
 STATES = ("k_cache", "v_cache", "k_scales", "v_scales")
-NEW_ROWS = 8  # keys that a unit writes at once
+NEW_ROWS, NEW_FLOAT_CODES = 8, 4  # keys that a unit writes at once: with 8, e4m3 spills on sm_90
 
 Pair = tuple[HeadRowsSpec, PagedAttentionSpec]
 
@@ -111,8 +111,9 @@ def emit(bound: Bound[Pair], card: Card = DEFAULT) -> KernelSource:
     heads_of = [names[name] for name in order]
     fused, whole = paged_attention.entries(spec, heads_of, caches, card, writes=True)
     split, _ = paged_attention.entries(spec, heads_of, caches, card)
+    floats = paged_attention.floats_in_codes(spec)
     most, values = paged_attention.split_tokens(spec), head_rows.constants(rows, card)
-    values |= {**paged_attention.constants(spec, card), "Q_HEADS": 0, "NEW_ROWS": NEW_ROWS}
+    values |= {**paged_attention.constants(spec, card), "Q_HEADS": 0, "NEW_ROWS": NEW_FLOAT_CODES if floats else NEW_ROWS}
     count, block = python_dim(tokens), head_rows.BLOCK
     write = Entry(
         "head_rows", (*names.values(), count),
