@@ -116,7 +116,8 @@ def _owners(known: Mapping[fx.Node, Operands], wanted: Operands, looped: bool) -
     first = next((n for n, operands in known.items() if wanted and wanted <= operands), None)
     if first is None or looped:
         return [] if first is None else [first]
-    count, chain = len(tensor_holders(first.graph.owning_module)), {first: None}
+    holders = (n for n in placeholders(first.graph) if isinstance(n.meta["val"], Tensor))
+    count, chain = len(list(holders)), {first: None}
     for node, operands in known.items():
         grown = any(_maker(n) in chain for n in node.all_input_nodes)
         if grown and all(i >= count for i in operands - known[first]):
@@ -131,7 +132,7 @@ class Value(NamedTuple):
     places: Operands = NOTHING
     data: Operands = NOTHING
 
-    def __or__(self, other: Value) -> Value:  # type: ignore[override]
+    def __or__(self, other: Value) -> Value:
         return Value(self.places | other.places, self.data | other.data)
 
 

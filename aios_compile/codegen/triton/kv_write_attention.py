@@ -111,9 +111,10 @@ def emit(bound: Bound[Pair], card: Card = DEFAULT) -> KernelSource:
     heads_of = [names[name] for name in order]
     fused, whole = paged_attention.entries(spec, heads_of, caches, card, writes=True)
     split, _ = paged_attention.entries(spec, heads_of, caches, card)
-    floats = paged_attention.floats_in_codes(spec)
+    at_once = NEW_FLOAT_CODES if paged_attention.floats_in_codes(spec) else NEW_ROWS
     most, values = paged_attention.split_tokens(spec), head_rows.constants(rows, card)
-    values |= {**paged_attention.constants(spec, card), "Q_HEADS": 0, "NEW_ROWS": NEW_FLOAT_CODES if floats else NEW_ROWS}
+    values |= {**paged_attention.constants(spec, card), "Q_HEADS": 0}
+    values["NEW_ROWS"] = at_once
     count, block = python_dim(tokens), head_rows.BLOCK
     write = Entry(
         "head_rows", (*names.values(), count),

@@ -200,7 +200,7 @@ def options_of(setup: Setup) -> PassOptions:
         num_pages=16,
         quantization=setup.quantization,
         bf16_dot=setup.rounded,
-        quantize_kv=setup.kv == "int8",
+        quantize_kv=setup.kv,
     )
 
 
