@@ -79,6 +79,20 @@ def test_lengths_frozen_at_the_first_step(unharmed: Any, monkeypatch: pytest.Mon
     expect_caught(unharmed)
 
 
+def test_a_page_that_joins_between_equal_batches_is_not_seen(
+    unharmed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept from step to step must notice that a decode went on to another page."""
+    plain = BatchBuilder._build_steady
+
+    def build(self: BatchBuilder, steady: Any, plan: Any) -> Any:
+        steady.marks = [(state.page_epoch, len(state.pages)) for state in steady.states]
+        return plain(self, steady, plan)
+
+    monkeypatch.setattr(BatchBuilder, "_build_steady", build)
+    expect_caught(unharmed)
+
+
 def test_chunk_off_by_one_at_a_page_boundary(
     unharmed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
