@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +100,11 @@ return (z,)
         Setup(steps=True, seed=2),
     ),
 }
+# The same views, written as codes.
+columns = FOUND["attention of every second column"]
+FOUND["int8 cache of every second column"] = replace(
+    columns, setup=Setup(steps=True, seed=2, kv="int8")
+)
 
 
 @pytest.mark.parametrize("name", FOUND)
