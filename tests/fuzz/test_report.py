@@ -24,6 +24,7 @@ def test_parts_are_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for i, tally in enumerate(tallies):
         (tmp_path / f"{i}.json").write_text(json.dumps(plain(tally)))
     (tmp_path / "other.json").write_text("[1]")
+    (tmp_path / "running.json").write_text("")
     main(str(tmp_path))
     text = capsys.readouterr().out
     cpp, triton = text.split("### triton")

@@ -22,7 +22,8 @@ def read_parts(folder: Path) -> dict[str, list[Mapping[str, Any]]]:
     """Return the parts in a folder by target, C++ first. Other JSON files are passed over."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
-        part = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        part = json.loads(text or "null")  # `aios fuzz --json > file` is empty until it ends
         if isinstance(part, dict) and {"fired", "examples", "failures"} <= set(part):
             found.setdefault(part["target"], []).append(part)
     return dict(sorted(found.items()))
