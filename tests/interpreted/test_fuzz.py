@@ -13,6 +13,8 @@ import pytest
 pytest.importorskip("triton")
 
 from aios_compile.study.fuzz.campaign import run_campaign
+from aios_compile.study.fuzz.example import Example, Setup, run_example
+from aios_compile.study.fuzz.program import Parameter, Program, Statement
 from tests.fuzz.parts import write_part
 
 EXAMPLES = int(os.environ.get("FUZZ_TRITON", "12"))
@@ -35,3 +37,11 @@ def test_random_programs_equal_eager(part: int, tmp_path: Path) -> None:
     assert not tally.failures, tally.failures
     assert all(r.startswith("CodegenError") for r in tally.refused), tally.refused
     assert sum(tally.refused.values()) <= tally.examples // 2, tally.refused
+
+
+def test_a_transposed_weight_is_packed(tmp_path: Path) -> None:
+    """Found by number 66: a kernel reads rows, and the recipe gave a view of columns."""
+    x, w = Parameter("x", ("T", 24)), Parameter("w", (24, 17), kind="weight", scale=0.3)
+    program = Program((x, w), (Statement("v", "torch.mm(x, w)"),), ("v",))
+    outcome = run_example(Example(program, Setup(tokens=(1,), target="triton")), tmp_path)
+    assert outcome.hits["raise_linear"] and not outcome.refused

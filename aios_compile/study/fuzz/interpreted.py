@@ -51,7 +51,8 @@ class InterpretedGraph:
         self.program = _Inputs(tuple(_Input(module.inputs[name]) for name in names))
         self.runner = self  # it owns nothing that lives longer
         with torch.no_grad():
-            self.held = {n: r.run(module.tensors) for n, r in module.weights.items()}
+            # as a checkpoint is packed: a recipe may give a view of a transposed matrix
+            self.held = {n: r.run(module.tensors).contiguous() for n, r in module.weights.items()}
         for node in placeholders(module.root.graph):
             if node.name in module.states:
                 value = node.meta["val"]
