@@ -33,6 +33,7 @@ from aios_compile.study.node_values import Trace
 
 TOKENS = (1, 5, 19)
 LIMIT_SECONDS = 120
+SLOWER = 1.1  # times the generated kernel; less is noise of the clock
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ class Verdict:
     def __str__(self) -> str:
         if not self.used:
             return f"the edit of {self.name} is not used: {self.reason}"
+        slower = ": it is slower, --revert takes it back" if self.times > SLOWER else ""
         return (
             f"{self.name} is edited: error {self.error:.1e} of {self.budget:.1e} allowed, "
-            f"{self.times:.2f} times as long as the generated kernel"
+            f"{self.times:.2f} times as long as the generated kernel{slower}"
         )
 
 

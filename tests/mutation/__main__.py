@@ -12,6 +12,7 @@ was stopped. Exit code 1: less than 85 % killed of the mutants that change anyth
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def _run(chosen: argparse.Namespace) -> None:
     if not mapped.seconds:
         sys.exit("no map of the tests: python -m tests.mutation map")
     server.preload()
-    selector = selection.Selector(mapped, _collected(mapped))
+    selector = selection.Selector(mapped, _collected(mapped, chosen.folder))
     done = report.load(chosen.folder)
     for verdict in done.values():
         if verdict["test"]:
@@ -131,15 +132,20 @@ def _try(selector: selection.Selector, mutant: Mutant) -> server.Verdict:
     return verdict
 
 
-def _collected(mapped: coverage.Map) -> set[str]:
-    """Return the tests of the map that exist now."""
+def _collected(mapped: coverage.Map, folder: Path) -> set[str]:
+    """Return the tests of the map that exist now; kept in the folder while no test changes."""
     files = sorted({t.split("::")[0] for t in mapped.seconds})
     there = [f for f in files if (areas.ROOT / f).exists()]
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider",
-               "-o", "addopts="]  # fmt: skip
-    listed = subprocess.run([*command, *there], cwd=areas.ROOT, capture_output=True, text=True)
-    assert listed.returncode == 0, listed.stdout[-2000:]
-    return set(listed.stdout.splitlines()) & set(mapped.seconds)
+    texts = sorted((areas.ROOT / "tests").rglob("*.py"))
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in texts) + repr(there).encode())
+    kept = folder / f"collected-{digest.hexdigest()[:16]}.txt"
+    if not kept.exists():
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider",
+                   "-o", "addopts="]  # fmt: skip
+        listed = subprocess.run([*command, *there], cwd=areas.ROOT, capture_output=True, text=True)
+        assert listed.returncode == 0, listed.stdout[-2000:]
+        kept.write_text(listed.stdout)
+    return set(kept.read_text().splitlines()) & set(mapped.seconds)
 
 
 if __name__ == "__main__":

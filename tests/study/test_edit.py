@@ -61,6 +61,8 @@ def test_a_right_edit_is_used_and_timed(lowered: Any, tmp_path: Path) -> None:
     verdict, replaced = tried(lowered, lambda text: body(text, "// by hand"), tmp_path)
     assert verdict.used and replaced and 0 < verdict.error <= verdict.budget
     assert 0.2 < verdict.times < 5 and "times as long as the generated" in str(verdict)
+    quick, slow = (str(dataclasses.replace(verdict, times=t)) for t in (0.9, 1.5))
+    assert "1.50 times" in slow and "slower, --revert" in slow and "slower" not in quick
 
 
 @pytest.mark.parametrize(
