@@ -14,17 +14,20 @@ from aios_compile.ir import evaluate, inputs, snapshot
 from aios_compile.ir.module import IRModule, Level, outputs
 from aios_compile.ir.random_weights import RandomWeights, shrinkable_vocabulary
 from aios_compile.passes import certificate as certificate_file
-from aios_compile.passes.certificate import CertificateCache
+from aios_compile.passes.certificate import CertificateCache, Certifier
 from aios_compile.passes.context import PassContext, PassOptions
 from aios_compile.passes.gather_last_tokens import gather_last_tokens
 from aios_compile.passes.graph_pass import graph_pass
+from aios_compile.passes.measure import Samples, choose_steps, state_shapes
 from aios_compile.passes.page_attention import page_attention
 from aios_compile.passes.result import PassResult
 from aios_compile.passes.runner import Stage, run_pipeline
 from aios_compile.passes.widen_activations import widen_activations
 from tests.passes.helpers import captured, trace
+from tests.planted import programs
 
 aten, aios = torch.ops.aten, torch.ops.aios
+SHORT = Samples((5,))
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +168,26 @@ def test_random_weights_keep_their_values_in_float64() -> None:
         assert stored.float().std() > 0.01
     wide = weights.widened(stored)
     assert wide.dtype == torch.float32 and torch.equal(wide.double(), oracle)
+
+
+def test_a_pass_behind_a_lossy_one_is_measured_from_there() -> None:
+    """Rounding that was meant once is no room for the passes that follow."""
+    options = programs.options_of("quantised")
+    before = programs.before("quantised", "quantize_weights")
+    after = snapshot.take(before)
+    lossy = programs.pass_named("quantize_weights")
+    run_pipeline(after, [Stage(after.level, (lossy,))], options, verify=0)
+    weights = RandomWeights.of(programs.level_1("quantised"), 0)
+    behind, fresh = (Certifier(before, options, 0, None, SHORT, weights) for _ in range(2))
+    assert behind.measure(before, after, lossy).holds
+    found, alone = (c.measure(after, snapshot.take(after), swap_sum) for c in (behind, fresh))
+    assert found.holds and found.error_budget == alone.error_budget
+
+
+def test_weights_that_change_leave_the_samples_of_a_paged_program() -> None:
+    """Mixed batches, as for any other pass: the names of states are compared, not of weights."""
+    before = programs.before("qwen3", "merge_qkv")
+    after = snapshot.take(before)
+    run(after, programs.pass_named("merge_qkv"), verify=0)
+    assert set(state_shapes(before)) == set(before.states) and before.weights != after.weights
+    assert choose_steps(before, after, 19) == ([inputs.mixed(19)], [inputs.mixed(19)])

@@ -77,6 +77,14 @@ def test_near_miss_another_bias():
     assert names(check(raise_expert_linear, f, 1)) == ["aios.expert_linear", "index"]
 
 
+def test_near_miss_a_bias_behind_a_view_of_more_dimensions():
+    def f(x: "f32[T, 48]", w: "weight f32[4, 80, 48]", b: "weight f32[4, 80]"):
+        e = ids(x)[:, 0]
+        return torch.bmm(w[e], x[:, :, None]).squeeze(-1)[None] + b[e]
+
+    assert names(check(raise_expert_linear, f, 1)) == ["aios.expert_linear", "index"]
+
+
 def test_near_miss_several_rows_a_matrix():
     def f(x: "f32[T, 3, 48]", w: "weight f32[4, 48, 80]"):
         return torch.bmm(x, w[ids(x[:, 0])[:, 0]])
