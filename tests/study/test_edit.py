@@ -17,6 +17,7 @@ from aios_compile.codegen.cache import ArtefactCache
 from aios_compile.codegen.cache_key import HashMemo, compute_key
 from aios_compile.codegen.cpp.emitters import EMITTERS
 from aios_compile.codegen.emit_kernels import Emitted, emit_kernels
+from aios_compile.codegen.source import Candidate
 from aios_compile.config import CompileOptions
 from aios_compile.errors import CacheError, ConfigError
 from aios_compile.ir import snapshot
@@ -29,6 +30,8 @@ from aios_compile.passes.runner import run_pipeline
 from aios_compile.study.kernel_table import KernelRow
 from aios_compile.study.verify_override import Verdict, apply_overrides
 from tests.planted import programs
+
+CANDIDATES = (Candidate("other", "Other", 1, 1, ""),)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +47,13 @@ def tried(lowered: Any, change: Any, folder: Path) -> tuple[Verdict, bool]:
     """Edit add_rms_norm; return the verdict and whether the text was replaced."""
     module, emitted, weights = lowered
     emitted = dataclasses.replace(emitted, sources=list(emitted.sources))
-    source = next(s for s in emitted.sources if s.name.startswith("add_rms_norm"))
+    index = next(i for i, s in enumerate(emitted.sources) if s.name.startswith("add_rms_norm"))
+    source = dataclasses.replace(emitted.sources[index], candidates=CANDIDATES)
+    emitted.sources[index] = source
     edits = {source.name: change(source.text), "of_another_model": "int x;"}
     (verdict,) = apply_overrides(module, emitted, edits, weights, 8, folder)
+    kept = emitted.sources[index].candidates
+    assert kept == (() if verdict.used else CANDIDATES), "no candidate in an edit's place"
     return verdict, edits[source.name] in [s.text for s in emitted.sources]
 
 
