@@ -24,8 +24,9 @@ from tests.compiled.test_quantized import WIDE, held_out, perplexity
 INT8: dict[str, Any] = {"kv_cache_dtype": "int8"}
 FP8: dict[str, Any] = {"kv_cache_dtype": "fp8"}
 BOTH = pytest.mark.parametrize("codes", [INT8, FP8], ids=["int8", "fp8"])
-# What the codes may change: perplexity of the example, and logits of random weights.
-LIMITS = {"int8": (1e-3, 0.05), "fp8": (5e-3, 0.15)}
+# What the codes may change: perplexity of the example, logits of random weights, and the largest
+# budget of the certificate (half a step of e4m3 is up to 1/16 of a value).
+LIMITS = {"int8": (1e-3, 0.05, 0.1), "fp8": (2e-3, 0.15, 0.4)}
 SMALL = {"kv_cache_memory_bytes": 1 << 18}  # few pages: the eager references copy them each step
 
 
@@ -34,7 +35,7 @@ SMALL = {"kv_cache_memory_bytes": 1 << 18}  # few pages: the eager references co
 def test_the_example_checkpoint(
     codes: dict[str, Any], load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Perplexity within 0.1 % (fp8: 0.5 %) of the bf16 cache (all of the text: -0.008 %) at 9 bits
+    """Perplexity within 0.1 % (fp8: 0.2 %) of the bf16 cache (all of the text: -0.008 %) at 9 bits
     a value (heads of 32); the report; R3.
 
     Chunks, neighbours, cached prefixes, copied and swapped pages: scales go with their codes.
@@ -56,7 +57,7 @@ def test_the_example_checkpoint(
     assert f", a scale a token and head: {after:,.0f} bytes a tok" in str(report)
     row = report["quantize_kv"]
     assert row.max_error is not None and row.error_budget is not None
-    assert row.hits == 1 and 1e-4 < row.max_error < row.error_budget < 0.1
+    assert row.hits == 1 and 1e-4 < row.max_error < row.error_budget < LIMITS[name][2]
     counts = check(model, PROMPT, 6)
     assert counts["num_cached_tokens"] > 20 and counts["swapped"] > 1
 

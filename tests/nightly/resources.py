@@ -22,9 +22,7 @@ DIGEST = re.compile(r"_[0-9a-f]{8,10}(?=_|$)")
 def hold(file: Path, key: str, binaries: Iterable[Binary]) -> None:
     """Hold the binaries of one key to their pins in a file, or pin them."""
     used = {
-        f"{key} {DIGEST.sub('', b.kernel)} {b.most or 'any'}": f"{b.registers} registers "
-        f"{b.shared_bytes} shared {b.spill_bytes} spilled"
-        for b in binaries
+        f"{key} {_variant(b)}": f"{b.registers} registers {b.shared_bytes} shared" for b in binaries
     }
     rows = _rows(file)
     own = {k: v for k, v in rows.items() if k.startswith(f"{key} ")}
@@ -34,6 +32,12 @@ def hold(file: Path, key: str, binaries: Iterable[Binary]) -> None:
         file.write_text(f"{COMPILER}\n{text}\n")
     elif rows:
         assert used == own
+
+
+def _variant(binary: Binary) -> str:
+    """Return what a module's name and digest leave of a kernel's, and its number of rows."""
+    name, most = DIGEST.split(binary.kernel)[-1].lstrip("_"), str(binary.most or "any")
+    return name if name.endswith(f"_{most}") else f"{name}_{most}".lstrip("_")
 
 
 def _rows(file: Path) -> dict[str, str]:
