@@ -32,6 +32,7 @@ from aios_compile.study.line_nodes import BodyNode, nodes_of_lines
 from aios_compile.study.plan_model import Planned, open_without_weights, plan_model
 
 CHOSEN = re.compile(r"^# chosen for (.*)$", re.MULTILINE)  # in the head of a linear's module
+PHASE = re.compile(r"^#   phase \d+: ", re.MULTILINE)  # in the head of a persistent launch's
 LineNodes = Mapping[int, tuple[BodyNode, ...]]
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
@@ -128,14 +129,13 @@ def compile_for(
         for call, i in planned.emitted.by_call.items()
         if every[i].symbol in by_symbol
     }
-    reasons = {s.symbol: tuple(CHOSEN.findall(s.text)) for s in sources}
-    reports = [
-        replace(
-            report_of(row, by_symbol[row.symbol], card, nodes.get(row.symbol, {})),
-            chosen=reasons[row.symbol],
-        )
-        for row in launched
-    ]
+    texts = {s.symbol: s.text for s in sources}
+    reports = []
+    for row in launched:
+        text = texts[row.symbol]
+        phases = max(1, len(PHASE.findall(text)))
+        report = report_of(row, by_symbol[row.symbol], card, nodes.get(row.symbol, {}), phases)
+        reports.append(replace(report, chosen=tuple(CHOSEN.findall(text))))
     reports.sort(key=lambda report: -report.predicted_us * report.calls)
     options = CompileOptions.parse({**keywords, "device": "cuda"})
     memory = memory_table(planned.program, card, options.gpu_memory_utilization)
@@ -159,13 +159,19 @@ def memory_table(program: Program, card: Card, utilization: float) -> str:
 
 
 def report_of(
-    row: KernelRow, binaries: tuple[Binary, ...], card: Card, nodes: LineNodes | None = None
+    row: KernelRow,
+    binaries: tuple[Binary, ...],
+    card: Card,
+    nodes: LineNodes | None = None,
+    num_phases: int = 1,
 ) -> KernelReport:
-    """Predict one call of a kernel: its bytes over the bandwidth, its launches, one latency."""
+    """Predict one call of a kernel: its bytes over the bandwidth, its launches, one latency;
+    between the phases of a persistent launch a flag's way to memory and back.
+    """
     launches = sum(b.most == binaries[0].most for b in binaries)
     size = row.bytes_a_token // max(1, row.launches)
     floor = size / card.bytes_per_us
-    predicted = floor + launches * LAUNCH_US + LATENCY_US
+    predicted = floor + launches * LAUNCH_US + (2 * num_phases - 1) * LATENCY_US
     held = tuple(occupancy(b.usage(), card) for b in binaries[:launches])
     return KernelReport(
         row, row.launches, launches, size, floor, predicted, binaries, held, nodes=nodes or {}

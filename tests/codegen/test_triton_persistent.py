@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton import join_launches, persistent
-from aios_compile.codegen.triton.cards import card_of
+from aios_compile.codegen.triton.cards import LATENCY_US, LAUNCH_US, card_of
 from aios_compile.codegen.triton.compile_ahead import Binary
 from aios_compile.codegen.triton.module_parts import take_apart
 from aios_compile.codegen.triton.occupancy import Usage, occupancy
@@ -68,8 +68,11 @@ def test_a_layer_is_one_launch_where_it_fits_the_card(planned: Planned) -> None:
     (row,) = [r for r in rows if r.symbol == joined(planned).symbol]
     assert row.launches == layers and row.phases == ("layer 0",)
     assert sum(r.launches for r in rows) == planned.program.num_launches == layers + 7
-    report = gpu_compile.report_of(row, tuple(reported([], "", Path(), 1)[0]), card_of("cuda:90"))
+    assert len(gpu_compile.PHASE.findall(joined(planned).text)) == phases
+    binaries = tuple(reported([], "", Path(), 1)[0])
+    report = gpu_compile.report_of(row, binaries, card_of("cuda:90"), num_phases=phases)
     assert report.calls * report.launches == layers
+    assert report.predicted_us == pytest.approx(report.floor_us + LAUNCH_US + 9 * LATENCY_US)
     weights = sum(r.weight_bytes for r in rows)
     assert row.weight_bytes > 0.1 * weights and all(r.bytes_a_token >= 0 for r in rows)
     assert planned.program.counters >= joined(planned).counters
