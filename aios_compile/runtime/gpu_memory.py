@@ -79,7 +79,8 @@ def needs(program: Program, limits: Limits, buckets: Sequence[int]) -> tuple[Nee
     inputs = place_inputs(program.inputs, limits, lists)[1] + 4 * packet_words(limits, lists)
     rows = limits.max_num_logit_rows
     results = rows * StepResults.of(program.outputs, program.sizes).row_bytes()
-    graphs = len(buckets) * program.num_launches * GRAPH_BYTES
+    nodes = max(program.num_launches, program.settings.get("separate_launches", 0))
+    graphs = len(buckets) * nodes * GRAPH_BYTES
     largest = sorted(program.plan.buffers, key=lambda b: -b.bytes)[:3]
     told = ", ".join(f"{b.name} {b.bytes / 1e6:.1f}" for b in largest)
     # KV pools begin aligned, one a layer
@@ -91,7 +92,7 @@ def needs(program: Program, limits: Limits, buckets: Sequence[int]) -> tuple[Nee
             f"activations and workspaces of {program.sizes['T']} tokens; largest: {told}",
         ),
         Need("inputs", inputs + results + padding, "a step's packet, inputs and results"),
-        Need("graphs", graphs, f"{len(buckets)} graphs of {program.num_launches} launches (guess)"),
+        Need("graphs", graphs, f"{len(buckets)} graphs of {nodes} launches (guess)"),
         Need("driver", CONTEXT_BYTES, "context, kernels, torch (guess)"),
     )  # fmt: skip
 

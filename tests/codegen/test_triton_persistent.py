@@ -76,6 +76,8 @@ def test_a_layer_is_one_launch_where_it_fits_the_card(planned: Planned) -> None:
     weights = sum(r.weight_bytes for r in rows)
     assert row.weight_bytes > 0.1 * weights and all(r.bytes_a_token >= 0 for r in rows)
     assert planned.program.counters >= joined(planned).counters
+    table = gpu_compile.memory_table(planned.program, card_of("cuda:90"), 0.9)
+    assert f"of {5 * layers + 5} launches" in table, "graphs of many tokens are not joined"
     assert item.operands[module.TYPES.index("*i32")].space == "counters"
 
 

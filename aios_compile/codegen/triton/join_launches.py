@@ -28,7 +28,8 @@ MOST_RESIDENT = 4  # programs of a multiprocessor: more would only wait for flag
 
 
 def join_launches(program: Program, emitted: Emitted, card: Card, compiles: bool) -> Program:
-    """Return the program with one launch a layer call; emitted.sources and .joined get it.
+    """Return the program with one launch a layer call; emitted.sources and .joined get it, and
+    settings["separate_launches"] how many there are for more tokens than phases serve.
 
     compiles: read the resources of the launch from the compiler, so that more than one program a
     multiprocessor can be resident. Raises CodegenError, naming the kernel, for a layer whose
@@ -59,6 +60,7 @@ def join_launches(program: Program, emitted: Emitted, card: Card, compiles: bool
         kernels=tuple(Kernel(s.name, s.symbol, s.digest(), s.model_lines) for s in emitted.sources),
         functions=tuple(functions),
         num_launches=program.num_launches - saved,
+        settings={**program.settings, "separate_launches": program.num_launches},
         counters=counters,
     )
 
