@@ -7,6 +7,7 @@ who launches changes. With option persistent_decode.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import tempfile
 from collections.abc import Sequence
@@ -108,6 +109,7 @@ def _digest(sources: Sequence[KernelSource], operands: Sequence[tuple[int, ...]]
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+@functools.cache  # a model planned for two sizes has one launch
 def _resident(run: Run, card: Card) -> dict[int, int]:
     """Return how many programs of each variant a multiprocessor holds, by the compiler's report;
     none for a variant that spills: it keeps the kernels' own launches.
