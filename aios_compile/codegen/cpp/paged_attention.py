@@ -16,7 +16,8 @@ merged a span at a time (flash-decoding). Steps, spans and merging have fixed pl
 so that bits do not depend on batch, chunking, tiles or threads.
 Measured with benchmarks/attention.py (2 cores of Zen 4, shared, bf16, 8,192 tokens of context): one
 token reads at 69-76 % of the read bandwidth with pages in random order, 71-88 % in ascending order
-(53 % when only heads are shared out); 64 tokens compute at 88 % of the FMA peak.
+(53 % when only heads are shared out); 64 tokens compute at 70-76 % of the FMA peak, 88 % when all
+lies in a cache.
 """
 
 from __future__ import annotations
