@@ -35,7 +35,11 @@ def _all() -> tuple[Pattern, ...]:
             _pattern("quantize_weights", text, steps=True, quantization=form)
             for form in QUANTIZATION
         ]
-    found += [_pattern("quantize_kv", text, steps=True, kv="int8") for text in CODES]
+    found += [
+        _pattern("quantize_kv", text, steps=True, kv=form)
+        for text in CODES
+        for form in ("int8", "e4m3")
+    ]
     found.append(_pattern("round_activations", ROUNDED, steps=True, rounded=True))
     return tuple(found)
 

@@ -165,8 +165,8 @@ class _Run:
         states = self._empty(dtype)
         steps = []
         for step in self.plan.steps:
-            values = {**_weights(module), **self.inputs(step)[0], **states}
-            given = {n: _cast(v, dtype) for n, v in values.items()}
+            values = {**_weights(module), **self.inputs(step)[0]}
+            given = {n: _cast(v, dtype) for n, v in values.items()} | states
             results, after = evaluate.run(module, given, computed_in=dtype)
             states.update(after)
             steps.append(list(results.values())[: self.count])
