@@ -25,7 +25,8 @@ class KernelRow:
 
     launches: in one step, all layers. weight_bytes, kv_bytes, activation_bytes: read and written in
     one step, all launches together. phases: "layer 2" where the step runs it. model_lines: what it
-    computes. computes: the ops of its body. places: the op and the module path of each.
+    computes, first what reads most of its bytes. computes: the ops of its body. places: the op and
+    the module path of each.
     """
 
     name: str
@@ -64,18 +65,22 @@ def kernel_rows(
     from aios_compile.codegen.program import Launch
     from aios_compile.ir import provenance, snapshot
     from aios_compile.ir.module import body_of
-    from aios_compile.study.traffic import Traffic, call_costs
+    from aios_compile.study.traffic import Traffic, call_costs, main_reader
 
     traffic = {i: Traffic() for i in range(len(emitted.sources))}
     launches = dict.fromkeys(traffic, 0)
     computes: dict[int, tuple[str, ...]] = {}
     places: dict[int, tuple[tuple[str, str], ...]] = {}
+    first: dict[int, tuple[str, ...]] = {}  # the line of what reads the most bytes
     joined = {gm.graph: emitted.joined.get(name) for name, gm in module.regions().items()}
     for cost in call_costs(module, context):
         run = joined.get(cost.call.graph)  # the persistent launch that the kernel is a phase of
         index = emitted.by_call[cost.call] if run is None else run
         traffic[index] += cost.traffic * cost.times
         launches[index] += cost.times
+        reader = main_reader(module, cost)
+        if reader is not None:
+            first.setdefault(index, provenance.source_lines(reader)[:1])
         nodes = [n for n in body_of(cost.call).graph.nodes if _computes(n)]
         ops = [snapshot.target_name(n) for n in nodes]
         paths = zip(ops, map(provenance.module_path, nodes))
@@ -96,7 +101,7 @@ def kernel_rows(
             traffic[i].kv,
             traffic[i].activations,
             phases.get(i, ()),
-            tuple(source.model_lines),
+            tuple(dict.fromkeys((*first.get(i, ()), *source.model_lines))),
             computes.get(i, ()),
             places.get(i, ()),
         )

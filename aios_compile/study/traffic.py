@@ -78,6 +78,17 @@ def call_costs(module: IRModule, context: int = 256) -> list[CallCost]:
     return costs
 
 
+def main_reader(module: IRModule, cost: CallCost) -> fx.Node | None:
+    """Return the op in a kernel that reads the most weights, if those are most of its traffic."""
+    view = PassContext(module, cost.region)
+    bound = zip(placeholders(body_of(cost.call).graph), cost.call.args)
+    weights = [(_weight_bytes(module, h), h) for h, a in bound if view.is_weight(a) and h.users]
+    if not weights or 2 * cost.traffic.weights <= cost.traffic.total:
+        return None
+    _, largest = max(weights, key=lambda pair: pair[0])
+    return next(iter(largest.users))
+
+
 def _traffic(
     view: PassContext, call: fx.Node, states: set[tuple[int | str, ...]], context: int
 ) -> Traffic:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from aios_compile.ir import snapshot
-from aios_compile.ir.module import IRModule
+from aios_compile.ir.module import IRModule, body_of
 from aios_compile.passes.context import PassOptions
 from aios_compile.passes.pipeline import STAGES
 from aios_compile.passes.runner import run_pipeline
-from aios_compile.study.traffic import Traffic, call_costs
+from aios_compile.study.traffic import CallCost, Traffic, call_costs, main_reader
 from tests.passes.helpers import trace
 from tests.planted import programs
 
@@ -60,3 +60,15 @@ def test_attention_with_a_window_reads_no_more_of_the_cache() -> None:
     narrow, wide = (moved(module, context).kv for context in (4, 300))
     written = moved(module, 0).kv
     assert (narrow - written) * 9 == (wide - written) * 4 > 0, "its window has nine tokens"
+
+
+def test_the_line_of_a_fused_kernel_is_that_of_its_matrix_not_of_its_norm() -> None:
+    module = snapshot.take(programs.level_1("triton"))
+    run_pipeline(module, STAGES, programs.options_of("triton"), verify=0)
+    ops = [main_reader(module, cost) for cost in call_costs(module) if _has_norm_and_linear(cost)]
+    assert [node and node.target for node in ops] == [torch.ops.aios.linear.default] * 2
+
+
+def _has_norm_and_linear(cost: CallCost) -> bool:
+    targets = {n.target for n in body_of(cost.call).graph.nodes}
+    return {torch.ops.aios.linear.default, torch.ops.aios.rms_norm.default} <= targets
