@@ -84,6 +84,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     width = cos.shape[-1]
+    if width % 2:  # a single element would be broadcast into a pair
+        raise ValueError(f"rope turns pairs of elements; a width of {width} is odd")
     head, tail = x[..., :width], x[..., width:]
     if interleaved:
         turned = torch.stack((-head[..., 1::2], head[..., 0::2]), -1).reshape(head.shape)

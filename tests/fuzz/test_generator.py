@@ -18,6 +18,7 @@ from aios_compile.study.fuzz.example import Example, Setup, capture, options_of,
 from aios_compile.study.fuzz.generate import INFO_OF, OFTEN, REPEATS, draw
 from aios_compile.study.fuzz.graph_ops import OPS
 from aios_compile.study.fuzz.patterns import PATTERNS
+from aios_compile.study.fuzz.program import Rejected
 
 
 def test_every_pass_has_a_pattern() -> None:
@@ -92,3 +93,23 @@ def test_a_pass_can_be_asked_for(name: str) -> None:
 
 def test_an_operator_can_be_asked_for() -> None:
     assert all("op topk" in draw(0, i, ops=("topk",)).planted for i in range(5))
+
+
+def test_a_region_gives_out_no_mask() -> None:
+    """Found by number 298: a border through an attention, its mask a result of the layer."""
+    pattern = next(p for p in PATTERNS if (p.pass_name, p.name) == ("raise_attention", "window"))
+    rng = random.Random(1)
+    b, sizes = Builder(rng), draw_sizes(rng)
+    given = {p.name: b.parameter(p.shape, p.dtype) for p in pattern.parameters(sizes)}
+    b.results = list(pattern.plant(b, given, sizes).results)
+    cut = capture(Example(b.program(), Setup(steps=True, region=(0.0, 0.6))))
+    whole = capture(Example(b.program(), Setup(steps=True, region=(0.0, 1.0))))
+    assert not cut.regions() and whole.regions()
+
+
+def test_rope_of_an_odd_width_is_rejected() -> None:
+    """Found by number 255: the reference broadcast the one element."""
+    b = Builder(random.Random(1))
+    x = b.parameter(("T", 1))
+    with pytest.raises(Rejected):
+        b.add(f"aios.rope.default(torch.unsqueeze({x}, -2), {x}, {x}, False)")

@@ -17,7 +17,8 @@ REGION = "layer"
 def outline(module: IRModule, begin: float, end: float) -> bool:
     """Make a region of the nodes between two fractions of the graph.
 
-    Return whether it was possible: what crosses the border must be tensors.
+    Return whether it was possible: what crosses the border must be tensors, and no result may be
+    a mask or scores of T x T, which no layer gives out and the compiler refuses.
     """
     graph = module.root.graph
     nodes = [n for n in graph.nodes if n.op == "call_function"]
@@ -29,6 +30,8 @@ def outline(module: IRModule, begin: float, end: float) -> bool:
     sources = list(dict.fromkeys(s for n in members for s in n.all_input_nodes if s not in inside))
     crossing = [*results, *sources]
     if not results or not sources or not all(_is_tensor(n) for n in crossing):
+        return False
+    if any(_token_dims(n) > 1 for n in results):
         return False
     region, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for source in sources:
@@ -63,6 +66,10 @@ def _call(
             result.replace_all_uses_with(item, lambda user: user not in inside)
     for node in reversed(members):
         graph.erase_node(node)
+
+
+def _token_dims(node: fx.Node) -> int:
+    return sum(not isinstance(size, int) for size in node.meta["val"].shape)
 
 
 def _is_tensor(node: Any) -> bool:
