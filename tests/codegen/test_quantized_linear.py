@@ -26,6 +26,7 @@ EVERYWHERE = ("int8_g32_f16", "int4_g32_f16", "uint5_g32_k_min_k", "int6_g16_k")
 WIDTHS = EVERYWHERE if "NIGHTLY" in os.environ else ("int4_g32_f16", "int6_g16_k")
 TOKENS = (1, 2, 3, 5, 12, 13, 40)
 ROWS, DEPTH = 37, 512
+SHORT = 256  # a whole super-block
 
 
 def random_rows(name, rows, depth, seed=0):
@@ -103,7 +104,7 @@ def test_all_formats_targets_and_tiles_give_the_same_bits(name):
 
 def run_on(target, name, tokens):
     """Return the same linear of `tokens` tokens, computed with a target's instructions."""
-    rows, depth = ROWS, 128
+    rows, depth = ROWS, SHORT
     torch.manual_seed(7)
     x, out = torch.randn(tokens, depth), torch.full((tokens, rows), float("nan"))
     _, _, source = source_of(plain, rows, depth, name)
@@ -138,7 +139,7 @@ def test_avx_vnni_is_compiled_and_its_twin_gives_the_same_bits(name):
     """No processor that this was written on has AVX-VNNI itself."""
     if build.host_machine() != "x86_64":
         pytest.skip("the processor lacks AVX-512 VNNI")
-    _, _, source = source_of(plain, ROWS, 128, name)
+    _, _, source = source_of(plain, ROWS, SHORT, name)
     twin = build.Target("avxvnni twin", TWIN, 32, "x86_64")
     ours, theirs = dot_products(source, VNNI), dot_products(source, twin)
     assert ours and all(line.startswith("{vex} vpdpbusd") and "ymm" in line for line in ours)
