@@ -234,6 +234,7 @@ class InterpreterDevice(TorchDevice):
                 "device='interpreter' needs TRITON_INTERPRET=1 before Python starts",
                 advice="run TRITON_INTERPRET=1 aios ... --device interpreter",
             )
+        _check_versions()
         super().__init__("cpu")
         self.graph: RecordedGraph | None = None
         self.num_launches = 0
@@ -266,3 +267,19 @@ class InterpreterDevice(TorchDevice):
 
     def synchronize(self) -> None:
         pass
+
+
+def _check_versions() -> None:
+    """Raise ConfigError where the interpreter is known to fail: Triton 3.6's turns arrays of one
+    element into numbers, which NumPy refuses from 2.4 on.
+    """
+    import triton
+
+    versions = (triton.__version__, np.__version__)
+    ours, numpy = (tuple(map(int, text.split(".")[:2])) for text in versions)
+    if ours < (3, 7) and numpy >= (2, 4):
+        raise ConfigError(
+            f"device='interpreter': Triton {versions[0]}'s interpreter fails with NumPy "
+            f"{versions[1]}",
+            advice="install numpy<2.4, or triton>=3.7",
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from aios_compile.errors import ConfigError, DeviceMemoryError, EngineError
 from aios_compile.runtime.gpu_executor import token_buckets
 from aios_compile.runtime.gpu_memory import needs, plan_card
 from aios_compile.runtime.program_runner import state_page_bytes
-from aios_compile.runtime.torch_device import InterpreterDevice
+from aios_compile.runtime.torch_device import InterpreterDevice, open_device
 from tests.interpreted.harness import PAGES, batch, model
 
 
@@ -26,11 +27,22 @@ def test_cuda_without_a_gpu_is_refused_before_the_model_is_opened() -> None:
 
 
 def test_the_interpreter_is_asked_for_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aios_compile.runtime.torch_device import open_device
-
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ConfigError, match="TRITON_INTERPRET=1"):
         open_device("interpreter")
+
+
+def test_versions_that_fail_in_the_interpreter_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen with triton 3.6.0 and numpy 2.4.6; 3.6.0 with numpy 2.3.5 runs."""
+    import triton
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(np, "__version__", "2.4.6")
+    with pytest.raises(ConfigError, match=r"3\.6\.0's interpreter fails with NumPy 2\.4\.6"):
+        open_device("interpreter")
+    monkeypatch.setattr(np, "__version__", "2.3.5")
+    assert open_device("interpreter").name == "cpu"
 
 
 def test_buckets_pad_little_and_are_few() -> None:
