@@ -167,7 +167,7 @@ def _slice(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
 @rule("flip")
 def _flip(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
     source, sizes = _args(node)[0], shape_of(node)
-    for dim in _args(node)[1]:
+    for dim in _args(node)[1] if at else ():  # a number has nothing to turn
         dim = dim % len(at)
         at = _replaced(at, dim, at[dim].times(-1).plus(sizes[dim]).plus(-1))
     return reader.at(source, at)

@@ -230,7 +230,7 @@ def _max_with_index(space: Space, reader: Reader, node: fx.Node, at: Coordinates
 @rule(RULES, "_softmax", "_log_softmax")
 def _softmax(space: Space, reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
     source: Any = _args(node)[0]
-    dim = _args(node)[1] % len(at)
+    dim = _args(node)[1] % max(1, len(at))  # of a number: 0
     rows = tuple(c for d, c in enumerate(at) if d != dim)
     largest = reduced(space, reader, node, rows, "max")
 

@@ -100,6 +100,14 @@ return (z,)
         Setup(steps=True, seed=2),
     ),
 }
+FOUND["softmax of a number"] = Found(
+    (Parameter("a", (5,)), x("b", "T", 3)),
+    """
+s = torch.select(a, 0, 0)
+return (torch.softmax(s, 0), torch.flip(s, [0]), torch.log_softmax(s, -1), b)
+""",
+    Setup(tokens=(1,)),
+)
 # The same views, written as codes.
 columns = FOUND["attention of every second column"]
 FOUND["int8 cache of every second column"] = replace(
