@@ -45,7 +45,8 @@ def to_codes(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
-HERE = [target.name for target, needs in build.TARGETS if needs <= build.cpu_features()]
+PATHS = ("avx512", "avx2", "portable")  # as many as there are texts
+HERE = [t.name for t, needs in build.TARGETS if t.name in PATHS and needs <= build.cpu_features()]
 
 
 @pytest.mark.parametrize("target", HERE)
