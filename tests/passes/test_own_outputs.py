@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from aios_compile.passes.context import PassContext
 from aios_compile.passes.own_outputs import own_outputs
 from tests.passes.helpers import apply, trace
+from tests.planted import programs
+
+aten = torch.ops.aten
 
 
 def part(x: "f32[T, 64]") -> Any:
@@ -61,3 +65,20 @@ def test_values_stay() -> None:
     apply(own_outputs, module)
     after = module.root(x)
     assert torch.equal(before[0], after[0]) and after[0].is_contiguous()
+
+
+def test_views_that_a_region_is_given_are_copied_and_counted() -> None:
+    """A count of none would let the runner pass over what changed, without a certificate."""
+    module = programs.before("qwen3", "own_outputs")
+    context = PassContext(module, "")
+    (name,) = module.regions()
+    call = module.calls(name)[0]
+    x = next(a for a in call.args if a.meta["val"].dim() == 2 and a.meta["val"].shape[1] == 32)
+    with module.root.graph.inserting_before(call):
+        wide = context.call(module.root.graph, aten.cat.default, [x, x], -1, source=[x])
+        view = context.call(module.root.graph, aten.slice.Tensor, wide, 1, 0, 32, source=[x])
+    call.replace_input_with(x, view)
+    hits = own_outputs(module.root.graph, context)
+    copy = next(a for a in call.args if a in view.users)
+    assert hits == 1 and copy.target is aten.clone.default
+    assert copy.meta["val"].is_contiguous()
