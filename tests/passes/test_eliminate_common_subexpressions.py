@@ -61,6 +61,7 @@ def test_region_inputs_bound_to_one_value_are_merged():
         call.update_arg(sin, call.args[cos])
     before = evaluate(module)
     count = len(region.graph.find_nodes(op="placeholder"))
-    apply(cse, module)
+    hits = apply(cse, module).hits["layer"]
     assert len(region.graph.find_nodes(op="placeholder")) == count - 1
     assert torch.equal(before[0], evaluate(module)[0])
+    assert hits == 4, "the input, three unsqueezes of it"
