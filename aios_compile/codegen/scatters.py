@@ -24,6 +24,8 @@ MAX_INDICES = 64  # of one element; each is a compare
 def _scatter(reader: Reader, node: fx.Node, at: Coordinates) -> Expr | None:
     args: Any = node.args
     source, dim, index, written = args
+    if not at:
+        return None  # into a number: refused by name
     dim %= len(at)
     sizes, counts = shape_of(source), shape_of(index)
     count = counts[dim]
