@@ -6,7 +6,7 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from tokenizers import Tokenizer as Backend
@@ -187,6 +187,8 @@ def test_streams_survive_bytes_that_take_text_back() -> None:
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
 
     class Bytes:
+        texts_alone: ClassVar[dict[tuple[int, bool], str]] = {}
+
         def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
             return backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
