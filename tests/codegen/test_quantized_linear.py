@@ -16,6 +16,7 @@ from aios_compile.ir.quant_format import QuantFormat
 from tests.codegen.emulated import emulable, skip_unless_runnable
 from tests.codegen.harness import FOLDER, Kernel, make_body
 from tests.ir.test_quantized import FORMATS, random_fields
+from tests.variants import nightly
 
 assert ops.TABLE
 aios, aten = torch.ops.aios, torch.ops.aten
@@ -78,7 +79,14 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, atol=2e-6 * scale, rtol=0)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+SAME_PATH = [
+    name for name in FORMATS if name.startswith(("uint8", "uint4")) or name.endswith("f32")
+]
+
+
+@pytest.mark.parametrize(
+    "name", [*(name for name in FORMATS if name not in SAME_PATH), *nightly(*SAME_PATH)]
+)
 def test_all_formats_targets_and_tiles_give_the_same_bits(name):
     """Every instruction set for some of the formats; the rest, which share it, on the host."""
     rows, depth = ROWS, DEPTH

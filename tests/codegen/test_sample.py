@@ -15,6 +15,7 @@ from aios_compile.ir import (
 )
 from aios_compile.ir.sample_op import INPUTS
 from tests.codegen.harness import Kernel, make_body
+from tests.variants import nightly
 
 
 def body_of(vocabulary):
@@ -105,7 +106,7 @@ def test_greedy_ties_ranks_and_logprobs(vocabulary):
     assert torch.equal(ids, torch.tensor(first))
 
 
-@pytest.mark.parametrize("target", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("target", ["avx512", *nightly("avx2", "portable")])
 def test_no_token_differs_in_ten_thousand_draws(target):
     if build.Target.named(target).vector_bytes > build.Target.host().vector_bytes:
         pytest.skip("the processor lacks the instructions")

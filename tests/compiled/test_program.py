@@ -14,6 +14,7 @@ from aios_compile.passes.graph_pass import info_of
 from aios_compile.passes.pipeline import PIPELINE
 from aios_compile.passes.result import PassResult
 from tests.compiled.conftest import Load
+from tests.variants import nightly
 
 # One region: a layer is rewritten once, however many there are.
 HITS = {
@@ -40,7 +41,9 @@ def layer_kernels(model: CompiledModel) -> list[str]:
     return [item.label for item in items]
 
 
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize(
+    "name", ["llama_gqa", "qwen3_gqa", *nightly("mistral_window", "qwen2_gqa")]
+)
 def test_hits_and_launches_are_pinned(
     name: str, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:

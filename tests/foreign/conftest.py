@@ -34,12 +34,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., CompiledModel]:
-    """Return a function that compiles a module (-O1: these tests are about meaning)."""
+    """Return a function that compiles a module (-Og: these tests are about meaning)."""
     torch.set_num_threads(1)
     real = build.build_objects
 
     def quick(*args: Any, **keywords: Any) -> Any:
-        return real(*args, **{**keywords, "extra_flags": ("-O1",)})
+        return real(*args, **{**keywords, "extra_flags": ("-Og",)})
 
     monkeypatch.setenv("AIOS_VERIFY", "0")  # the logits are compared here, end to end
     monkeypatch.setattr(build, "build_objects", quick)

@@ -10,7 +10,7 @@ from tests.foreign import families
 
 TOLERANCE = 1e-4
 TESTED = (
-    "gemma2", "gpt2", "gpt_neox", "mixtral", "gpt_oss", "llama4",
+    "gemma2", "gpt2", "gpt_oss", "llama4",
 )  # fmt: skip
 OTHERS = (  # FOREIGN_FAMILIES=all
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "gpt_neox_serial", "gptj", "phi",
@@ -20,7 +20,8 @@ OTHERS = (  # FOREIGN_FAMILIES=all
     "qwen3_moe", "olmoe", "flex_olmo", "phimoe", "granitemoe", "granitemoeshared", "glm4_moe_lite",
     "mistral4", "dots1", "glm4_moe", "solar_open", "ernie4_5_moe", "hunyuan_moe", "minimax",
     "minimax_m2", "exaone_moe", "lfm2_moe", "mimo_v2_flash", "cohere2_moe", "falcon_alibi",
-    "deepseek_v2", "deepseek_v3", "mpt", "cohere", "codegen", "falcon_new", "bloom",
+    "deepseek_v2", "deepseek_v3", "mpt", "cohere", "codegen", "falcon_new", "bloom", "mixtral",
+    "gpt_neox",
 )  # fmt: skip
 ALL = os.environ.get("FOREIGN_FAMILIES") == "all"
 CHOSEN = (*TESTED, *OTHERS) if ALL else TESTED

@@ -1,6 +1,6 @@
 """Random programs on the Triton target, its kernels in the interpreter, against eager.
 
-make test runs 12 of them; FUZZ_TRITON=N runs N (make nightly: 400), from number FUZZ_FIRST on.
+make test runs 6 of them; FUZZ_TRITON=N runs N (make nightly: 400), from number FUZZ_FIRST on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from aios_compile.study.fuzz.example import Example, Setup, run_example
 from aios_compile.study.fuzz.program import Parameter, Program, Statement
 from tests.fuzz.parts import write_part
 
-EXAMPLES = int(os.environ.get("FUZZ_TRITON", "12"))
+EXAMPLES = int(os.environ.get("FUZZ_TRITON", "6"))
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 PARTS = 2

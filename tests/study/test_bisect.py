@@ -45,6 +45,7 @@ from aios_compile.study.bisect_settings import (
 from tests import zoo
 from tests.planted import fuse_plants, programs, raise_plants, rewrite_plants
 from tests.planted.plants import PLANTS
+from tests.variants import nightly
 
 assert fuse_plants and raise_plants and rewrite_plants, "they register themselves"
 PROMPT = tuple(range(3, 22))
@@ -177,7 +178,9 @@ def broken(name: str, right: str, wrong: str) -> list[ModuleType]:
     ("name", "right", "wrong", "line"),
     [
         ("row_reduction", "1e-06", "1e-03", "self.weight * x32"),
-        ("paged_attention", "0x1.6a09e6", "0x1.5a09e6", "scaled_dot_product_attention"),
+        *nightly(
+            ("paged_attention", "0x1.6a09e6", "0x1.5a09e6", "scaled_dot_product_attention"),
+        ),
     ],
 )
 def test_a_planted_emitter_is_found(
@@ -189,7 +192,7 @@ def test_a_planted_emitter_is_found(
     assert found.error > found.budget
 
 
-@pytest.mark.parametrize("name", ["half", pytest.param("quantised", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("name", nightly("half", "quantised"))
 def test_right_passes_and_kernels_are_acquitted(name: str, tmp_path: Path) -> None:
     """Those of quantised rows ended the search once: "weights ... cannot be checked"."""
     searched = subject(name, programs.options_of(name))
