@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from aios_compile.errors import CodegenError
+
 DTYPE_NAMES = {
     "torch.float32": "f32",
     "torch.bfloat16": "bf16",
@@ -65,7 +67,8 @@ def dim_value(dim: Dim, sizes: Mapping[str, int]) -> int:
 def dim_of(size: Any) -> Dim:
     """Turn an int or a SymInt (affine or polynomial in named sizes) into a Dim.
 
-    Raises ValueError for a size that is not a polynomial with integer coefficients in named sizes.
+    Raises CodegenError for a size that is no polynomial with integer coefficients, ValueError for a
+    symbol without a name.
     """
     if isinstance(size, int):
         return size
@@ -75,7 +78,7 @@ def dim_of(size: Any) -> Dim:
     if expr.is_Integer:
         return int(expr)
     if not expr.is_polynomial(*expr.free_symbols):
-        raise ValueError(f"size {expr} is not a polynomial in the token and sequence counts")
+        raise CodegenError(f"size {expr} is not a polynomial in the token and sequence counts")
     poly = expr.as_poly(*sorted(expr.free_symbols, key=str))
     terms = []
     for powers, coefficient in poly.terms():

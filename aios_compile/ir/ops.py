@@ -96,6 +96,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    if gate.shape != up.shape:
+        raise ValueError(f"a gate of {tuple(gate.shape)} for values of {tuple(up.shape)}")
     return (ACTIVATIONS[activation](gate) * up).contiguous()
 
 

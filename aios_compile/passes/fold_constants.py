@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from aios_compile.ir import provenance
 from aios_compile.ir.module import placeholders
 from aios_compile.passes.context import PassContext
 from aios_compile.passes.graph_pass import graph_pass
@@ -129,16 +130,17 @@ def _fold_weights(graph: fx.Graph, context: PassContext) -> int:
         if node.op == "call_function" and _is_static(node, foldable):
             found = [s for n in node.all_input_nodes for s in foldable[n]]
             foldable[node] = tuple(dict.fromkeys(found))
-    hits = 0
+    folded = {}
     for node in [n for n in foldable if n not in sources and foldable[n]]:
         wanted = any(u not in foldable or _is_free(u, foldable) for u in node.users)
         if wanted and not _is_free(node, foldable):
             weights = foldable[node]
             name = f"{weights[0].name}_folded"
-            new = context.add_weight(graph, name, weights, _replay(node, weights))
-            node.replace_all_uses_with(new)
-            hits += 1
-    return hits
+            folded[node] = context.add_weight(graph, name, weights, _replay(node, weights))
+            provenance.inherit(folded[node], [node])  # an output that is only this has a line
+    for node, new in folded.items():  # after the last replay: it reads the nodes as they were
+        node.replace_all_uses_with(new)
+    return len(folded)
 
 
 def _is_static(node: fx.Node, foldable: dict[fx.Node, Any]) -> bool:

@@ -109,7 +109,7 @@ OPS: dict[str, str] = {
     "1e-06)))",
     # order
     "topk": "torch.topk({x}, 2).values",
-    "topk_indices": "torch.topk({x}, 1).indices",
+    "topk_indices": "torch.topk(torch.add({x}, torch.mul(torch.arange({D}), 0.001)), 1).indices",
     "lowest": "torch.topk({x}, {h}, largest=False).values",
     "sort": "torch.sort({x}, -1, descending=True).values",
     # products
