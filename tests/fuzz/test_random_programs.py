@@ -38,7 +38,8 @@ def test_compiled_equals_eager(
     )
     write_part(tally, FIRST, part)
     assert not tally.failures, tally.failures
-    assert not tally.refused, tally.refused
+    # What has no kernel is refused by name: rare shapes of what no model does (docs/nightly.md).
+    assert sum(tally.refused.values()) <= tally.examples // 100, tally.refused
     wanted = LEAST * tally.examples // OF if tally.examples >= 500 else 0  # few: by chance none
     rare = {name: tally.fired[name] for name in passes_of("cpp") if tally.fired[name] < wanted}
     assert not rare, f"passes that fired on fewer than {wanted} of {tally.examples}: {rare}"
