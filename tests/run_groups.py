@@ -26,12 +26,14 @@ TOTAL_SECONDS = 900
 DEFAULT_BUDGET_SECONDS = 90
 # Groups that need longer.
 BUDGET_SECONDS = {
-    "codegen": 400,
-    "compiled": 280,
-    "foreign": 180,
-    "fuzz": 250,
+    "codegen": 430,
+    "compiled": 310,
+    "foreign": 120,
+    "fuzz": 260,
+    "interpreted": 120,
     "passes": 180,
-    "runtime": 130,
+    "runtime": 140,
+    "study": 110,
 }
 # These need what most machines lack; they run in `make gpu` or `make nightly`.
 LEFT_OUT = ("gpu", "nightly", "goldens")
