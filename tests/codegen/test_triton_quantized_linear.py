@@ -24,6 +24,7 @@ pytest.importorskip("triton")
 
 from aios_compile.codegen.triton import fp8_linear, quantized_embedding, quantized_linear
 from aios_compile.codegen.triton.cards import card_of
+from tests.variants import nightly
 
 aios, aten = torch.ops.aios, torch.ops.aten
 FORMS = ("int8_g32_f16", "int4_g32_f16", "uint4_g128_f16_min_zero", "int4_g32_bf16")
@@ -173,7 +174,7 @@ def in_reverse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["int8_g32_f16", *(pytest.param(name, marks=pytest.mark.nightly) for name in LONGER)],
+    ["int8_g32_f16", *nightly(*LONGER)],
 )
 def test_parts_of_the_depth_are_added_in_their_order(name: str, monkeypatch: Any) -> None:
     """The same bits for 2 to 32 tokens, and whoever of a tile's programs comes last."""

@@ -20,6 +20,7 @@ from tests.compiled.conftest import SMALL_STEPS, Load
 from tests.compiled.invariance import check, check_freed_window_pages
 from tests.compiled.test_batch_invariance import EXAMPLE, PROMPT
 from tests.compiled.test_quantized import WIDE, held_out, perplexity
+from tests.variants import nightly
 
 INT8: dict[str, Any] = {"kv_cache_dtype": "int8"}
 FP8: dict[str, Any] = {"kv_cache_dtype": "fp8"}
@@ -62,9 +63,7 @@ def test_the_example_checkpoint(
     assert counts["num_cached_tokens"] > 20 and counts["swapped"] > 1
 
 
-@pytest.mark.parametrize(
-    "codes", [pytest.param(INT8, marks=pytest.mark.nightly), FP8], ids=["int8", "fp8"]
-)
+@pytest.mark.parametrize("codes", [*nightly(INT8), FP8], ids=["int8", "fp8"])
 def test_windows_eager_and_the_pool(
     codes: dict[str, Any], load: Load, zoo_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

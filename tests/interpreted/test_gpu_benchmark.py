@@ -10,12 +10,13 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks import gpu
+from tests.variants import nightly
 
 TINY = "--device interpreter --shapes micro --batch 1 --context 20 --tokens 2 --repeats 1"
 TINY += " --cases 1 --pages 16 --requests 1 --lengths 2,3"
 
 
-PARTS = ["peers", "engine", pytest.param("ours", marks=pytest.mark.nightly)]  # the longest
+PARTS = ["peers", "engine", *nightly("ours")]  # the longest
 
 
 @pytest.mark.parametrize("part", PARTS)

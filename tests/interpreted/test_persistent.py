@@ -24,6 +24,7 @@ from aios_compile.runtime.gpu_executor import GpuExecutor
 from tests.codegen.triton_modules import load
 from tests.interpreted.harness import Model, batch, model
 from tests.interpreted.interleaved import Deadlock, Pick, Turns, interleaved
+from tests.variants import nightly
 
 NAME = "qwen3_gqa"
 PROGRAMS = 5  # fewer than the items of a phase, and no divisor of them
@@ -202,7 +203,7 @@ FAULTS = {
 
 @pytest.mark.parametrize(
     "fault",
-    [*FAULTS][:2] + [pytest.param(name, marks=pytest.mark.nightly) for name in [*FAULTS][2:]],
+    [*FAULTS][:2] + nightly(*[*FAULTS][2:]),
 )
 def test_a_planted_fault_is_found(fault: str) -> None:
     """Wrong bits, flags that stay raised, or programs that never end, in one of a few orders."""

@@ -17,6 +17,7 @@ from aios_compile.passes.context import PassOptions
 from aios_compile.passes.graph_pass import info_of
 from aios_compile.passes.pipeline import FUSE, RAISE, REWRITE
 from tests.passes import helpers, level2
+from tests.variants import nightly
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -151,9 +152,7 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["neox", "cohere", pytest.param("gemma2", marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("name", ["neox", "cohere", *nightly("gemma2")])
 def test_foreign_modules_reach_level_3(name: str) -> None:
     torch.manual_seed(0)
     module = helpers.captured_module(foreign(name), flat=False)

@@ -20,7 +20,17 @@ POINTERS.update({"i64": "*i64", "i32": "*i32", "i16": "*i16", "i8": "*i8", "u8":
 POINTERS["e4m3"] = "*u8"  # their bits: not every card has the type
 JIT = '@triton.jit(do_not_specialize=["T", "S", "R", "P"])'
 
-HEAD = '''\
+# How a module runs the variant for its rows; each module's text says with which operands.
+LAUNCH = '''\
+def launch(operands, T=1, S=1, R=1, P=1):
+    """Run on tensors: the inputs, the outputs, the workspace."""
+    variant = next(v for v in VARIANTS if v["most"] is None or {rows} <= v["most"])
+    for call in variant["launches"]:
+        grid, options = call["grid"](T, S, R, P), {{**call["constexprs"], **call["options"]}}
+'''
+
+HEAD = (
+    """\
 {comment}
 import triton
 import triton.language as tl
@@ -38,13 +48,11 @@ VARIANTS = (
 )
 
 
-def launch(operands, T=1, S=1, R=1, P=1):
-    """Run on tensors: the inputs, the outputs, the workspace."""
-    variant = next(v for v in VARIANTS if v["most"] is None or {rows} <= v["most"])
-    for call in variant["launches"]:
-        grid, options = call["grid"](T, S, R, P), {{**call["constexprs"], **call["options"]}}
-        call["kernel"][grid](*operands, T, S, R, P, **options)
-'''
+"""
+    + LAUNCH
+    + """        call["kernel"][grid](*operands, T, S, R, P, **options)
+"""
+)
 
 # Functions that Triton's language lacks, written into the modules that call them.
 HELPERS = {

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton.cards import Card
 from aios_compile.codegen.triton.dependent_launch import WAIT
-from aios_compile.codegen.triton.frame import JIT
+from aios_compile.codegen.triton.frame import JIT, LAUNCH
 from aios_compile.codegen.triton.module_parts import (
     ModuleParts,
     PartLaunch,
@@ -90,7 +90,8 @@ def phases(kernel, programs, number, **options):
         for first, last in spans
     )'''
 
-MODULE = '''\
+MODULE = (
+    """\
 {comment}
 import triton
 import triton.language as tl
@@ -113,14 +114,12 @@ VARIANTS = (
 )
 
 
-def launch(operands, T=1, S=1, R=1, P=1):
-    """Run on tensors: the inputs, the outputs, the workspace."""
-    variant = next(v for v in VARIANTS if v["most"] is None or {rows} <= v["most"])
-    for call in variant["launches"]:
-        grid, options = call["grid"](T, S, R, P), {{**call["constexprs"], **call["options"]}}
-        given = [operands[i] for i in call["operands"]] if "operands" in call else operands
+"""
+    + LAUNCH
+    + """        given = [operands[i] for i in call["operands"]] if "operands" in call else operands
         call["kernel"][grid](*given, T, S, R, P, **options)
-'''
+"""
+)
 
 
 @dataclass(frozen=True)
