@@ -10,21 +10,26 @@ PACKAGE = ROOT / "aios_compile"
 # Area -> files below aios_compile.
 AREAS: dict[str, tuple[str, ...]] = {
     "passes": ("passes/*.py",),
-    "cpp": ("codegen/cpp/*.py", "codegen/cpp/templates/*.h"),
+    "cpp": ("codegen/cpp/*.py", "codegen/cpp/*.h", "codegen/cpp/templates/*.h"),
     "triton": ("codegen/triton/*.py", "codegen/triton/templates/*.txt"),
     "emitters": (
-        "codegen/access.py", "codegen/expression.py", "codegen/linear_*.py", "codegen/movement.py",
-        "codegen/planar.py", "codegen/pointwise_ops.py", "codegen/reductions.py",
-        "codegen/scatters.py", "codegen/strided.py",
+        "codegen/access.py", "codegen/emit_kernels.py", "codegen/expression.py",
+        "codegen/linear_*.py", "codegen/movement.py", "codegen/operand.py",
+        "codegen/pack_weights.py", "codegen/packing.py", "codegen/planar.py",
+        "codegen/pointwise_ops.py", "codegen/quantized_weights.py", "codegen/reductions.py",
+        "codegen/scatters.py", "codegen/source.py", "codegen/step_packet.py",
+        "codegen/step_results.py", "codegen/strided.py",
     ),
     "scheduler": (
         "runtime/scheduler.py", "runtime/planner.py", "runtime/block_manager.py",
         "runtime/schedule_state.py", "runtime/preemption.py", "runtime/policies.py",
         "runtime/prefix_cache.py", "runtime/kv_cache.py", "runtime/commit.py",
-        "runtime/batch_builder.py",
+        "runtime/batch_builder.py", "runtime/page_moves.py", "runtime/draft_governor.py",
     ),
     "planner": (
         "passes/plan_memory.py", "ir/lifetimes.py", "codegen/form_phases.py", "codegen/lower.py",
+        "codegen/layout.py", "codegen/kernel_choices.py", "runtime/select_kernels.py",
+        "runtime/weight_memory.py",
     ),
 }  # fmt: skip
 

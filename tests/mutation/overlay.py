@@ -6,6 +6,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,18 +17,26 @@ from tests.mutation import operators
 from tests.mutation.areas import PACKAGE, ROOT, module_of
 
 SITE = Path(__file__).parent / "site"
+HEADERS = PACKAGE / "codegen" / "cpp"
+BUILD = HEADERS / "build.py"
 
 
-def install(file: str, number: str) -> None:
-    """Make this process, and the Python processes that it starts, see a mutant."""
+def install(file: str, number: str, headers: str) -> None:
+    """Make this process, and the Python processes that it starts, see a mutant.
+
+    headers: an empty or new folder, for the headers that g++ is to find when one of them is changed.
+    """
     path = PACKAGE / file
     if file.endswith(".py"):
         tree = operators.mutated_tree(file, path.read_text(), int(number))
         code = {module_of(file): lambda: compile(tree, str(path), "exec")}
         sys.meta_path.insert(0, Finder(code))
     else:
-        change_text(path, operators.mutated_text(path.read_text(), int(number)))
-    os.environ["MUTATION"] = f"{file}:{number}"
+        text = operators.mutated_text(path.read_text(), int(number))
+        change_text(path, text)
+        if path.parent == HEADERS:
+            change_header(path, text, Path(headers))
+    os.environ["MUTATION"] = f"{file}|{number}|{headers}"
     os.environ["PYTHONPATH"] = os.pathsep.join([str(SITE), str(ROOT)])
 
 
@@ -65,3 +74,18 @@ def change_text(path: Path, text: str) -> None:
         return text if self == path else read(self, *args, **kwargs)
 
     Path.read_text = read_text  # type: ignore[method-assign]
+
+
+def change_header(path: Path, text: str, folder: Path) -> None:
+    """Let g++ find the headers in `folder`, which has all of them, one with another text."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        for header in path.parent.glob("*.h"):
+            shutil.copy(header, folder / header.name)
+        (folder / path.name).write_text(text)
+    before = "HEADER_FOLDER = Path(__file__).parent"
+    source = BUILD.read_text()
+    assert source.count(before) == 1, "build.py names its headers' folder otherwise"
+    source = source.replace(before, f"HEADER_FOLDER = Path({str(folder)!r})")
+    code = {module_of("codegen/cpp/build.py"): lambda: compile(source, str(BUILD), "exec")}
+    sys.meta_path.insert(0, Finder(code))

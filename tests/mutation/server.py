@@ -121,7 +121,7 @@ def _child(mutant: Mutant, tests: dict[str, float], aside: Path) -> None:
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         os.chdir(areas.ROOT)
-        overlay.install(mutant.file, str(mutant.number))
+        overlay.install(mutant.file, str(mutant.number), str(aside / "headers"))
         options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "--tb=no"]
         options += [f"--basetemp={aside / 'tests'}", "--continue-on-collection-errors"]
         status = int(pytest.main([*options, *tests], plugins=[_Watch(tests, aside / "notes")]))

@@ -5,4 +5,4 @@ import os
 if os.environ.get("MUTATION"):
     from tests.mutation import overlay
 
-    overlay.install(*os.environ["MUTATION"].rsplit(":", 1))
+    overlay.install(*os.environ["MUTATION"].split("|"))
