@@ -24,7 +24,7 @@ BUILD = HEADERS / "build.py"
 def install(file: str, number: str, headers: str) -> None:
     """Make this process, and the Python processes that it starts, see a mutant.
 
-    headers: an empty or new folder, for the headers that g++ is to find when one of them is changed.
+    headers: a new folder, for the headers that g++ is to find when one of them is changed.
     """
     path = PACKAGE / file
     if file.endswith(".py"):

@@ -42,14 +42,44 @@ def outputs_swapped(graph: fx.Graph, context: PassContext) -> int:
     return set_argument([node], 0, lambda _: new)
 
 
-@plant("copy_strided_inputs", "strided")
-def neighbours_copied(graph: fx.Graph, context: PassContext) -> int:
-    """Copy columns 0..31 instead of every second one."""
+@plant("own_outputs", "parts")
+def copied_before_it_is_computed(graph: fx.Graph, context: PassContext) -> int:
+    """Copy the same part of what the value was computed of."""
+    copy = calls(graph, aten.clone.default)[0]
+    piece: Any = copy.args[0]
+    with graph.inserting_before(copy):
+        x, *cut = piece.args
+        new = context.call(graph, aten.slice.Tensor, x.args[0], *cut, source=[piece])
+    return set_argument([copy], 0, lambda _: new)
+
+
+def _copy_another(graph: fx.Graph, context: PassContext, *cut: int) -> int:
     copy = calls(graph, aten.clone.default)[0]
     x: Any = copy.args[0].args[0]  # type: ignore[union-attr]
     with graph.inserting_before(copy):
-        new = context.call(graph, aten.slice.Tensor, x, 1, 0, 32, source=[copy])
+        new = context.call(graph, aten.slice.Tensor, x, *cut, source=[copy])
     return set_argument([copy], 0, lambda _: new)
+
+
+@plant("copy_strided_inputs", "strided")
+def offset_of_the_copy_wrong(graph: fx.Graph, context: PassContext) -> int:
+    """Copy every second column, from the second one on."""
+    return _copy_another(graph, context, 1, 1, 64, 2)
+
+
+@plant("copy_strided_inputs", "strided")
+def copy_read_backwards(graph: fx.Graph, context: PassContext) -> int:
+    copy = calls(graph, aten.clone.default)[0]
+    with graph.inserting_after(copy):
+        new = context.call(graph, aten.flip.default, copy, [1], source=[copy])
+    copy.replace_all_uses_with(new, lambda user: user is not new)
+    return 1
+
+
+@plant("copy_strided_inputs", "strided")
+def neighbours_copied(graph: fx.Graph, context: PassContext) -> int:
+    """Copy columns 0..31 instead of every second one."""
+    return _copy_another(graph, context, 1, 0, 32)
 
 
 @plant("fuse_qk_norm_rope_kv_write", "qwen3")

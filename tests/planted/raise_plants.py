@@ -77,6 +77,17 @@ def difference_taken_as_commutative(graph: fx.Graph, context: PassContext) -> in
     return drop(same[0], found[0]) if same else 0
 
 
+@plant("eliminate_common_subexpressions", "qwen3")
+def weights_of_two_layers_taken_for_one(graph: fx.Graph, context: PassContext) -> int:
+    """Merge inputs of the region that are equal in the first call only."""
+    if context.region:
+        return 0
+    first, second = context.module.calls("layer")
+    args = [*second.args[:1], first.args[1], *second.args[2:]]
+    second.args = tuple(args)
+    return 1
+
+
 @plant("raise_linear", "qwen2")
 def bias_dropped(graph: fx.Graph, context: PassContext) -> int:
     found = [n for n in calls(graph, aios.linear.default) if len(n.args) > 2]
@@ -262,6 +273,24 @@ def position_for_length(graph: fx.Graph, context: PassContext) -> int:
     return 1
 
 
+@plant("raise_sequence_lengths", "dynamic")
+def length_for_position(graph: fx.Graph, context: PassContext) -> int:
+    """Replace the positions as well: every token is rotated as far as the last one."""
+    names = context.module.inputs
+    positions = next(n for n in graph.nodes if names.get(n.name) == "positions")
+    length = next(n for n in graph.nodes if n.name == "sequence_lengths")
+    return len(positions.replace_all_uses_with(length))
+
+
+@plant("eliminate_views", "layer_norm")
+def pieces_of_a_split_swapped(graph: fx.Graph, context: PassContext) -> int:
+    """Take queries for keys after a split has moved above a transpose."""
+    split = calls(graph, aten.split_with_sizes.default)[0]
+    a, b, _ = split.users
+    a.args, b.args = b.args, a.args
+    return 1
+
+
 @plant("eliminate_views", "qwen3")
 def heads_cut_across(graph: fx.Graph, context: PassContext) -> int:
     """Read [T, H, D] as [T, D, H] and turn it back: the same shape, other values."""
@@ -305,3 +334,13 @@ def rows_of_the_experts_reversed(graph: fx.Graph, context: PassContext) -> int:
     weight: Any = node.args[1]
     new = context.add_weight(graph, "turned", [weight], lambda w: torch.flip(w, [1]))
     return set_argument([node], 1, lambda _: new)
+
+
+@plant("raise_expert_linear", "experts")
+def rows_of_other_tokens(graph: fx.Graph, context: PassContext) -> int:
+    """Multiply each choice with the row of another token, as a wrong repeat would."""
+    node = calls(graph, aios.expert_linear.default)[0]
+    x: Any = node.args[0]
+    with graph.inserting_before(node):
+        new = context.call(graph, aten.flip.default, x, [0], source=[node])
+    return set_argument([node], 0, lambda _: new)

@@ -327,6 +327,31 @@ def rounded_input_scaled(graph: fx.Graph, context: PassContext) -> int:
     return _scale_inputs(graph, context, aios.bf16_linear.default, 1.001)
 
 
+@plant("round_activations", "rounded")
+def rounded_product_with_rows_in_another_order(graph: fx.Graph, context: PassContext) -> int:
+    found = calls(graph, aios.bf16_linear.default)[:1]
+    for node in found:
+        with graph.inserting_after(node):
+            new = context.call(graph, aten.flip.default, node, [1], source=[node])
+        node.replace_all_uses_with(new, lambda user, new=new: user is not new)
+    return len(found)
+
+
+@plant("round_activations", "rounded")
+def rounded_before_the_norm(graph: fx.Graph, context: PassContext) -> int:
+    """Move the rounding up: round what the norm reads, and leave the norm out."""
+    found = calls(graph, aios.bf16_linear.default)
+    normed = [n for n in found if getattr(n.args[0], "target", None) is aios.rms_norm.default]
+    return set_argument(normed[:1], 0, lambda norm: norm.args[0])
+
+
+@plant("keep_quantized_weights", "stored")
+def one_matrix_for_two(graph: fx.Graph, context: PassContext) -> int:
+    """Share what was made for the first weight with the second."""
+    a, b = calls(graph, aios.quantized_linear.default)
+    return set_argument([b], 1, lambda _: a.args[1])
+
+
 @plant("keep_quantized_weights", "stored")
 def stored_rows_of_the_neighbour(graph: fx.Graph, context: PassContext) -> int:
     a, b = calls(graph, aios.quantized_linear.default)

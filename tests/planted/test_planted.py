@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -40,8 +41,11 @@ def test_a_planted_mistake_is_caught_and_named(plant: Plant) -> None:
 
 
 def test_every_pass_has_planted_mistakes() -> None:
-    planted = {plant.pass_name for plant in PLANTS}
-    assert planted == {info_of(p).name for p in PIPELINE}
+    """Of every pass of both targets at least three, each another slip."""
+    slips = {(plant.pass_name, plant.name) for plant in PLANTS}
+    counts = Counter(pass_name for pass_name, _ in slips)
+    assert counts.keys() == {info_of(p).name for p in PIPELINE}
+    assert {name: n for name, n in counts.items() if n < 3} == {}
 
 
 @pytest.mark.parametrize("name", ["halves_swapped", "dropped_residual", "merged_transposed"])
