@@ -4,8 +4,8 @@ What is timed is the whole step, as it will run: all launches in order on all wo
 memory, caches as the neighbours leave them. Each kernel's phases (up to the barrier that ends them)
 are added up over the layers, so one step times one candidate of every kernel. Standard and
 candidates take turns; a candidate is chosen if its pairs say clearly that it is faster. Candidates
-are in the library already and equal to the bit, so nothing is compiled, and a wrong choice costs
-time only.
+are in the library already, so nothing is compiled. Each must give the bits of the standard kernels
+in the steps it is timed in, or it is not used and the ledger says so: a wrong choice costs time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aios_compile.codegen.kernel_choices import STANDARD, KernelChoices, Trial, everywhere
+from aios_compile.codegen.operand import dim_value
 from aios_compile.codegen.program import Kernel
 from aios_compile.runtime.program_runner import ProgramRunner
 
@@ -47,10 +48,7 @@ def select_kernels(runner: ProgramRunner, steps: Sequence[Step], seconds: float)
     trials: list[Trial] = []
     notes: list[str] = []
     for step in steps:
-        found = _trials(runner, step, seconds)
-        if isinstance(found, str):
-            notes.append(found)
-            found = []
+        found = _trials(runner, step, seconds, notes)
         trials += found
         best = {t.kernel: t.candidate for t in found if t.chosen}
         for name, names in chosen.items():
@@ -62,23 +60,31 @@ def select_kernels(runner: ProgramRunner, steps: Sequence[Step], seconds: float)
     return KernelChoices(buckets, kept, tuple(trials), tuple(notes))
 
 
-def _trials(runner: ProgramRunner, step: Step, seconds: float) -> list[Trial] | str:
-    """Return the candidates' trials in one step, or why there are none."""
+def _trials(runner: ProgramRunner, step: Step, seconds: float, notes: list[str]) -> list[Trial]:
+    """Return the candidates' trials in one step; `notes` is told of those that were not timed."""
     tokens = step.num_tokens
     having = {
         name: [k for k in runner.program.kernels if name in _differing(k, tokens)]
         for name in sorted({n for k in runner.program.kernels for n in _differing(k, tokens)})
     }
     if not having:
-        return f"{tokens} tokens: no candidate differs"
+        notes.append(f"{tokens} tokens: no candidate differs")
+        return []
     _timed(runner, step, STANDARD)
+    results = _results(runner, step)
     begin = time.perf_counter()
     _timed(runner, step, STANDARD)
     predicted = (time.perf_counter() - begin) * (1 + len(having))
     rounds = min(MOST_ROUNDS, int(seconds / predicted))
     if rounds < LEAST_ROUNDS:
         needed = predicted * LEAST_ROUNDS
-        return f"{tokens} tokens: not timed, {LEAST_ROUNDS} rounds take {needed:.1f} s"
+        notes.append(f"{tokens} tokens: not timed, {LEAST_ROUNDS} rounds take {needed:.1f} s")
+        return []
+    for name in list(having):
+        _timed(runner, step, name)
+        if _results(runner, step) != results:
+            notes.append(f"{tokens} tokens: {name} is not used, its results differ: a wrong kernel")
+            del having[name]
     times: dict[str, list[NDArray[np.int64]]] = {name: [] for name in (STANDARD, *having)}
     for i in range(rounds):
         for name in list(times)[:: 1 if i % 2 == 0 else -1]:
@@ -114,6 +120,16 @@ def _timed(runner: ProgramRunner, step: Step, candidate: str) -> NDArray[np.int6
     runner.run(step.inputs, step.num_tokens, step.num_seqs, step.num_rows)
     runner.time_kernels(None)
     return found
+
+
+def _results(runner: ProgramRunner, step: Step) -> bytes:
+    """Return the bits of the last run's outputs."""
+    sizes = {"T": step.num_tokens, "S": step.num_seqs, "R": step.num_rows}
+    found = []
+    for entry in runner.program.outputs:
+        count = math.prod(dim_value(d, {**runner.program.sizes, **sizes}) for d in entry.shape)
+        found.append(runner.outputs[entry.name].reshape(-1)[:count].tobytes())
+    return b"".join(found)
 
 
 def _one_a_kernel(trials: list[Trial]) -> list[Trial]:

@@ -14,6 +14,7 @@ from aios_compile.codegen.artefact import Artefact
 from aios_compile.codegen.cpp import build, candidates, linear, quantized_linear
 from aios_compile.codegen.cpp.step import emit_step
 from aios_compile.codegen.kernel_choices import STANDARD, KernelChoices, Trial, everywhere
+from aios_compile.codegen.operand import SizeExpr
 from aios_compile.codegen.packing import pack_pairs16, pack_quant16
 from aios_compile.codegen.program import (
     Function,
@@ -159,7 +160,10 @@ class Clock:
     def __init__(self, times: dict[str, list[float]], noise: float = 0.01) -> None:
         names = ("first", "second")
         kernels = [SimpleNamespace(name=n, candidates=CANDIDATES) for n in names]
-        self.program: Any = SimpleNamespace(kernels=kernels)
+        outputs = [TensorEntry("y", "f32", (SizeExpr(((("T",), 1),)), 2), 0)]
+        self.program: Any = SimpleNamespace(kernels=kernels, outputs=outputs, sizes={"T": 300})
+        self.outputs = {"y": np.zeros((300, 2), np.float32)}
+        self.wrong: tuple[str, int] = ("", 0)  # a candidate, and the token that it gets wrong
         self._times, self._noise = times, noise
         self._rng, self._now = np.random.default_rng(0), KernelChoices()
 
@@ -171,6 +175,7 @@ class Clock:
 
     def run(self, *_: Any) -> None:
         name = next(iter((self._now.chosen or {}).values()), (STANDARD,))[0]
+        self.outputs["y"][self.wrong[1]] = name == self.wrong[0]
         factors = self._rng.normal(1, self._noise, 2)
         self._into += (1e6 * np.array(self._times[name]) * factors).astype(np.int64)
 
@@ -188,6 +193,16 @@ def test_the_clock_decides_for_each_kernel_and_bucket() -> None:
     assert loser.tokens == 1 and loser.speedup > 1.05 and not loser.chosen
     assert any("200 tokens: no candidate differs" in line for line in found.lines())
     assert any("chosen" in line for line in found.lines())
+
+
+def test_a_wrong_candidate_is_not_used_however_fast_it_is() -> None:
+    """One bit of one token is enough; what is behind the step's tokens is nobody's result."""
+    clock: Any = Clock({STANDARD: [10, 10], "a": [8, 8], "b": [1, 1]})
+    clock.wrong = ("b", 7)
+    found = select_kernels(clock, [Step({}, t, 1, 1) for t in (1, 7, 8)], seconds=1)
+    assert found.chosen == {"first": ("b", "b", STANDARD), "second": ("b", "b", STANDARD)}
+    assert "8 tokens: b is not used, its results differ: a wrong kernel" in found.notes
+    assert {(t.tokens, t.candidate) for t in found.trials} == {(1, "a"), (1, "b"), (7, "b")}
 
 
 def test_noise_chooses_nothing() -> None:
