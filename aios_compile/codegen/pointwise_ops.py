@@ -31,7 +31,7 @@ RULES: dict[str, Rule] = {}
 UNARY = (
     *("neg", "abs", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p"),
     *("sin", "cos", "tan", "tanh", "sinh", "cosh", "asin", "acos", "atan", "erf", "sigmoid"),
-    *("silu", "relu", "floor", "ceil", "round", "trunc"),
+    *("silu", "relu", "floor", "ceil", "trunc"),
 )
 BINARY = {
     "minimum": "min",
@@ -189,6 +189,17 @@ def _mul(b: Builder, x: Any, y: Any) -> Expr:
 def _div(b: Builder, x: Any, y: Any, *, rounding_mode: str | None = None) -> Expr:
     op = {None: "div", "floor": "floor_divide", "trunc": "trunc_divide"}[rounding_mode]
     return b.call(op, b.x(x), b.x(y))
+
+
+@rule("round")
+def _round(b: Builder, x: Any, *, decimals: int = 0) -> Expr:
+    if decimals == 0:
+        return b.call("round", b.x(x))
+    power, (up, down) = (
+        b.number(10 ** abs(decimals)),
+        ("mul", "div") if decimals > 0 else ("div", "mul"),
+    )
+    return b.call(down, b.call("round", b.call(up, b.x(x), power)), power)
 
 
 @rule("reciprocal")

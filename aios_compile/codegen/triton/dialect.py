@@ -11,7 +11,17 @@ from dataclasses import dataclass
 
 from aios_compile.codegen.access import Access, Leaf, varies
 from aios_compile.codegen.cpp.frame import variable
-from aios_compile.codegen.expression import Call, Const, Expr, Index, Load, Printer, Size, walk
+from aios_compile.codegen.expression import (
+    FLOATS,
+    Call,
+    Const,
+    Expr,
+    Index,
+    Load,
+    Printer,
+    Size,
+    walk,
+)
 from aios_compile.codegen.linear_index import Linear
 from aios_compile.codegen.operand import Dim, Operand
 from aios_compile.codegen.triton.frame import (
@@ -25,7 +35,10 @@ from aios_compile.errors import CodegenError
 
 INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">"}
 INFIX.update({"ge": ">=", "eq": "==", "ne": "!=", "and": "&", "or": "|", "xor": "^"})
-INFIX.update({"shift_left": "<<", "shift_right": ">>", "trunc_divide": "//", "fmod": "%"})
+INFIX.update({"shift_left": "<<", "shift_right": ">>"})
+DIVISIONS = {"trunc_divide": "//", "fmod": "%"}  # Triton's, of whole numbers by no zero
+ROUNDINGS = ("floor", "ceil", "round", "trunc")
+EXACT = ("neg", "relu")  # formulas of every type; the others are float32's
 FUNCTIONS = ("exp", "exp2", "log", "log2", "sin", "cos", "sqrt", "floor", "ceil", "erf", "abs")
 # Compositions that Triton's language lacks; {0} is the argument.
 FORMULAS = {
@@ -34,12 +47,22 @@ FORMULAS = {
     "sigmoid": "(1.0 / (1.0 + tl.exp(-{0})))",
     "silu": "({0} / (1.0 + tl.exp(-{0})))",
     "relu": "tl.maximum({0}, 0, propagate_nan=tl.PropagateNan.ALL)",
-    "expm1": "(tl.exp({0}) - 1.0)",
-    "log1p": "tl.log(1.0 + {0})",
+    "expm1": "exp_minus_1({0})",
+    "log1p": "log_of_1_plus({0})",
+    "log10": "log_10({0})",
     "tanh": "tanh({0})",
+    "tan": "tangent({0})",
+    "sinh": "hyperbolic_sine({0})",
+    "cosh": "hyperbolic_cosine({0})",
+    "asin": "arcsine({0})",
+    "acos": "arccosine({0})",
+    "atan": "arctangent({0})",
+    "atan2": "arctangent2({0}, {1})",
     "gelu": "(0.5 * {0} * (1.0 + tl.erf({0} * 0.7071067811865476)))",
-    "gelu_tanh": "(0.5 * {0} * (1.0 + tanh({0} * (0.79788456 + 0.035677408 * {0} * {0}))))",
-    "trunc": "tl.where({0} < 0, tl.ceil({0}), tl.floor({0}))",
+    # 0.5 (1 + tanh(u)) = sigmoid(2u)
+    "gelu_tanh": "({0} / (1.0 + tl.exp({0} * (-1.5957692 - 0.07135482 * {0} * {0}))))",
+    "trunc": "toward_zero({0})",
+    "round": "to_nearest({0})",
 }
 TYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "f64": "float64", "bool": "int1"}
 TYPES.update({"i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8", "u8": "uint8"})
@@ -75,13 +98,29 @@ class Triton:
         if call.op in ("max", "min"):
             nan = ", propagate_nan=tl.PropagateNan.ALL" if call.dtype == "f32" else ""
             return f"tl.{call.op}imum({', '.join(texts)}{nan})"
+        if call.op in ("pow", "floor_divide", "remainder", *DIVISIONS):
+            return self._of_two(call, texts)
+        if call.op in ROUNDINGS and call.dtype not in FLOATS:
+            return texts[0]
         if call.op in FUNCTIONS:
             return f"tl.{call.op}({texts[0]})"
-        if call.op == "pow":
-            return f"power({', '.join(texts)})"
         if call.op in FORMULAS:
-            return FORMULAS[call.op].format(texts[0])
+            _refuse_double(call, EXACT)
+            return FORMULAS[call.op].format(*texts)
         raise CodegenError(f"the Triton dialect has no {call.op}")
+
+    def _of_two(self, call: Call, texts: Sequence[str]) -> str:
+        """Return a power or a division with a whole result."""
+        _refuse_double(call)
+        if call.dtype in FLOATS:
+            return f"float_{call.op}({', '.join(texts)})"
+        known = isinstance(call.args[1], Size) or (
+            isinstance(call.args[1], Const) and call.args[1].value != 0
+        )
+        if known and call.op in DIVISIONS:
+            return f"({texts[0]} {DIVISIONS[call.op]} {texts[1]})"
+        text = f"whole_{call.op}({', '.join(texts)})"
+        return text if call.dtype == "i64" else f"{text}.to(tl.{TYPES[call.dtype]})"
 
     def _cast(self, call: Call, text: str) -> str:
         if call.dtype == "bool":
@@ -89,6 +128,11 @@ class Triton:
         if call.dtype in ("bf16", "f16"):
             return f"({text}).to(tl.{TYPES[call.dtype]}).to(tl.float32)"
         return f"({text}).to(tl.{TYPES[call.dtype]})"
+
+
+def _refuse_double(call: Call, besides: Sequence[str] = ()) -> None:
+    if call.dtype == "f64" and call.op not in besides:
+        raise CodegenError(f"{call.op} in float64 has no Triton text: cast to float32 first")
 
 
 @dataclass

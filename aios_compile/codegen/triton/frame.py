@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from aios_compile.codegen.cpp.frame import dim_name, variable
 from aios_compile.codegen.operand import Dim, Operand
+from aios_compile.codegen.triton.functions import called_by
 
 POINTERS = {"f32": "*fp32", "bf16": "*bf16", "f16": "*fp16", "f64": "*fp64", "bool": "*i1"}
 POINTERS.update({"i64": "*i64", "i32": "*i32", "i16": "*i16", "i8": "*i8", "u8": "*u8"})
@@ -53,38 +54,6 @@ VARIANTS = (
     + """        call["kernel"][grid](*operands, T, S, R, P, **options)
 """
 )
-
-# Functions that Triton's language lacks, written into the modules that call them.
-HELPERS = {
-    "prefetch": """\
-@triton.jit
-def prefetch(rows, first, last, LINES: tl.constexpr, STEP: tl.constexpr):
-    # lines of L2 of some rows of weights; the interpreter has no such memory
-    if not INTERPRETED:
-        line = tl.minimum(first + tl.arange(0, LINES), last)[None, :]
-        place = (rows + line * STEP).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [place],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )""",
-    "tanh": """\
-@triton.jit
-def tanh(x):
-    small = tl.exp(-2.0 * tl.abs(x))
-    size = (1.0 - small) / (1.0 + small)
-    return tl.where(x < 0, -size, size)""",
-    "power": """\
-@triton.jit
-def power(x, y):
-    # float32 logarithms lose digits
-    base, exponent = tl.broadcast(tl.cast(x, tl.float64), tl.cast(y, tl.float64))
-    size = tl.exp2(exponent * tl.log2(tl.abs(base))).to(tl.float32)
-    whole, half = tl.floor(exponent) == exponent, exponent * 0.5
-    odd = whole & (tl.floor(half) != half)
-    size = tl.where((base < 0) & odd, -size, size)
-    size = tl.where((base < 0) & (whole == 0), float("nan"), size)
-    return tl.where((exponent == 0) | (base == 1), 1.0, size)""",
-}
 
 
 @dataclass(frozen=True)
@@ -144,11 +113,10 @@ def module_text(
     workspace: Sequence[Operand] = (),
 ) -> str:
     """Return the text of a module. `operands` holds the workspace too, at its end."""
-    helpers = [x for name, x in HELPERS.items() if any(f"{name}(" in k for k in kernels)]
     spaces = [f'("{o.dtype}", "{"*".join(python_dim(d) for d in o.shape)}"),' for o in workspace]
     return HEAD.format(
         comment="\n".join(f"# {line}".rstrip() for line in comment),
-        kernels="\n\n\n".join([*helpers, *kernels]),
+        kernels="\n\n\n".join([*called_by(kernels), *kernels]),
         types=" ".join(f'"{POINTERS[o.dtype]}",' for o in operands),
         workspace=" ".join(spaces),
         variants="\n".join(v.text() for v in variants),

@@ -13,7 +13,7 @@ from aios_compile.codegen.access import Reduction
 from aios_compile.codegen.cpp import row_reduction
 from aios_compile.codegen.cpp.frame import layout, symbol_of
 from aios_compile.codegen.cpp.row_reduction import RowReductionSpec
-from aios_compile.codegen.expression import Printer
+from aios_compile.codegen.expression import FLOATS, Printer
 from aios_compile.codegen.linear_index import product
 from aios_compile.codegen.operand import Dim
 from aios_compile.codegen.source import KernelSource
@@ -22,9 +22,10 @@ from aios_compile.codegen.triton.frame import python_dim
 from aios_compile.errors import CodegenError
 
 START = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}
-START.update({"argmax": START["max"], "argmin": START["min"]})
+START["prod"] = "1"
 RUNTIME_BLOCKS = (256, 1024, 4096, 16384, 65536)
-WHOLE_START = {"sum": "0", "max": str(-(2**62)), "min": str(2**62)}
+WHOLE_START = {"sum": "0", "prod": "1", "max": str(-(2**63)), "min": str(2**63 - 1)}
+FLAG_START = {"max": "0", "min": "1"}
 
 spec_of = row_reduction.spec_of
 
@@ -35,7 +36,7 @@ def reference(spec: RowReductionSpec, *tensors: Tensor) -> list[Tensor]:
 
 
 def emit(spec: RowReductionSpec) -> KernelSource:
-    """Return the kernel module. Raises CodegenError for what Triton lacks (a product)."""
+    """Return the kernel module. Raises CodegenError for what Triton lacks."""
     symbol, inner = symbol_of(spec.name, spec), len(spec.shape) - 1
     size = python_dim(spec.shape[-1])
     names = {i: f"reduced{i}" for i, x in enumerate(spec.leaves) if isinstance(x, Reduction)}
@@ -46,11 +47,8 @@ def emit(spec: RowReductionSpec) -> KernelSource:
     for index, name in names.items():
         leaf = spec.leaves[index]
         assert isinstance(leaf, Reduction)
-        if leaf.kind not in START or leaf.value.dtype == "bool":
-            raise CodegenError(f"the Triton target has no {leaf.kind} over {leaf.value.dtype}")
-        start = (START if leaf.value.dtype in ("f32", "f64") else WHOLE_START)[leaf.kind]
         body, (value,) = printer.statements([leaf.value], texts.loads([leaf.value]), f"v{index}_")
-        lines += [*body, f"{name} = tl.{leaf.kind}(tl.where(mask, {value}, {start}), 0)"]
+        lines += [*body, f"{name} = {_reduced(leaf, value)}"]
     values = [r.value for r in spec.results]
     body, results = printer.statements(values, texts.loads(values))
     lines += body
@@ -69,6 +67,20 @@ def emit(spec: RowReductionSpec) -> KernelSource:
         spec.name, symbol, "triton", text, len(spec.operands), row_reduction.inplace(spec),
         spec.model_lines,
     )  # fmt: skip
+
+
+def _reduced(leaf: Reduction, value: str) -> str:
+    """Return the text of one reduction. Raises CodegenError for one that the target lacks."""
+    flags = leaf.value.dtype == "bool"
+    starts = FLAG_START if flags else START if leaf.value.dtype in FLOATS else WHOLE_START
+    kind = leaf.kind.removeprefix("arg")
+    if kind not in starts:
+        raise CodegenError(f"the Triton target has no {leaf.kind} over {leaf.value.dtype}")
+    given = f"tl.where(mask, {value}, {starts[kind]})"
+    if flags:
+        given = f"{given}.to(tl.int32)"
+    text = f"product_of({given})" if kind == "prod" else f"tl.{leaf.kind}({given}, 0)"
+    return f"({text} != 0)" if flags and leaf.kind == kind else text
 
 
 def _blocks(size: Dim) -> tuple[int, ...]:
