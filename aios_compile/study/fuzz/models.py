@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aios_compile.api import load_and_compile
+from aios_compile.codegen.cpp import build
 from aios_compile.models.config import FAMILIES, ModelConfig
 from aios_compile.models.decoder import Decoder
 from aios_compile.models.parameters import parameter_shapes, tied_parameters
@@ -20,6 +21,7 @@ from aios_compile.study.fuzz.judge import compare
 from aios_compile.study.fuzz.program import hash_of
 
 LENGTHS = (1, 2, 15, 16, 17, 33, 48)
+ROUNDING = ("round_activations",)
 LIMITS = {"max_model_len": 64, "max_num_batched_tokens": 32, "max_num_seqs": 2}
 
 
@@ -87,13 +89,31 @@ def run_model(config: dict[str, Any], folder: Path, cache: Path, seed: int = 0) 
     """Compile a model folder, run prompts of all lengths, compare logits with eager.
 
     Return the largest share of a budget. Raises FuzzFailure. Prompts beyond a step's tokens are
-    computed in chunks over pages. Keys and values are kept in float32, as eager has them.
+    computed in chunks over pages. Keys and values are kept in float32, as eager has them. A model
+    in bf16 runs twice: with the activations that it has, and, where products of bf16 round them
+    (passes/round_activations.py), within 4 times the error of eager in bf16.
     """
     path = write_model(config, folder, seed)
-    eager, oracle = (_eager(config, seed, dtype) for dtype in (torch.float32, torch.float64))
+    exact = _run(path, config, cache, seed, torch.float32, ROUNDING)
+    if config["torch_dtype"] != "bfloat16" or not build.Target.host().bf16_dot:
+        return exact
+    return max(exact, _run(path, config, cache, seed, torch.bfloat16, ()))
+
+
+def _run(
+    path: Path,
+    config: dict[str, Any],
+    cache: Path,
+    seed: int,
+    computed_in: torch.dtype,
+    disabled: tuple[str, ...],
+) -> float:
+    """Hold a folder to the error of eager in a dtype; return the largest share of a budget."""
+    eager, oracle = (_eager(config, seed, dtype) for dtype in (computed_in, torch.float64))
     worst = 0.0
     options: dict[str, Any] = {**LIMITS, "num_threads": 1, "progress": False, "cache_dir": cache}
-    with load_and_compile(str(path), kv_cache_dtype="float32", **options) as model:
+    options |= {"kv_cache_dtype": "float32", "disable_passes": disabled}
+    with load_and_compile(str(path), **options) as model:
         for length in LENGTHS:
             ids = [(i * 7919 + seed) % (config["vocab_size"] - 1) + 1 for i in range(length)]
             got = torch.as_tensor(model(ids))

@@ -158,6 +158,12 @@ def norm_and_linear(x: "f32[T, D]", g: "weight f32[D]", w: "weight f32[N, D]"):
     h = torch.mul(g, torch.mul(x, torch.rsqrt(torch.add(mean, 1e-06))))
     return F.linear(h, w)
 """,
+        """
+def norm_and_gated(x: "f32[T, D]", g: "weight f32[D]", w: "weight f32[N2, D]"):
+    mean = torch.mean(torch.pow(x, 2), -1, True)
+    y = F.linear(torch.mul(g, torch.mul(x, torch.rsqrt(torch.add(mean, 1e-06)))), w)
+    return torch.mul(F.silu(torch.narrow(y, 1, 0, N)), torch.narrow(y, 1, N, N))
+""",
     ),
     "own_outputs": (
         """
