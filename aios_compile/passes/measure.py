@@ -61,11 +61,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """Outputs and next states of a program, rows of several steps joined; the token of each row."""
+    """Outputs and next states of a program, rows of several steps joined; the token of each row.
+
+    axes: the dimension of an output that counts rows, where it is not the first.
+    """
 
     outputs: dict[str, Tensor]
     states: dict[str, Tensor]
     rows: list[int] | None
+    axes: dict[str, int]
 
 
 def rows_between(
@@ -186,10 +190,22 @@ def run_steps(
         picked = step.rows if "logit_rows" in module.inputs.values() else range(step.num_tokens)
         rows = [*rows, *(offset + r for r in picked)] if rows is not None else None
         offset += step.num_tokens
+    axes = _row_axes(module)
     joined = {
-        n: torch.cat([f[n] for f in found]) if len(found) > 1 else t for n, t in found[0].items()
+        n: torch.cat([f[n] for f in found], axes.get(n, 0)) if len(found) > 1 else t
+        for n, t in found[0].items()
     }
-    return Run(joined, {n: s for n, s in states.items() if n in used}, rows)
+    return Run(joined, {n: s for n, s in states.items() if n in used}, rows, axes)
+
+
+def _row_axes(module: IRModule) -> dict[str, int]:
+    """Return the first dimension of a runtime size of each output that has one."""
+    found = {}
+    for name, node in zip(module.outputs, outputs(module.root.graph)):
+        shape = getattr(node.meta.get("val"), "shape", ())
+        runtime = [i for i, size in enumerate(shape) if not isinstance(size, int)]
+        found.update({name: runtime[0]} if runtime else {})
+    return found
 
 
 def _sampled(
@@ -291,11 +307,13 @@ def _same_rows(name: str, oracle: Run, native: Run, result: Run) -> tuple[Tensor
     o, b, a = oracle.outputs[name], native.outputs[name], result.outputs[name]
     if oracle.rows == result.rows or o.dim() == 0 or oracle.rows is None or result.rows is None:
         return o, b, a
-    if len(o) != len(oracle.rows) or len(a) != len(result.rows):
+    axis = oracle.axes.get(name, 0)
+    if o.shape[axis] != len(oracle.rows) or a.shape[axis] != len(result.rows):
         return o, b, a
     common = [r for r in result.rows if r in oracle.rows]
-    index = [oracle.rows.index(r) for r in common]
-    return o[index], b[index], a[[result.rows.index(r) for r in common]]
+    index = torch.tensor([oracle.rows.index(r) for r in common])
+    of_result = torch.tensor([result.rows.index(r) for r in common])
+    return o.index_select(axis, index), b.index_select(axis, index), a.index_select(axis, of_result)
 
 
 def _row(where: str, o: Tensor, b: Tensor, a: Tensor, factor: float, storage: float) -> Row:

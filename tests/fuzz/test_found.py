@@ -124,6 +124,16 @@ columns = FOUND["attention of every second column"]
 FOUND["int8 cache of every second column"] = replace(
     columns, setup=Setup(steps=True, seed=2, kv="int8")
 )
+# The proof of paging joined the chunks of an output along its first dimension, here the heads.
+FOUND["attention that is given out heads first"] = Found(
+    (x("q", 3, "T", 16), w("h", 40, 48)),
+    """
+o = aios.sdpa.default(q, q, q, None, True, None, True)
+z = F.linear(torch.reshape(torch.transpose(o, 0, 1), [-1, 48]), h)
+return (z, o)
+""",
+    Setup(steps=True, proven=True),
+)
 
 
 @pytest.mark.parametrize("name", FOUND)

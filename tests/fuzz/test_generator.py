@@ -105,6 +105,8 @@ def test_a_region_gives_out_no_mask() -> None:
     cut = capture(Example(b.program(), Setup(steps=True, region=(0.0, 0.6))))
     whole = capture(Example(b.program(), Setup(steps=True, region=(0.0, 1.0))))
     assert not cut.regions() and whole.regions()
+    scores = capture(Example(b.program(), Setup(steps=True, region=(0.7, 1.0))))
+    assert not scores.regions()  # number 4687: no layer is given them either
 
 
 def test_rope_of_an_odd_width_is_rejected() -> None:

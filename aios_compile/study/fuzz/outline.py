@@ -17,8 +17,9 @@ REGION = "layer"
 def outline(module: IRModule, begin: float, end: float) -> bool:
     """Make a region of the nodes between two fractions of the graph.
 
-    Return whether it was possible: what crosses the border must be tensors, and no result may be
-    a mask or scores of T x T, which no layer gives out and the compiler refuses.
+    Return whether it was possible: what crosses the border must be tensors. No result may be of
+    T x T, a mask or scores, which no layer gives out and the compiler refuses; a layer is given
+    masks, but no scores.
     """
     graph = module.root.graph
     nodes = [n for n in graph.nodes if n.op == "call_function"]
@@ -32,6 +33,8 @@ def outline(module: IRModule, begin: float, end: float) -> bool:
     if not results or not sources or not all(_is_tensor(n) for n in crossing):
         return False
     if any(_token_dims(n) > 1 for n in results):
+        return False
+    if any(_token_dims(n) > 1 and _is_computed(n, module) for n in sources):
         return False
     region, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for source in sources:
@@ -70,6 +73,20 @@ def _call(
 
 def _token_dims(node: fx.Node) -> int:
     return sum(not isinstance(size, int) for size in node.meta["val"].shape)
+
+
+def _is_computed(node: fx.Node, module: IRModule) -> bool:
+    """Return whether a value depends on activations, not on sizes, weights and positions alone."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        each = waiting.pop()
+        given = each.op == "placeholder" and each.name not in module.weights
+        if given and each.meta["val"].is_floating_point():
+            return True
+        if each.target is not torch.ops.aten.sym_size.int:
+            waiting += [s for s in each.all_input_nodes if s not in seen]
+            seen.update(each.all_input_nodes)
+    return False
 
 
 def _is_tensor(node: Any) -> bool:
