@@ -268,7 +268,8 @@ def find_wrong_kernel(
 
 def find_wrong_step(subject: Subject, module: IRModule, logits: Tensor) -> Finding:
     """Compare the logits [T, V] of the compiled model with its level-3 program, whose passes and
-    kernels are right: the plan and step.cpp are left. Not with level 1: lossy passes are meant.
+    kernels are right: the plan, step.cpp and the runtime's batches are left. Not with level 1:
+    lossy passes are meant.
 
     The model must keep its keys and values in float32, as the programs here do.
     """
@@ -276,10 +277,9 @@ def find_wrong_step(subject: Subject, module: IRModule, logits: Tensor) -> Findi
     error = relative_error(logits, wide)
     if error <= budget:
         return Finding()
-    return Finding(
-        "step", "the step", file="passes/plan_memory.py, codegen/lower.py, codegen/cpp/step.py",
-        detail="each kernel is right alone", error=error, budget=budget,
-    )  # fmt: skip
+    file = "passes/plan_memory.py, codegen/lower.py, codegen/cpp/step.py, runtime/batch_builder.py"
+    detail = "each kernel is right alone"
+    return Finding("step", "the step", file=file, detail=detail, error=error, budget=budget)
 
 
 def oracle_of(subject: Subject, module: IRModule, *, native: bool = False) -> tuple[Tensor, float]:

@@ -62,14 +62,16 @@ class Trace:
 def first_difference(before: Trace, after: Trace, output: int) -> fx.Node | None:
     """Return the first node of `after` that leads to a wrong output by new values only.
 
-    A value is old when the program before computed it too, whatever its shape. The path from the
-    wrong output back to the inputs is followed as long as values are new.
+    A value is old when the program before computed it too, whatever its shape; but a node that was
+    there before must compute what it did. The path from the wrong output back to the inputs is
+    followed as long as values are new.
     """
     known = _by_size(before)
+    own = {(call, node.name): value for (call, node), value in before.values.items()}
     new: dict[Where, bool] = {}
     order = {where: i for i, where in enumerate(after.values)}
     for where in order:
-        new[where] = _is_new(where, after, new, known)
+        new[where] = _is_another(where, after, own) or _is_new(where, after, new, known)
     result = outputs(after.module.root.graph)[output]
     pending: list[Where] = [("", result)]
     found: set[Where] = set()
@@ -81,6 +83,17 @@ def first_difference(before: Trace, after: Trace, output: int) -> fx.Node | None
         pending += after.sources(where)
     computed = [w for w in found if w[1].op in ("call_function", "call_module")]
     return min(computed, key=order.__getitem__)[1] if computed else None
+
+
+def _is_another(where: Where, after: Trace, own: dict[tuple[str, str], Any]) -> bool:
+    """Return whether a node that the pass has left computes other values than it did."""
+    call, node = where
+    old, value = own.get((call, node.name)), after.values[where]
+    if not isinstance(old, Tensor) or not isinstance(value, Tensor) or old.shape != value.shape:
+        return False
+    if node.op == "placeholder" or not value.is_floating_point():
+        return False
+    return not _is_close(old, value)
 
 
 def _is_new(
@@ -110,14 +123,15 @@ def _by_size(trace: Trace) -> dict[int, list[Tensor]]:
     return found
 
 
+def _is_close(value: Tensor, other: Tensor) -> bool:
+    scale = float(value.abs().max()) if value.numel() else 0.0
+    pair = value.double(), other.double()
+    return torch.allclose(*pair, rtol=0.0, atol=CLOSE * max(scale, 1e-30))
+
+
 def _is_known(value: Tensor, known: dict[int, list[Tensor]]) -> bool:
     flat = value.reshape(-1).double()
-    scale = float(flat.abs().max()) if flat.numel() else 0.0
     turned = [flat]
     if value.dim() == 3:  # heads before or after tokens
         turned.append(value.transpose(0, 1).reshape(-1).double())
-    return any(
-        torch.allclose(t, k, rtol=0.0, atol=CLOSE * max(scale, 1e-30))
-        for k in known.get(flat.numel(), ())
-        for t in turned
-    )
+    return any(_is_close(t, k) for k in known.get(flat.numel(), ()) for t in turned)

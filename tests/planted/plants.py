@@ -35,7 +35,7 @@ class Plant:
             hits = function(graph, context)
             try:
                 spoiled.append(self.corrupt(graph, context))
-            except (StopIteration, LookupError):
+            except (StopIteration, LookupError, ValueError):
                 spoiled.append(0)  # this graph of the program has nothing of the kind
             return hits + spoiled[-1]
 

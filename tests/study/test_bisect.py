@@ -57,6 +57,7 @@ NODES = {
     "another_activation": ("aios.gated_activation.default", "down_proj"),
     "merged_in_another_order": ("aios.linear.default", "q_proj"),
     "norm_of_one_summand": ("kernel row_reduction", "self_attn"),
+    "keys_read_from_the_values": ("aten.view.default", "k_proj"),  # values that were there before
     "wrong_gather_row": ("aten", ""),
     "one_layers_weight_for_all": ("aios.linear.default", "q_proj"),
 }
