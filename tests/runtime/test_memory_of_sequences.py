@@ -98,6 +98,15 @@ def test_what_costs_less_is_chosen() -> None:
     assert not plan.swap_outs and plan.preempted == [1], "nothing was measured yet"
 
 
+def test_a_sequence_of_one_page_is_swapped_as_well() -> None:
+    state = SchedulerState.empty(limits(), SWAP)
+    advance(state, Arrive(0, 0, 3), 0)
+    advance(state, Schedule(), 0)
+    advance(state, Commit(), 0)
+    assert len(state.sequences[0].pages) == 1
+    assert len(advance(state, Preempt(0, "swap"), 0).swap_outs) == 1
+
+
 def test_a_full_host_pool_means_recompute() -> None:
     engine = checked_engine(
         options=SchedulerOptions(num_host_pages=2, enable_prefix_caching=False), num_pages=10

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aios_compile.runtime.events import Arrive, Commit, Schedule
-from aios_compile.runtime.policies import RANKS
+from aios_compile.runtime.policies import RANKS, promote_starved
 from aios_compile.runtime.schedule_state import Plan, SchedulerOptions, SchedulerState
 from aios_compile.runtime.scheduler import advance
 from tests.runtime.conftest import checked_engine
@@ -126,6 +126,19 @@ def test_nobody_starves(policy: str) -> None:
         if victim in machine.ended:
             break
     assert victim in machine.ended and machine.token_times[victim][-1] < 300_000
+
+
+def test_only_who_has_waited_long_enough_is_promoted() -> None:
+    machine = Machine("priority", max_num_seqs=1, starvation_us=1000)
+    for now, priority in ((0, 0), (0, 9), (400, 9)):  # the first one runs
+        machine.now_us = now
+        machine.arrive(4, 50, priority=priority)
+        machine.step()
+    waiting = machine.state.waiting
+    assert [s.sequence_id for s in waiting] == [1, 2]
+    assert promote_starved(machine.state, 999) == []
+    assert promote_starved(machine.state, 1000) == [waiting[0]] and not waiting[1].promoted
+    assert machine.state.next_promotion_us == waiting[1].arrived_us + 1000
 
 
 @pytest.mark.parametrize("policy", POLICIES)

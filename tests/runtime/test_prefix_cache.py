@@ -10,8 +10,10 @@ import pytest
 
 from aios_compile.runtime.block_manager import find_hit
 from aios_compile.runtime.engine import Engine
+from aios_compile.runtime.events import Arrive, Commit, Schedule
 from aios_compile.runtime.prefix_cache import PrefixCache
-from aios_compile.runtime.schedule_state import SchedulerOptions
+from aios_compile.runtime.schedule_state import SchedulerOptions, SchedulerState
+from aios_compile.runtime.scheduler import advance
 from aios_compile.sampling_params import SamplingParams
 from tests.runtime.conftest import MakeEngine, checked_engine
 from tests.runtime.fake_executor import FakeExecutor, greedy, limits, logits_after
@@ -222,3 +224,16 @@ def test_pages_that_were_indexed_anew_are_the_parents_of_what_comes_next() -> No
     assert not set(stale) & set(first.serials)
     assert len(find_hit(world.state, replace(first, pages=[])).entries) == 3
     world.drain()
+
+
+@pytest.mark.parametrize(("reason", "cached"), [("length", 8), ("error", 4)])
+def test_what_ended_in_an_error_is_not_cached(reason: str, cached: int) -> None:
+    """Pages of 4 tokens: the first one was full, and right, before the step that failed."""
+    state = SchedulerState.empty(limits(), SchedulerOptions())
+    prompt = tuple(SHARED[:7])
+    advance(state, Arrive(0, 0, 7, tokens=prompt), 0)
+    for sampled, finished in (((3,),), ()), (((4,),), ((0, reason),)):
+        advance(state, Schedule(), 0)
+        advance(state, Commit(finished, sampled), 0)
+    advance(state, Arrive(1, 1, 9, tokens=(*prompt, 3, 9)), 0)
+    assert advance(state, Schedule(), 0).chunks[0].start == cached
