@@ -77,7 +77,7 @@ def edit(
 
     root = default_root(cache_dir)
     if revert:
-        name = _one(sorted(overrides.digests(root)), name)
+        name = _one(sorted(overrides.digests(root)), name, "edit")
         overrides.remove(root, name)
         _tell(as_json, {"name": name, "reverted": True}, f"{name} is what the compiler writes")
         return
@@ -87,8 +87,11 @@ def edit(
     path = overrides.write(root, name, text)
     verdicts = _verdicts(model, cache_dir, name) if model else []
     shown = {"name": name, "path": path, "verdicts": verdicts}
-    _tell(as_json, shown, "\n".join([str(path), *verdicts]))
-    if any("is not used" in verdict for verdict in verdicts):
+    refused = any("is not used" in verdict for verdict in verdicts)
+    lines = [str(path), *verdicts]
+    lines += [f"try: mend that file, or `aios edit {name} --revert`"] if refused else []
+    _tell(as_json, shown, "\n".join(lines))
+    if refused:
         raise typer.Exit(EXIT_MISTAKE)
 
 
@@ -99,12 +102,13 @@ def _tell(as_json: bool, value: Any, text: str) -> None:
         print(text)
 
 
-def _one(names: list[str], wanted: str) -> str:
+def _one(names: list[str], wanted: str, kind: str = "kernel") -> str:
     """Return the name that is meant: exact, or the only one that begins so."""
     fitting = [n for n in names if n == wanted] or [n for n in names if n.startswith(wanted)]
     if len(fitting) != 1:
-        what = "no kernel" if not fitting else f"{len(fitting)} kernels"
-        listed = ", ".join(fitting or names) or "none: compile a model first"
+        what = f"no {kind}" if not fitting else f"{len(fitting)} {kind}s"
+        nothing = "none: compile a model first" if kind == "kernel" else "none"
+        listed = ", ".join(fitting or names) or nothing
         raise ConfigError(f"{what} named {wanted}...", advice=f"there are {listed}")
     return fitting[0]
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import re
 import signal
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from aios_compile.study.node_values import Trace
 
 TOKENS = (1, 5, 19)
 LIMIT_SECONDS = 120
+DIGITS = re.compile(r"_[0-9a-f]{8}$")  # of a kernel's text, at the end of its name
 SLOWER = 1.1  # times the generated kernel; less is noise of the clock
 
 
@@ -67,8 +69,9 @@ def apply_overrides(
 ) -> list[Verdict]:
     """Replace the texts of edited kernels that are right; return what became of each edit.
 
-    Edits of kernels that this program does not have are left alone. weights: random ones that know
-    level 1. width: entries of a page table. folder: keeps built objects.
+    Edits of kernels that this program does not have are left alone; of those that differ from one
+    of its kernels in the digits of the name only, it is told. weights: random ones that know level
+    1. width: entries of a page table. folder: keeps built objects.
     """
     named = [(i, source) for i, source in enumerate(emitted.sources) if source.name in edits]
     wanted = [i for i, source in named if source.language == "cpp"]
@@ -77,6 +80,7 @@ def apply_overrides(
         for _, s in named
         if s.language != "cpp"
     ]
+    verdicts += _of_other_texts(edits, [s.name for s in emitted.sources])
     if not wanted:
         return verdicts
     weights.learn(module)
@@ -91,6 +95,17 @@ def apply_overrides(
             emitted.sources[index] = edited
         verdicts.append(verdict)
     return verdicts
+
+
+def _of_other_texts(edits: Iterable[str], names: Sequence[str]) -> list[Verdict]:
+    """Tell of the edits whose name is that of a kernel but for the digits of its text."""
+    found = []
+    for edit in sorted(set(edits) - set(names)):
+        meant = [n for n in names if DIGITS.sub("", n) == DIGITS.sub("", edit)]
+        if meant:
+            reason = f"it is of another text; this model has {', '.join(meant)}"
+            found.append(Verdict(edit, False, reason))
+    return found
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from aios_compile.passes.context import PassOptions
 from aios_compile.passes.pipeline import STAGES
 from aios_compile.passes.runner import run_pipeline
 from aios_compile.study.kernel_table import KernelRow
-from aios_compile.study.verify_override import Verdict, apply_overrides
+from aios_compile.study.verify_override import Verdict, _of_other_texts, apply_overrides
 from tests.planted import programs
 
 CANDIDATES = (Candidate("other", "Other", 1, 1, ""),)
@@ -87,6 +87,18 @@ def test_a_wrong_edit_is_not_used(lowered: Any, tmp_path: Path, change: Any, rea
     assert not verdict.used and not replaced
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(verdict.reason)
+
+
+def test_an_edit_of_another_text_is_told() -> None:
+    """A file that was named without the digits, or whose kernel the compiler changed."""
+    names = ["add_rms_norm_dfd468cd", "linear_00000001", "linear_00000002"]
+    edits = ["add_rms_norm", "linear_12345678", "linear_00000001", "rope_12345678", "linear_add"]
+    told = [str(v) for v in _of_other_texts(edits, names)]
+    begin = "is not used: it is of another text; this model has"
+    assert told == [
+        f"the edit of add_rms_norm {begin} add_rms_norm_dfd468cd",
+        f"the edit of linear_12345678 {begin} linear_00000001, linear_00000002",
+    ]
 
 
 def test_edits_are_files_of_a_private_folder_and_part_of_the_key(tmp_path: Path) -> None:
@@ -165,7 +177,7 @@ def test_the_commands_on_an_artefact(tmp_path: Path, monkeypatch: pytest.MonkeyP
     aios("edit", "linear", "--revert")
     missing = ["edit", "linear_1a2b", "--file", "nowhere.cpp", "--cache-dir", str(cache)]
     assert "--file nowhere.cpp" in CliRunner().invoke(app, missing).output
-    assert "no kernel named norm" in CliRunner().invoke(
+    assert "no edit named norm" in CliRunner().invoke(
         app, ["edit", "norm", "--revert", "--cache-dir", str(cache)]
     ).output  # fmt: skip
 
