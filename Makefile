@@ -31,7 +31,7 @@ test: $(VENV)/.installed-test lint
 
 # The slower suites, by hand.
 nightly: $(VENV)/.installed-test
-	NIGHTLY=1 FUZZ_EXAMPLES=5000 FUZZ_REPORT=$(FUZZ_REPORT) FOREIGN_FAMILIES=all FUZZ_TRITON=400 \
+	NIGHTLY=1 FUZZ_EXAMPLES=5000 FUZZ_REPORT=$(FUZZ_REPORT) FOREIGN_FAMILIES=all FUZZ_TRITON=1000 \
 		$(BIN)/python -m pytest -q -n $(WORKERS) tests/fuzz tests/foreign tests/nightly \
 		tests/interpreted tests/codegen tests/compiled tests/formats tests/passes
 	$(BIN)/python -m aios_compile.study.fuzz.report $(FUZZ_REPORT)

@@ -45,7 +45,24 @@ def _match(root: fx.Node) -> list[fx.Node] | Refusal | None:
         return Refusal(f"the norm rounds its result to {node.meta['val'].dtype}", line)
     if is_call(node.args[0], aten.index_select.default):
         return Refusal("the norm gathers the rows that it reads", line)
-    return chain[::-1]
+    reason = _other_rows(node, chain, root)
+    return Refusal(reason, line) if reason else chain[::-1]
+
+
+def _other_rows(norm: fx.Node, chain: list[fx.Node], root: fx.Node) -> str:
+    """Return why the rows that the norm reads are not the linear's as they lie, "" if they are."""
+    source, weight = norm.args[:2]
+    assert isinstance(source, fx.Node) and isinstance(root.args[0], fx.Node)
+    x = source.meta["val"]
+    rows = [s for s in x.shape[:-1] if not (isinstance(s, int) and s == 1)]
+    widths = {n.meta["val"].shape[-1] for n in (*chain, root.args[0])}
+    if x.dim() < 2 or len(rows) > 1 or len(widths) > 1:
+        return "the norm's rows are not the linear's"
+    if x.stride()[-1] != 1:
+        return "the norm reads rows with gaps"
+    if isinstance(weight, fx.Node) and weight.meta["val"].stride() != (1,):
+        return "the norm's weight has gaps"
+    return ""
 
 
 @graph_pass(numerics="reassociates", target="triton")

@@ -10,7 +10,7 @@ import pytest
 
 from aios_compile.cli.output import plain
 from aios_compile.study.fuzz.campaign import PASSES, Failure, Tally, passes_of
-from aios_compile.study.fuzz.report import main
+from aios_compile.study.fuzz.report import main, rare
 
 
 def test_parts_are_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,6 +33,8 @@ def test_parts_are_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "Below 50 in 5,000: none." in cpp and "refused 3: CodegenError: no emitter" in cpp
     assert "number 4 of seed 7: wrong: output 0\n" in triton and "10 examples" in triton
     assert all(name in cpp for name in PASSES)
+    own = Counter(fuse_norm_into_linear=50, fuse_kv_write_into_attention=49)
+    assert rare("triton", own, 1000) == {"fuse_kv_write_into_attention": 49}
     (tmp_path / "3.json").unlink()
     (tmp_path / "1.json").unlink()
     (tmp_path / "2.json").write_text(json.dumps(plain(Tally("cpp", 0, (0, 9), 3000))))

@@ -1,6 +1,6 @@
 """Random programs on the Triton target, its kernels in the interpreter, against eager.
 
-make test runs 6 of them; FUZZ_TRITON=N runs N (make nightly: 400), from number FUZZ_FIRST on.
+make test runs 6 of them; FUZZ_TRITON=N runs N (make nightly: 1,000), from number FUZZ_FIRST on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from aios_compile.study.fuzz.campaign import run_campaign
 from aios_compile.study.fuzz.example import Example, Setup, run_example
 from aios_compile.study.fuzz.program import Parameter, Program, Statement
+from aios_compile.study.fuzz.report import rare
 from tests.fuzz.parts import write_part
 
 EXAMPLES = int(os.environ.get("FUZZ_TRITON", "6"))
@@ -36,7 +37,9 @@ def test_random_programs_equal_eager(part: int, tmp_path: Path) -> None:
     write_part(tally, FIRST, part)
     assert not tally.failures, tally.failures
     assert all(r.startswith("CodegenError") for r in tally.refused), tally.refused
-    assert sum(tally.refused.values()) <= tally.examples // 2, tally.refused
+    assert sum(tally.refused.values()) <= max(1, tally.examples // 50), tally.refused
+    if tally.examples >= 500:
+        assert not rare("triton", tally.fired, tally.examples)
 
 
 def test_a_transposed_weight_is_packed(tmp_path: Path) -> None:

@@ -60,7 +60,23 @@ def test_near_misses_are_refused_by_name() -> None:
     ) -> Any:
         return aios.linear(norm(x.index_select(0, at), g), w)
 
+    def heads(x: "f32[T, 4, 16]", g: "weight f32[16]", w: "weight f32[64, 64]") -> Any:
+        return aios.linear(norm(x, g).view(-1, 64), w)
+
+    def parts(x: "f32[T, 64]", g: "weight f32[64]", w: "weight f32[48, 16]") -> Any:
+        return aios.linear(norm(x, g).view(-1, 16), w)
+
+    def expanded(x: "f32[T, 1]", g: "weight f32[64]", w: "weight f32[64, 64]") -> Any:
+        return aios.linear(norm(x.expand(-1, 64), g), w)
+
+    def column(x: "f32[T, 64]", g: "weight f32[64, 2]", w: "weight f32[64, 64]") -> Any:
+        return aios.linear(norm(x, g[:, 0]), w)
+
     for function, reason in (
+        (heads, "the norm's rows are not the linear's"),  # sub-norms of heads before o_proj
+        (parts, "the norm's rows are not the linear's"),
+        (expanded, "the norm reads rows with gaps"),
+        (column, "the norm's weight has gaps"),
         (twice, "the normalised rows have another user"),
         (half, "the norm rounds its result to torch.bfloat16"),
         (layer, "a layer norm takes the mean off before the product"),

@@ -15,7 +15,15 @@ from typing import Any
 
 from aios_compile.study.fuzz.campaign import passes_of
 
-LEAST, OF = 50, 5000  # examples that each pass of the C++ target fires on in a whole campaign
+LEAST, OF = 50, {"cpp": 5000, "triton": 1000}  # examples that a pass fires on, of a campaign's
+
+
+def rare(target: str, fired: Mapping[str, int], examples: int) -> dict[str, int]:
+    """Return the passes that fired on too few examples. Triton: of those that C++ lacks."""
+    others = passes_of("cpp") if target != "cpp" else ()
+    wanted = LEAST * examples // OF[target]
+    own = [name for name in passes_of(target) if name not in others]
+    return {name: fired.get(name, 0) for name in own if fired.get(name, 0) < wanted}
 
 
 def read_parts(folder: Path) -> dict[str, list[Mapping[str, Any]]]:
@@ -59,12 +67,10 @@ def lines(target: str, parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     contexts = _sum(parts, "contexts")
     kinds = [k for k in contexts if k.split()[0] in ("source", "use", "repeat")]
     if kinds:
-        rare = min(kinds, key=lambda k: contexts[k])
-        yield f"{len(kinds)} kinds of context; the rarest is {rare!r}: {contexts[rare]} examples."
-    if target == "cpp":
-        wanted = LEAST * examples / OF
-        few = [f"{n} {counts[n]}" for n in passes_of(target) if counts[n] < wanted]
-        yield f"Below {LEAST} in {OF:,}: {', '.join(few) or 'none'}."
+        least = min(kinds, key=lambda k: contexts[k])
+        yield f"{len(kinds)} kinds of context; the rarest is {least!r}: {contexts[least]} examples."
+    few = [f"{name} {n}" for name, n in rare(target, counts, examples).items()]
+    yield f"Below {LEAST} in {OF[target]:,}: {', '.join(few) or 'none'}."
     refused = _sum(parts, "refused")
     yield f"Refused: {sum(refused.values())}. Failures: {sum(len(p['failures']) for p in parts)}."
     yield from (f"- refused {n}: {reason}" for reason, n in refused.most_common())
