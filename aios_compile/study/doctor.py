@@ -221,9 +221,10 @@ def _lines(d: Diagnosis) -> list[str]:
     ]
     head = f"  {'bytes a token':>14}  {'launches':>8}  kernel"
     lines += [f"a token reads and writes, with {d.context} tokens in the cache", head]
+    width = max(len(row.name) for row in d.kernels)
     for row in d.kernels:
         line = row.model_lines[0] if row.model_lines else ""
-        lines.append(f"  {row.bytes_a_token:>14,}  {row.launches:>8}  {row.name:<28} {line}")
+        lines.append(f"  {row.bytes_a_token:>14,}  {row.launches:>8}  {row.name:<{width}} {line}")
     lines += ["", *_memory_lines(d)]
     if d.bandwidth:
         rate = f"{d.tokens_per_second:.1f} tokens/s at batch 1"
