@@ -32,10 +32,10 @@ from aios_compile.ir.module import IRModule, is_kernel_call
 from aios_compile.ir.random_weights import RandomWeights
 from aios_compile.ir.refresh import refresh
 from aios_compile.model_source import ModelSource
-from aios_compile.passes.certificate import Certifier
+from aios_compile.passes.certificate import FACTORS, Certifier
 from aios_compile.passes.context import PassOptions
 from aios_compile.passes.graph_pass import PassFunction, info_of
-from aios_compile.passes.measure import Samples, one_thread, run_steps
+from aios_compile.passes.measure import FLOOR_ROUNDINGS, Samples, one_thread, run_steps
 from aios_compile.passes.pipeline import STAGES
 from aios_compile.passes.runner import Stage, run_pipeline
 from aios_compile.study.kernel_check import Kernels, check
@@ -283,13 +283,14 @@ def find_wrong_step(subject: Subject, module: IRModule, logits: Tensor) -> Findi
 
 
 def oracle_of(subject: Subject, module: IRModule, *, native: bool = False) -> tuple[Tensor, float]:
-    """Return a program's logits [T, V] in float64, and eight times its own error in float32.
+    """Return a program's logits [T, V] in float64, and the error that a certificate would allow.
 
     native: the error of what the kernels compute, who round activations where a pass meant it.
     """
     narrow = logits_of(subject, module, None if native else torch.float32)
     wide = logits_of(subject, module, torch.float64)
-    return wide, 8 * relative_error(narrow, wide) + 8 * torch.finfo(torch.float32).eps
+    floor = FLOOR_ROUNDINGS * torch.finfo(torch.float32).eps
+    return wide, FACTORS["reassociates"] * relative_error(narrow, wide) + floor
 
 
 def relative_error(logits: Tensor, oracle: Tensor) -> float:

@@ -31,9 +31,10 @@ from aios_compile.ir import evaluate
 from aios_compile.ir.module import body_of, placeholders
 from aios_compile.ir.quant_format import QuantFormat
 from aios_compile.ir.quantized import LARGEST_CODE
+from aios_compile.passes.certificate import FACTORS
 from aios_compile.passes.measure import FLOOR_ROUNDINGS
 
-FACTOR = 4.0  # times eager's own error: a kernel may sum in another order
+FACTOR = FACTORS["exact"]  # times eager's own error: a kernel may sum in another order
 Array = NDArray[Any]
 
 

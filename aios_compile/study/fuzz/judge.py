@@ -17,9 +17,9 @@ from torch import Tensor, fx
 
 from aios_compile.ir import evaluate, snapshot
 from aios_compile.ir.module import IRModule, placeholders
+from aios_compile.passes.measure import FLOOR_ROUNDINGS
 
 FACTOR = 4.0  # times eager's own error
-FLOOR_ROUNDINGS = 8.0  # of the largest value, as for certificates (passes/measure.py)
 OPINIONS = 6
 
 
