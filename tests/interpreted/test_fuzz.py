@@ -6,14 +6,18 @@ make test runs 6 of them; FUZZ_TRITON=N runs N (make nightly: 1,000), from numbe
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
+from aios_compile.study.fuzz import interpreted
 from aios_compile.study.fuzz.campaign import run_campaign
-from aios_compile.study.fuzz.example import Example, Setup, run_example
+from aios_compile.study.fuzz.example import Example, FuzzFailure, Setup, run_example
+from aios_compile.study.fuzz.generate import draw
 from aios_compile.study.fuzz.program import Parameter, Program, Statement
 from aios_compile.study.fuzz.report import rare
 from tests.fuzz.parts import write_part
@@ -48,3 +52,21 @@ def test_a_transposed_weight_is_packed(tmp_path: Path) -> None:
     program = Program((x, w), (Statement("v", "torch.mm(x, w)"),), ("v",))
     outcome = run_example(Example(program, Setup(tokens=(1,), target="triton")), tmp_path)
     assert outcome.hits["raise_linear"] and not outcome.refused
+
+
+def test_quantised_weights_are_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A code that is one too large in every row is seen."""
+    example = draw(5, 6, passes=("quantize_weights",), target="triton")
+    example = replace(example, setup=replace(example.setup, target="triton"))
+    outcome = run_example(example, tmp_path)
+    assert outcome.hits["quantize_weights"] and not outcome.refused
+    pack = interpreted.pack_planar
+
+    def shifted(*arguments: Any) -> Any:
+        packed = pack(*arguments)
+        packed[:, 0] += 1
+        return packed
+
+    monkeypatch.setattr(interpreted, "pack_planar", shifted)
+    with pytest.raises(FuzzFailure, match="wrong"):
+        run_example(example, tmp_path)

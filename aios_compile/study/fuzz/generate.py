@@ -43,7 +43,7 @@ def draw(
 ) -> Example:
     """Draw example `number`. passes: plant one of their patterns; ops: use one of these.
 
-    The Triton target gets no quantised weights: it stores them in another layout; nor such caches.
+    The Triton target gets no caches of codes, over which its attention multiplies in bf16.
     """
     rng = random.Random(f"{seed}/{number}")
     for _ in range(1000):
@@ -69,7 +69,7 @@ def _pass(rng: random.Random, names: Sequence[str]) -> str:
 def _is_for(pattern: Pattern, target: str) -> bool:
     if pattern.rounded and not build.Target.host().bf16_dot:
         return False  # no kernel for it here
-    return INFO_OF[pattern.pass_name].runs_on(target) and (target == "cpp" or not pattern.lossy)
+    return INFO_OF[pattern.pass_name].runs_on(target) and (target == "cpp" or not pattern.kv)
 
 
 def random_graph(rng: random.Random, ops: Sequence[str] = ()) -> Example:

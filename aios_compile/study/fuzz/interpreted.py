@@ -14,9 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aios_compile.codegen.emit_kernels import Emitted, tensor_arguments
+from aios_compile.codegen.emit_kernels import (
+    Emitted,
+    bound_weights,
+    linear_weights,
+    tensor_arguments,
+)
 from aios_compile.codegen.expression import TORCH_DTYPES
+from aios_compile.codegen.layout import kernel_calls
 from aios_compile.codegen.operand import Operand, dim_value
+from aios_compile.codegen.planar import PREFIX, pack_planar
+from aios_compile.codegen.quantized_weights import form_of
 from aios_compile.codegen.targets import emit
 from aios_compile.ir.module import IRModule, body_of, is_region_call, placeholders
 from aios_compile.passes.context import PassOptions
@@ -53,6 +61,8 @@ class InterpretedGraph:
         with torch.no_grad():
             # as a checkpoint is packed: a recipe may give a view of a transposed matrix
             self.held = {n: r.run(module.tensors).contiguous() for n, r in module.weights.items()}
+            for name, layout in _layouts(module).items():
+                self.held[name] = pack_planar(self.held[name], form_of(layout), name)
         for node in placeholders(module.root.graph):
             if node.name in module.states:
                 value = node.meta["val"]
@@ -105,6 +115,19 @@ class InterpretedGraph:
         counters = [torch.zeros(source.counters, dtype=torch.int32)] if source.counters else []
         kernel.launch([*tensors, *results, *spaces, *counters], **sizes)
         return tuple(results) if several else results[0]
+
+
+def _layouts(module: IRModule) -> dict[str, str]:
+    """Return the layout of each weight that kernels read as planes of codes."""
+    found: dict[str, str] = {}
+    for region, graph_module in module.graphs().items():
+        for call in kernel_calls(graph_module.graph):
+            arguments = tensor_arguments(call)
+            for index, layout in linear_weights(call, packs=False).items():
+                assert layout.startswith(PREFIX)
+                names = bound_weights(module, region, arguments[index])
+                found.update(dict.fromkeys(names, layout))
+    return found
 
 
 def _poisoned(operand: Operand, sizes: Mapping[str, int]) -> Tensor:

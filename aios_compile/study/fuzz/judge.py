@@ -20,6 +20,7 @@ from aios_compile.ir.module import IRModule, placeholders
 from aios_compile.passes.measure import FLOOR_ROUNDINGS
 
 FACTOR = 4.0  # times eager's own error
+ROUNDING = torch.finfo(torch.float32).eps
 OPINIONS = 6
 
 
@@ -52,7 +53,7 @@ def _compare(index: int, oracle: Tensor, eager: Tensor, got: Tensor) -> Verdict:
     finite = oracle[oracle.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 0.0
     scale = scale or 1.0
-    floor = FLOOR_ROUNDINGS * torch.finfo(torch.float32).eps
+    floor = FLOOR_ROUNDINGS * ROUNDING
     wide = eager.double()  # float32 overflows where it must: there nothing is asked
     kept = (oracle.isfinite() & wide.isfinite()) | _same(wide, oracle)
     error = _distance(got, oracle, kept) / scale
@@ -92,13 +93,13 @@ def second_opinion(
     return worst
 
 
-def perturbed(module: IRModule, seed: int) -> IRModule:
-    """Return a copy whose float values are each moved by up to a rounding of float32."""
+def perturbed(module: IRModule, seed: int, rounding: float = ROUNDING) -> IRModule:
+    """Return a copy whose float values are each moved by up to a rounding (of float32)."""
     generator = torch.Generator().manual_seed(seed)
 
     def perturb(value: Tensor) -> Tensor:
         noise = torch.rand(value.shape, generator=generator) * 2 - 1
-        return value * (1 + noise * torch.finfo(torch.float32).eps)
+        return value * (1 + noise * rounding)
 
     noisy = snapshot.take(module)
     for graph_module in noisy.graphs().values():
