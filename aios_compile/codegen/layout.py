@@ -98,7 +98,9 @@ def num_bytes(value: Any, sizes: Mapping[str, int]) -> int:
 
 
 def check_dense(node: fx.Node, value: Any) -> None:
-    """Raise unless a kernel result fills its memory without holes or overlap."""
+    """Raise unless a kernel result fills its memory without holes or overlap, or has none."""
+    if any(_hint(size) == 0 for size in value.shape):
+        return
     hints = sorted(
         (_hint(st), _hint(s)) for st, s in zip(value.stride(), value.shape) if _hint(s) != 1
     )

@@ -124,6 +124,16 @@ columns = FOUND["attention of every second column"]
 FOUND["int8 cache of every second column"] = replace(
     columns, setup=Setup(steps=True, seed=2, kv="int8")
 )
+# Values of no elements were no dense memory to the compiler: their strides count a size of 0 as 1.
+FOUND["values of no elements"] = Found(
+    (x("a", "T", 2, 16),),
+    """
+none = aten.slice.Tensor(a, 2, 16, 16)
+v = torch.cat([torch.tanh(a), torch.neg(none)], -1)
+return (v, torch.exp(none))
+""",
+    Setup(tokens=(1, 5)),
+)
 # The proof of paging joined the chunks of an output along its first dimension, here the heads.
 FOUND["attention that is given out heads first"] = Found(
     (x("q", 3, "T", 16), w("h", 40, 48)),
