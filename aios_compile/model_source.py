@@ -238,7 +238,7 @@ def _open_module(model: Any, options: CompileOptions) -> ModelSource:
     length = getattr(config, "max_position_embeddings", None) or getattr(
         config, "n_positions", None
     )
-    eos = getattr(config, "eos_token_id", None)
+    eos = _module_eos(config)
     tokenizer = None
     if options.tokenizer is not None:
         tokenizer = _other_tokenizer(options.tokenizer, options)
@@ -256,6 +256,19 @@ def _open_module(model: Any, options: CompileOptions) -> ModelSource:
         read=read,
         flat=None,
         max_model_len=int(length or 4096),
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
+        eos_token_ids=eos,
         tokenizer=tokenizer,
     )
+
+
+def _module_eos(config: Any) -> tuple[int, ...]:
+    """Return a module's end tokens; refuse those that it has no logits for, before the compile."""
+    value, size = getattr(config, "eos_token_id", None), getattr(config, "vocab_size", None)
+    eos = () if value is None else tuple(value) if isinstance(value, list) else (int(value),)
+    wrong = [i for i in eos if size is not None and not 0 <= i < size]
+    if wrong:
+        raise ConfigError(
+            f"eos_token_id {wrong[0]} is out of the module's vocabulary of {size}",
+            advice="set config.eos_token_id to a token id, or to None",
+        )
+    return eos

@@ -11,14 +11,17 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from aios_compile.cli import main as cli
 from aios_compile.cli.session import model_of
 from aios_compile.config import CompileOptions
 from aios_compile.errors import CheckpointError, ConfigError, RequestError
+from aios_compile.model_source import open_source
 from aios_compile.progress import Progress
 from aios_compile.runtime.outputs import (
     CompletionOutput,
@@ -356,3 +359,16 @@ def test_a_module_of_a_file_that_the_user_names(tmp_path: Path) -> None:
         model_of(f"{file}:other")
     with pytest.raises(ConfigError, match="no such file"):
         model_of(f"{tmp_path / 'none.py'}:made")
+
+
+@pytest.mark.parametrize(("eos", "wrong"), [(7, 7), ([1, 6], 6), (-1, -1), ([1, 5], None)])
+def test_an_end_token_beyond_the_vocabulary_is_refused_at_once(eos: Any, wrong: int | None) -> None:
+    module = torch.nn.Linear(2, 2)
+    module.config = SimpleNamespace(vocab_size=6, eos_token_id=eos)  # type: ignore[assignment]
+    if wrong is None:
+        assert open_source(module, CompileOptions()).eos_token_ids == (1, 5)
+        return
+    with pytest.raises(
+        ConfigError, match=f"eos_token_id {wrong} is out of the module's vocabulary"
+    ):
+        open_source(module, CompileOptions())
