@@ -39,6 +39,6 @@ def test_compiled_equals_eager(
     write_part(tally, FIRST, part)
     assert not tally.failures, tally.failures
     # What has no kernel is refused by name: rare shapes of what no model does (docs/nightly.md).
-    assert sum(tally.refused.values()) <= tally.examples // 100, tally.refused
+    assert sum(tally.refused.values()) <= max(3, tally.examples // 100), tally.refused
     if tally.examples >= 500:  # of few, by chance, none
         assert not rare("cpp", tally.fired, tally.examples)

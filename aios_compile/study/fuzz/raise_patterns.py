@@ -114,6 +114,12 @@ def of_heads(x: "f32[T, H, E]", w: "weight f32[E]"):
     mean = torch.mean(torch.pow(x, 2), -1, True)
     return torch.mul(torch.mul(x, torch.rsqrt(torch.add(mean, 1e-05))), w)
 """,
+        """
+def of_heads_before_a_linear(x: "f32[T, H, E]", g: "weight f32[E]", w: "weight f32[N, HE]"):
+    mean = torch.mean(torch.pow(x, 2), -1, True)
+    h = torch.mul(torch.mul(x, torch.rsqrt(torch.add(mean, 1e-05))), g)
+    return F.linear(torch.reshape(h, [-1, HE]), w)
+""",
     ),
     "raise_layer_norm": (
         """
