@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -75,6 +75,7 @@ class Lowering:
         self.module = module
         self.emitted = emitted
         self.sizes = dict(sizes)
+        self.overlap = 0  # phases after its last that a buffer of a region is kept
         self.weights: dict[tuple[str, str], int] = {}
         self.inputs = {name: i for i, name in enumerate(module.inputs)}
         self.states = {name: i for i, name in enumerate(module.states)}
@@ -82,6 +83,7 @@ class Lowering:
         self.scratch: dict[str, int] = {}
 
     def program(self, settings: Mapping[str, Any]) -> Program:
+        self.overlap = 1 if settings.get("persistent_decode") else 0  # triton/handover.py
         regions = {name: self._phased(name, gm) for name, gm in self.module.regions().items()}
         for graph in regions.values():
             self._declare_arguments(graph)
@@ -134,7 +136,9 @@ class Lowering:
 
     def _plan_region(self, graph: _Graph) -> None:
         lifetimes = [
-            item for item in self._lifetimes(graph) if item.name not in _names(graph.results)
+            replace(item, last=item.last + self.overlap)
+            for item in self._lifetimes(graph)
+            if item.name not in _names(graph.results)
         ]
         placement = self.plan_memory(lifetimes)
         graph.offsets, graph.scratch_bytes = placement.offsets, placement.arena_bytes

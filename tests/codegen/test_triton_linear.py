@@ -225,6 +225,22 @@ def test_the_models_choice_serves_every_bucket_with_the_same_bits_again() -> Non
     assert source == linear.emit(spec)
 
 
+def test_up_to_32_rows_tiles_add_in_one_order() -> None:
+    """A row has the same bits beside 4, 16 or 31 others; docs/targets.md says what is promised."""
+    spec, _, source, module = made(plain, 96, 640)
+    w, x = torch.randn(96, 640), torch.randn(32, 640)
+    kinds = {v["most"]: v["launches"][0]["kernel"].__name__ for v in module.VARIANTS}
+    assert "_dot_" in kinds[16] and "_dot_" in kinds[32] and kinds[16] != kinds[32]
+    outs = {}
+    for tokens in (5, 16, 17, 32):
+        outs[tokens] = poisoned((tokens, 96))
+        run(source, module, [x[:tokens], w, outs[tokens]], T=tokens)
+        assert torch.equal(outs[tokens][:5], outs[5])
+    for card in CARDS.values():
+        chosen = dict(linear.choose(spec, card))
+        assert chosen[16].order == chosen[32].order
+
+
 def test_refusals() -> None:
     inputs = {"x": (("T", 8), f32), "w": ((24, 8), f32)}
     for function, names in (
@@ -246,8 +262,9 @@ def test_configurations_fit_the_card_and_order_by_cost() -> None:
         ):
             problem = configs.Problem(columns, depth, streams, 2, 4, 2)
             floor = columns * streams * depth * 2 / card.bytes_per_us
-            for found in choice.choose(problem, card):
-                most, config = found.most, found.config
+            chosen = {found.most: found for found in choice.choose(problem, card)}
+            for most, found in chosen.items():
+                config = found.config
                 if columns > 7:  # enough to choose from: no makeshift
                     assert config.kind == "rows" or config.block_t * config.block_n >= 16 * 16
                     assert most or config.block_t * config.block_n >= 64 * 64
@@ -255,6 +272,8 @@ def test_configurations_fit_the_card_and_order_by_cost() -> None:
                 cost = cost_model.cost_us(config, problem, tokens, card)
                 assert cost > floor, "faster than the memory"
                 others = configs.candidates(problem, config.kind, tokens, card)
+                if most in choice.FEWER and config.kind == "dot":  # of the order for 32 rows
+                    others = [c for c in others if c.order == chosen[32].config.order]
                 assert (
                     cost
                     == found.cost.us

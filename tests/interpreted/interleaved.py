@@ -69,13 +69,16 @@ class _Program:
 
 
 class Turns:
-    """The order in which the programs of launches run. num_turns: how often somebody was picked."""
+    """The order in which the programs of launches run. num_turns: how often somebody was picked;
+    raised: addresses that were added to, in order.
+    """
 
     def __init__(self, pick: Pick, resident: int | None = None) -> None:
         self.pick, self.resident, self.num_turns = pick, resident, 0
         self.current: _Program | None = None
         self.resting: set[int] = set()
         self.programs: list[_Program] = []
+        self.raised: list[int] = []
 
     def add(self, launch: int, grid: int, run: Callable[[], None]) -> None:
         """Add the programs of a launch."""
@@ -126,6 +129,7 @@ class Turns:
         program.give_back()
         program.looked_at = None if changes else place
         if changes:
+            self.raised.append(place)
             self.resting.clear()
 
     def wait_for_inputs(self) -> None:

@@ -160,10 +160,23 @@ def test_launches_that_overlap_do_not_take_each_others_flags() -> None:
     text = whole(found.source.text, 40)
     for pick in (highest, lowest, drawn(1)):
         assert outcome(text, pick, ((3, 1),), count=2)
-    waits = "            wait_for_inputs()\n        if LAST > 1:"
+    waits = "the launch before\n            wait_for_inputs()"
     fault = _replaced(waits, waits.replace("wait_for_inputs()", "pass"))(text)
     with pytest.raises((Deadlock, AssertionError)):
         assert outcome(fault, highest, ((3, 1),), count=2)
+
+
+def test_a_head_is_attended_to_before_the_others_are_projected() -> None:
+    """Its flag is a part of the phase before: four of five programs are through with attention."""
+    found, expected = layers(((3, 1),))
+    text, turns = whole(found.source.text), Turns(lowest)
+    got = found.run(text, turns)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    first = int(text.partition("    flags = a")[2].partition("\n")[0].partition(" + ")[2])
+    flags = [(x - found.executor._counters.data_ptr()) // 4 - first for x in turns.raised]
+    projected, attended = {0, 32}, 64
+    last = max(i for i, flag in enumerate(flags) if flag in projected)
+    assert flags.index(attended) < last, flags
 
 
 def test_more_programs_than_are_resident_never_end() -> None:
@@ -188,7 +201,7 @@ FAULTS = {
     "a phase waits for one item too few": _replaced(
         "while seen < items:", "while seen < items - 1:"
     ),
-    "a phase waits for the flag before": _replaced("flags + 64, items_2", "flags + 32, items_1"),
+    "a phase waits for the flag before": _replaced("flags + 96, items_2", "flags + 64, items_1"),
     "a program says so before its items": _replaced(
         "    mine = (items - program + programs - 1) // programs",
         "    mine = (items - program + programs - 1) // programs + 1",
@@ -197,13 +210,18 @@ FAULTS = {
     "flags are never cleared": _replaced(
         "tl.store(flags + flag * 32, 0", "tl.store(flags + flag * 0, 0"
     ),
-    "one flag for two phases": _replaced("ended(flags + 96", "ended(flags + 64"),
+    "one flag for two phases": _replaced("ended(flags + 128", "ended(flags + 96"),
+    "a head waits for the first head": _replaced("flags + 0 + item // across_1 * 32", "flags + 0"),
+    "a head waits for one tile too few": _replaced("* 32, 8, FIRST < 1", "* 32, 7, FIRST < 1"),
+    "a tile is counted for another head": _replaced(
+        "made(flags + 0 + head * 32)", "made(flags + 0 + (1 - head) * 32)"
+    ),
 }
 
 
 @pytest.mark.parametrize(
     "fault",
-    [*FAULTS][:2] + nightly(*[*FAULTS][2:]),
+    [*FAULTS][:2] + nightly(*[*FAULTS][2:-1]) + [*FAULTS][-1:],
 )
 def test_a_planted_fault_is_found(fault: str) -> None:
     """Wrong bits, flags that stay raised, or programs that never end, in one of a few orders."""

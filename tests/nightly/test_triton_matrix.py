@@ -29,14 +29,21 @@ f32, bf16, i64 = torch.float32, torch.bfloat16, torch.int64
 
 
 @pytest.mark.parametrize("target", CARDS)
-@pytest.mark.parametrize("dtype", [f32, bf16], ids=["x_f32", "x_bf16"])
 @pytest.mark.parametrize("model", MODELS)
-def test_linear_layers(model: str, dtype: torch.dtype, target: str, tmp_path: Path) -> None:
+def test_linear_layers(model: str, target: str, tmp_path: Path) -> None:
     card = card_of(target)
-    sources = [linear.emit(linear_spec(model, layer, dtype), card) for layer in LAYERS]
+    sources = [linear.emit(linear_spec(model, layer), card) for layer in LAYERS]
     for layer, binaries in zip(LAYERS, compile_ahead(sources, target, tmp_path)):
         assert all(b.spill_bytes == 0 for b in binaries), [b for b in binaries if b.spill_bytes]
-        hold(PINNED, f"{target} {model} {layer} {str(dtype)[6:]}", binaries)
+        hold(PINNED, f"{target} {model} {layer}", binaries)
+
+
+@pytest.mark.parametrize("target", CARDS)
+def test_activations_in_half_precision(target: str, tmp_path: Path) -> None:
+    """No model's: the engine keeps activations in float32. They compile, and 16 bytes a load."""
+    source = linear.emit(linear_spec("Qwen3-0.6B", "down", bf16), card_of(target))
+    (binaries,) = compile_ahead([source], target, tmp_path)
+    assert all(b.spill_bytes == 0 for b in binaries), [b for b in binaries if b.spill_bytes]
 
 
 @pytest.mark.parametrize("target", CARDS)

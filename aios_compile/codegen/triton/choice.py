@@ -4,6 +4,7 @@ By the model alone the best estimate wins. With the compiler's report the search
 cheapest configuration is compiled; if it spills it is out, else its cost is known by its true
 occupancy; it wins as soon as no other's estimate is below it. Estimates that are too low cost a
 compilation each, and only those; `limit` bounds them. A tie goes to the first: deterministic.
+Tiles of up to 32 rows add over k in one order, that of the choice for 32 (docs/targets.md).
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ from dataclasses import dataclass, field
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton.cards import Card
 from aios_compile.codegen.triton.configs import (
-    BOUNDS,
     PREFILL_TOKENS,
     Config,
     Problem,
-    candidates,
+    Ranges,
+    ranges,
 )
 from aios_compile.codegen.triton.cost_model import Cost, cost
 from aios_compile.codegen.triton.occupancy import Usage
 
 Report = Callable[[Sequence[KernelSource]], Sequence[Usage]]
 Build = Callable[[Config], KernelSource]
+FEW, FEWER = 32, (4, 16)  # bounds of the tiles that share an order, the first decides
 
 
 @dataclass(frozen=True)
@@ -70,19 +72,20 @@ def _short(c: Config) -> str:
 
 @dataclass
 class Search:
-    """The candidates of one range of rows, and what is known of them. Owns `usage`."""
+    """The configurations of one range of rows, and what is known of them. Owns `usage`."""
 
     problem: Problem
-    kinds: Sequence[str]
+    found: Sequence[Config]
     most: int | None
     card: Card
     usage: dict[Config, Usage] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tokens = PREFILL_TOKENS if self.most is None else self.most
-        self.found = [
-            c for kind in self.kinds for c in candidates(self.problem, kind, self.tokens, self.card)
-        ]
+
+    def keep_order(self, other: Config) -> None:
+        """Leave out tiles that add over k in another order than a configuration."""
+        self.found = [c for c in self.found if c.kind == "rows" or c.order == other.order]
 
     def cost(self, config: Config) -> Cost:
         return cost(config, self.problem, self.tokens, self.card, self.usage.get(config))
@@ -111,16 +114,38 @@ class Search:
 
 
 def choose(
-    problem: Problem, card: Card, tuning: Tuning | None = None, build: Build | None = None
+    problem: Problem,
+    card: Card,
+    tuning: Tuning | None = None,
+    build: Build | None = None,
+    found: Ranges | None = None,
 ) -> list[Choice]:
     """Return the choice of each variant; a bound that the next one serves is left out: tensor cores
     have one tile for up to 16 tokens.
 
     tuning: asks the compiler, about more than its limit only while all spill; build: the kernel of
-    a configuration, needed then.
+    a configuration, needed then. found: the configurations, if not those of a linear on floats.
     """
-    searches = [Search(problem, kinds, most, card) for most, kinds in BOUNDS]
+    given = ranges(problem, card) if found is None else found
+    searches = {most: Search(problem, every, most, card) for most, every in given}
     known: dict[Config, Usage] = {}  # two ranges may ask for one configuration
+    _ask([s for s in searches.values() if s.most not in FEWER], tuning, build, known)
+    fewer = [searches[most] for most in FEWER if most in searches]
+    if FEW in searches:
+        for search in fewer:
+            search.keep_order(searches[FEW].choice().config)
+    _ask(fewer, tuning, build, known)
+    made = [search.choice() for search in searches.values()]
+    return [x for x in made if not (x.most == 4 and x.config.kind == "dot")]
+
+
+def _ask(
+    searches: Sequence[Search],
+    tuning: Tuning | None,
+    build: Build | None,
+    known: dict[Config, Usage],
+) -> None:
+    """Let the compiler report until each search knows its best."""
     while tuning is not None:
         assert build is not None, "a report is of kernels"
         wanted = [(s, c) for s in searches if (c := s.unknown(tuning.limit)) is not None]
@@ -130,5 +155,3 @@ def choose(
         known |= zip(new, tuning.report([build(c) for c in new]))
         for search, config in wanted:
             search.usage[config] = known[config]
-    found = [search.choice() for search in searches]
-    return [x for x in found if not (x.most == 4 and x.config.kind == "dot")]

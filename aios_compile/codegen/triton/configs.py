@@ -6,6 +6,7 @@ cost_model.py orders them, choice.py picks one. With a GPU, `candidates` is what
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aios_compile.codegen.triton.cards import Card
@@ -36,6 +37,16 @@ class Config:
     split: int = 1
     prefetch: bool = False
 
+    @property
+    def order(self) -> tuple[int, int, bool]:
+        """Return what the order of a tile's sums over k depends on: the step of k, the parts, and
+        whether the tensor cores take 64 rows of weights at once.
+        """
+        return self.block_k, self.split, self.block_n >= 64
+
+
+Ranges = Sequence[tuple[int | None, Sequence[Config]]]  # row bound, configurations
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -53,6 +64,17 @@ class Problem:
     parts: int = 1
     normed: bool = False
     scans: bool = False
+
+
+def ranges(problem: Problem, card: Card) -> Ranges:
+    """Return (row bound, configurations) of a linear on floats."""
+    return tuple(
+        (
+            most,
+            [c for kind in kinds for c in candidates(problem, kind, most or PREFILL_TOKENS, card)],
+        )
+        for most, kinds in BOUNDS
+    )
 
 
 def candidates(problem: Problem, kind: str, tokens: int, card: Card) -> list[Config]:
@@ -85,7 +107,7 @@ def candidates(problem: Problem, kind: str, tokens: int, card: Card) -> list[Con
             for (t, n), k, stages in itertools.product(tiles, (32, 64), (3, 4))
         ]
     fitting = [c for c in found if _tiles_fit(c, problem, card)]
-    return fitting or [Config(kind, 16, 16, 32, 4, 2)]
+    return fitting or [Config(kind, max(16, tokens) if kind == "dot" else 16, 16, 32, 4, 2)]
 
 
 def _rows_fit(c: Config, p: Problem, card: Card) -> bool:

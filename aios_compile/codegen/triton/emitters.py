@@ -46,7 +46,7 @@ class ForCard:
     def emit(self, spec: Any) -> KernelSource:
         """Return the module with the configurations for the card."""
         chosen: dict[str, Any] = {"card": self.card} if self.emitter in BY_CARD else {}
-        if self.emitter is linear:
+        if self.emitter in TUNED:
             chosen["tuning"] = self.tuning
         source: KernelSource = self.emitter.emit(spec, **chosen)
         return with_dependent_launch(source) if self.card.dependent_launch else source
@@ -75,6 +75,7 @@ BY_CARD = (
     linear, quantized_linear, fp8_linear, kv_write_attention, paged_attention, kv_write,
     qk_norm_rope_kv_write,
 )  # fmt: skip
+TUNED = (linear, quantized_linear, fp8_linear)
 
 
 def emitters_for(card: Card = DEFAULT, tuning: Tuning | None = None) -> Sequence[Any]:

@@ -13,7 +13,6 @@ in each program and once for the product.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -22,12 +21,14 @@ from aios_compile.codegen.cpp.frame import layout, symbol_of
 from aios_compile.codegen.operand import BYTES, Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton import (
+    choice,
     linear_spec,
     quantized_configs,
     quantized_linear,
     split_depth,
 )
 from aios_compile.codegen.triton.cards import DEFAULT, Card
+from aios_compile.codegen.triton.choice import Choice, Tuning
 from aios_compile.codegen.triton.configs import Config, Problem
 from aios_compile.codegen.triton.frame import Launch, Variant, module_text, python_dim
 from aios_compile.codegen.triton.linear_spec import LinearSpec
@@ -57,8 +58,15 @@ def reference(spec: QuantizedLinearSpec, body: fx.GraphModule, *tensors: Tensor)
     return body(*tensors)
 
 
-def emit(spec: QuantizedLinearSpec, card: Card = DEFAULT) -> KernelSource:
-    """Return the module. Raises CodegenError for a card that does not multiply such numbers."""
+def emit(
+    spec: QuantizedLinearSpec, card: Card = DEFAULT,
+    chosen: Sequence[tuple[int | None, Config]] | None = None,
+    tuning: Tuning | None = None,
+) -> KernelSource:  # fmt: skip
+    """Return the module; chosen, tuning: see quantized_linear.emit.
+
+    Raises CodegenError for a card that does not multiply such numbers.
+    """
     if not card.fp8:
         raise CodegenError(
             f"{card.target} ({card.name}) does not multiply e4m3 numbers",
@@ -66,11 +74,13 @@ def emit(spec: QuantizedLinearSpec, card: Card = DEFAULT) -> KernelSource:
             advice="quantization='int8' runs on every GPU; fp8 on cuda:90 and cuda:100",
         )
     base, plane = spec.linear, spec.plane
-    chosen = choose(spec, card)
+    symbol, reasons = symbol_of("fp8_linear", (spec, chosen, card.target)), []
+    if chosen is None:
+        made = choices(spec, card, tuning)
+        chosen, reasons = [(c.most, c.config) for c in made], [c.text() for c in made]
     shared = [Shared(c.split, -(-base.columns // c.block_n), c.block_t, False) for _, c in chosen]
     workspace, counters = split_depth.workspace(base, shared), split_depth.counters(shared)
     operands = [*base.operands, *workspace, *split_depth.counter_operand(counters)]
-    symbol = symbol_of("fp8_linear", (spec, card.target))
     rows, variants = python_dim(base.x.operand.shape[0]), []
     parts = [(TEMPLATES / "fp8.py.txt").read_text().rstrip("\n")]
     for (most, config), depth in zip(chosen, shared):
@@ -82,13 +92,14 @@ def emit(spec: QuantizedLinearSpec, card: Card = DEFAULT) -> KernelSource:
         else:
             sizes = [("BLOCK_T", tokens), *sizes]
             body = _tiles(spec, operands, depth)
-            if most is None:
+            if config.kind == "tile":
                 grid = f"(({rows} + {tokens - 1}) // {tokens}) * {depth.tiles}"
         parts.append(kernel_text(name, operands, tuple(n for n, _ in sizes), body))
         launch = Launch(name, grid, tuple(sizes), config.num_warps, config.num_stages)
         variants.append(Variant(most, (launch,)))
-    comment = [f"fp8_linear: e4m3, groups of {plane.group}", *(f"  {layout(o)}" for o in operands)]
-    comment += [f"model: {line}" for line in base.lines]
+    comment = [f"fp8_linear: e4m3 by {plane.group}, {quantized_linear.sizes_text(base)}"]
+    comment += [f"  {layout(o)}" for o in operands]
+    comment += [f"chosen for {x}" for x in reasons] + [f"model: {line}" for line in base.lines]
     text = module_text(comment, operands, parts, variants, base.x.operand.shape[0], workspace)
     return KernelSource(
         "fp8_linear", symbol, "triton", text, len(base.operands), linear_spec.inplace(base),
@@ -96,17 +107,17 @@ def emit(spec: QuantizedLinearSpec, card: Card = DEFAULT) -> KernelSource:
     )  # fmt: skip
 
 
-def choose(spec: QuantizedLinearSpec, card: Card = DEFAULT) -> list[tuple[int | None, Config]]:
-    """Return (row bound, configuration) of each variant; tiles go through a group of k a step."""
+def choices(
+    spec: QuantizedLinearSpec, card: Card = DEFAULT, tuning: Tuning | None = None
+) -> list[Choice]:
+    """Return the choice for each range of rows; tiles go through a group of k a step."""
     base, plane = spec.linear, spec.plane
     problem = Problem(
         base.columns, base.depth, base.streams, plane.row_bytes / base.depth,
         BYTES[base.x.operand.dtype], scans=True,
     )  # fmt: skip
-    row = Config("rows", 1, 4, STRIPS * STRIP, 4, 3)
-    tile = Config("tiles", quantized_configs.FEW_TOKENS, 32, plane.group, 4, 3)
-    wide, many = replace(tile, block_t=32), replace(tile, block_t=64, block_n=64, num_warps=8)
-    return quantized_configs.with_parts(problem, row, tile, wide, many, card)
+    found = quantized_configs.float_ranges(problem, plane.group, card)
+    return choice.choose(problem, card, tuning, lambda c: emit(spec, card, ((None, c),)), found)
 
 
 def _gained(base: LinearSpec, name: str, place: str, mask: str) -> list[str]:

@@ -99,7 +99,7 @@ def _run(function: Function, sources: Sequence[KernelSource]) -> tuple[Run, tupl
     counters = places.setdefault((Ref("counters", 0), "*i32"), len(places))
     run = Run(
         f"persistent_{function.name}_{_digest(used, operands)}", tuple(used), tuple(operands),
-        tuple(kind for _, kind in places), counters,
+        tuple(kind for _, kind in places), counters, tuple(ref for ref, _ in places),
     )  # fmt: skip
     return run, tuple(ref for ref, _ in places)
 

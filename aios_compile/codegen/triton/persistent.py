@@ -5,11 +5,14 @@ text unchanged; its work items (what was a grid) are dealt out round robin: prog
 programs, ... A program goes through the phases in order. When it has done its items of a phase it
 adds their number to the phase's flag (release); before its first item of the next phase it waits
 until that flag has all items (acquire), and fetches the item's weights into L2 before it waits.
-There is no grid barrier: who has no items in a phase neither waits for it nor is waited for.
+There is no grid barrier: who has no items in a phase neither waits for it nor is waited for, and
+where an item needs a part of the phase before, it waits for that part's flag (handover.py): heads
+are attended to as soon as their own queries, keys and values are there.
 
-Order. An item of phase p + 1 begins after all items of p have ended, so after all of the phases
-before: the flags' releases and acquires chain (PTX memory model, causality order). The memory plan
-counts each kernel as a phase, so buffers that share memory are never alive in one.
+Order. What an item reads was made by items that it has waited for, or that these had: the flags'
+releases and acquires chain (PTX memory model, causality order). Attention has items of every head,
+so the phase after it begins when the linear before it has ended too. The memory plan keeps what two
+phases in a row touch apart (lower.py), and each phase has its own counters.
 No deadlock. All programs are resident: their number is at most multiprocessors x programs that one
 holds by the compiler's report (occupancy.py), and the executor refuses a device with fewer. A
 program waits only for items of earlier phases; the programs that have them do not wait for it
@@ -31,16 +34,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from aios_compile.codegen.program import Ref
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton.cards import Card
 from aios_compile.codegen.triton.dependent_launch import WAIT
-from aios_compile.codegen.triton.frame import JIT, LAUNCH
+from aios_compile.codegen.triton.frame import JIT
+from aios_compile.codegen.triton.handover import Heads, handover, heads_between
 from aios_compile.codegen.triton.module_parts import (
     ModuleParts,
     PartLaunch,
     merged_definitions,
     take_apart,
 )
+from aios_compile.codegen.triton.persistent_text import FLAGS, LAUNCHES, MODULE
 from aios_compile.errors import CodegenError
 
 MOST = 32  # tokens that the phases serve: as many as the linears stream weights for
@@ -48,86 +54,13 @@ WARPS = 4  # of every phase: attention's and the tensor cores'
 LINE = 32  # integers of a line of L2: a flag each
 ADVICE = "load with persistent_decode=False: one launch a kernel"
 
-FLAGS = """\
-@triton.jit
-def await_phase(flag, items):
-    # Wait until all items of a phase have ended; what they wrote can be read then.
-    seen = flag_of(flag)
-    while seen < items:
-        seen = flag_of(flag)
-
-
-@triton.jit
-def flag_of(flag):
-    if INTERPRETED:
-        return tl.atomic_add(flag, 0, sem="acquire")
-    else:
-        # every thread for itself: no exchange inside the loop, and no atomic that delays the others
-        return tl.inline_asm_elementwise(
-            "ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [flag],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )
-
-
-@triton.jit
-def ended(flag, program, programs, items):
-    # Say that a program's items of a phase have ended; return the items that have.
-    mine = (items - program + programs - 1) // programs
-    tl.debug_barrier()  # every thread's results are written before the flag says so
-    return tl.atomic_add(flag, mine, sem="acq_rel") + mine"""
-
-LAUNCHES = '''\
-def phases(kernel, programs, number, **options):
-    """Return a persistent kernel's launch; one for each phase where programs run in turns."""
-    spans = [(0, number)]
-    if INTERPRETED.value:  # nobody may wait for a later program, and a few do all items
-        spans, programs = [(p, p + 1) for p in range(number)], min(programs, 8)
-    return tuple(
-        dict(
-            kernel=kernel, grid=lambda T, S, R, P: (programs,),
-            constexprs=dict(FIRST=first, LAST=last), options=options,
-        )
-        for first, last in spans
-    )'''
-
-MODULE = (
-    """\
-{comment}
-import triton
-import triton.language as tl
-
-{head}
-
-
-{definitions}
-
-
-{launches}
-
-
-TYPES = ({types})
-WORKSPACE = ()
-# programs that a multiprocessor must hold at once -> how many there are
-RESIDENT = {resident}
-VARIANTS = (
-{variants}
-)
-
-
-"""
-    + LAUNCH
-    + """        given = [operands[i] for i in call["operands"]] if "operands" in call else operands
-        call["kernel"][grid](*given, T, S, R, P, **options)
-"""
-)
-
 
 @dataclass(frozen=True)
 class Run:
     """Consecutive launches that become one.
 
     sources, operands: each kernel and where its operands are among the launch's; counters: the
-    place of the counters there; types: Triton's type of each.
+    place of the counters there; types: Triton's type of each; refs: where each lies.
     """
 
     name: str
@@ -135,15 +68,37 @@ class Run:
     operands: tuple[tuple[int, ...], ...]
     types: tuple[str, ...]
     counters: int
+    refs: tuple[Ref, ...] = ()
 
 
-def num_counters(run: Run) -> int:
-    """Return the counters of a joined launch: its phases', then a flag a phase."""
-    return _first_flag(run) + LINE * len(run.sources)
+@dataclass(frozen=True)
+class Flags:
+    """Where phases count. counters: the first of each phase's own; flags: of each phase, by number;
+    heads: by which a phase hands over to the next, if it does.
+    """
+
+    counters: tuple[int, ...]
+    first: int
+    flags: tuple[int, ...]
+    heads: tuple[Heads | None, ...]
+
+    def num_flags(self) -> int:
+        return self.flags[-1] + 1
 
 
-def _first_flag(run: Run) -> int:
-    return -(-max(s.counters for s in run.sources) // LINE) * LINE
+def flags_of(run: Run, parts: Sequence[ModuleParts]) -> Flags:
+    """Return the counters and flags of a launch: each phase's counters, then the flags."""
+    counters = [0]
+    for source in run.sources:
+        counters.append(counters[-1] + -(-source.counters // LINE) * LINE)
+    heads: list[Heads | None] = []
+    for p in range(len(parts) - 1 if run.refs else 0):
+        refs = [[run.refs[i] for i in run.operands[q]] for q in (p, p + 1)]
+        heads.append(heads_between(parts[p], parts[p + 1], *refs))
+    heads += [None] * (len(parts) - len(heads))
+    counts = [found.count if found else 1 for found in heads]
+    flags = tuple(sum(counts[:p]) for p in range(len(parts)))
+    return Flags(tuple(counters[:-1]), counters[-1], flags, tuple(heads))
 
 
 def bounds(parts: Sequence[ModuleParts]) -> list[int]:
@@ -182,13 +137,14 @@ def emit(run: Run, card: Card, resident: dict[int, int] | None = None) -> Kernel
     wanted: list[set[str]] = [set() for _ in parts]
     variants = {most: _separate(parts, run.operands, most, wanted) for most in [*apart, None]}
     kernels: dict[str, None] = {}
+    flags = flags_of(run, parts)
     for bound, programs in held.items():
         launches = [phase_of(part, bound) for part in parts]
         for part, launch, names in zip(parts, launches, wanted):
             kernels[_phase_text(part, launch)] = None
             names |= part.reached(launch.kernel) - {launch.kernel}
         name = f"{run.name}_{bound}"
-        kernels[_kernel_text(run, name, launches)] = None
+        kernels[_kernel_text(run, name, launches, flags)] = None
         stages = max(launch.options["num_stages"] for launch in launches)
         options = f"num_warps={WARPS}, num_stages={stages}"
         options += ", **DEPENDENT" if card.dependent_launch else ""
@@ -209,8 +165,9 @@ def emit(run: Run, card: Card, resident: dict[int, int] | None = None) -> Kernel
     )
     lines = tuple(dict.fromkeys(x for s in run.sources for x in s.model_lines))
     return KernelSource(
-        run.name, run.name, "triton", text, len(run.types) - 1, (), lines, (), num_counters(run)
-    )
+        run.name, run.name, "triton", text, len(run.types) - 1, (), lines, (),
+        flags.first + LINE * flags.num_flags(),
+    )  # fmt: skip
 
 
 def phase_of(part: ModuleParts, bound: int) -> PartLaunch:
@@ -263,9 +220,10 @@ def _phase_text(part: ModuleParts, launch: PartLaunch) -> str:
     return f"@triton.jit\ndef {launch.kernel}_phase({head}, {arguments}):\n{body}"
 
 
-def _kernel_text(run: Run, name: str, launches: Sequence[PartLaunch]) -> str:
+def _kernel_text(run: Run, name: str, launches: Sequence[PartLaunch], flags: Flags) -> str:
     """Return the kernel of one row bound: FIRST to LAST of the phases, for this program."""
     last = len(launches) - 1
+    handed = [handover(heads, launch) for heads, launch in zip(flags.heads, launches)]
     arguments = [f"a{i}" for i in range(len(run.types))]
     lines = [
         JIT,
@@ -274,7 +232,7 @@ def _kernel_text(run: Run, name: str, launches: Sequence[PartLaunch]) -> str:
         "    FIRST: tl.constexpr, LAST: tl.constexpr,",
         "):  # fmt: skip",
         "    program, programs = tl.program_id(0), tl.num_programs(0)",
-        f"    flags = a{run.counters} + {_first_flag(run)}",
+        f"    flags = a{run.counters} + {flags.first}",
     ]
     for p, launch in enumerate(launches):
         extents = [x.replace("min(", "tl.minimum(") for x in launch.grid]
@@ -282,33 +240,47 @@ def _kernel_text(run: Run, name: str, launches: Sequence[PartLaunch]) -> str:
         lines[-1] += f" * {extents[1]}" if len(extents) > 1 else ""
     for p, (launch, operands, source) in enumerate(zip(launches, run.operands, run.sources)):
         item = "item, 0" if len(launch.grid) == 1 else f"item % across_{p}, item // across_{p}"
-        flag = f"flags + {LINE * (p - 1)}, items_{p - 1}" if p else "flags, 0"
-        given = [*(arguments[i] for i in operands), "T, S, R, P", *launch.constexprs.values()]
+        before = handed[p - 1] if p else None
+        flag = f"flags + {LINE * flags.flags[p - 1]}, items_{p - 1}" if p else "flags, 0"
+        if before is not None:
+            place = f"{LINE * flags.flags[p - 1]} + item // across_{p} * {LINE}"
+            flag = f"flags + {place}, {before.items()}"
+        own = arguments[run.counters] + (f" + {flags.counters[p]}" if flags.counters[p] else "")
+        given = [own if i == run.counters else arguments[i] for i in operands]
+        given += ["T, S, R, P", *launch.constexprs.values()]
+        after = handed[p]
+        item = "made_by, 0" if after is not None else item
+        made = [f"            if LAST > {p + 1}:"]
+        made += [f"                made(flags + {LINE * flags.flags[p]} + head * {LINE})"]
         lines += [
             f"    if FIRST <= {p} and LAST > {p}:  # {source.symbol}",
             "        item = program",
             f"        while item < items_{p}:  # in a `for` Triton would pipeline no inner loop",
+            *(f"            {line}" for line in (after.lines() if after else ())),
             f"            {launch.kernel}_phase(",
-            f"                {item}, across_{p}, item == program, {flag}, FIRST < {p},",
+            f"                {item}, across_{p}, {'True' if before else 'item == program'},",
+            f"                {flag}, FIRST < {p},",
             f"                {', '.join(given)},",
             "            )",
+            *(made if after else ()),
             "            item += programs",
         ]
-        done = f"ended(flags + {LINE * p}, program, programs, items_{p})"
+        done = f"ended(flags + {LINE * flags.flags[p]}, program, programs, items_{p})"
         if p == 0 and "wait_for_inputs" in run.sources[0].text:
             lines += [
                 "        if program >= items_0:  # its flags may be those of the launch before",
                 "            wait_for_inputs()",
             ]
-        if p < last:
+        if p < last and after is None:
             lines += [f"        if LAST > {p + 1}:", f"            if program < items_{p}:"]
             lines += [f"                {done}"]
+    count = flags.num_flags()
     lines += [
         f"    if FIRST < {last} and LAST > {last}:",
         f"        if program < items_{last}:",
         f"            if {done} == items_{last}:  # every wait is over",
-        f"                flag = tl.arange(0, {1 << last.bit_length()})",
-        f"                tl.store(flags + flag * {LINE}, 0, mask=flag < {last + 1})",
+        f"                flag = tl.arange(0, {1 << (count - 1).bit_length()})",
+        f"                tl.store(flags + flag * {LINE}, 0, mask=flag < {count})",
     ]
     return "\n".join(lines)
 

@@ -1,65 +1,93 @@
-"""Configurations of a linear on quantised rows: how many programs share a tile's depth.
+"""Configurations of a linear on quantised rows: enumerated from its sizes and what fits the card.
 
-Blocks and warps are those that compile without spills on every target and format
-(tests/nightly/test_triton_matrix.py); the number of parts is what cost_model.py likes best. It
-depends on the sizes and the card, never on T: all tiles of up to 32 tokens have the same step of k
-and the same parts, so that a token's sums are made in one order whatever the others are.
+choice.py picks one for each range of rows, as for linear.py. The bounds on what a thread holds are
+those of blocks that compile without spills on every target and format (tests/nightly:
+test_triton_matrix.py, test_triton_models.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import itertools
+from collections.abc import Iterable
 
 from aios_compile.codegen.triton.cards import Card
-from aios_compile.codegen.triton.configs import Config, Problem
-from aios_compile.codegen.triton.cost_model import cost, cost_us
+from aios_compile.codegen.triton.configs import Config, Problem, Ranges
 
 STRIP = 16  # bytes of codes that a thread reads at once
 SPLITS = (1, 2, 4, 8)
-FEW_TOKENS = 16  # for which the parts of a tile are chosen
+BLOCKS = (16, 32, 64)  # columns of a tile
+MOST_LOADS = 2  # strips of a stream that a thread holds
+MOST_WEIGHTS, MOST_FACTORS, MOST_SUMS = 16, 24, 64  # float32 values that a thread holds
 
 
-def choose(problem: Problem, strip_codes: int, card: Card) -> list[tuple[int | None, Config]]:
-    """Return (row bound, configuration) of each variant of quantized_linear.
+def ranges(problem: Problem, strip_codes: int, card: Card) -> Ranges:
+    """Return (row bound, configurations) of quantized_linear. strip_codes: codes of 16 bytes.
 
-    strip_codes: codes of 16 bytes. Tiles of many tokens hold half as many where factors live in
-    registers, and more stages where two spill.
+    Tiles of many tokens hold half as many where factors live in registers, and more stages where
+    two spill.
     """
-    warps = card.warps[0]
-    row = Config("rows", 1, 2 * warps, 32 * strip_codes, warps, 2)
-    tile = Config("tiles", FEW_TOKENS, 32, 4 * strip_codes, 4, 2)
-    many = replace(tile, block_t=64 if card.async_dots else 32, block_n=64, block_k=2 * strip_codes)
-    many = replace(many, num_stages=3 if problem.normed and not card.async_dots else 2)
-    return with_parts(problem, row, tile, replace(tile, block_t=32, block_n=16), many, card)
-
-
-def with_parts(
-    problem: Problem, row: Config, tile: Config, wide: Config, many: Config, card: Card
-) -> list[tuple[int | None, Config]]:
-    """Return the variants for 1, 16, 32 and any number of tokens, all but the last with parts."""
-    assert tile.block_k == wide.block_k, "a row's bits must not depend on the number of tokens"
-    row = replace(row, split=_parts(problem, row, card))
-    split = _parts(problem, tile, card)
-    few = [(16, replace(tile, split=split)), (32, replace(wide, split=split))]
-    return [(1, row), *few, (None, many)]
-
-
-def reasons(problem: Problem, chosen: list[tuple[int | None, Config]], card: Card) -> list[str]:
-    """Return why each variant with parts has as many, a line each."""
-    lines = []
-    for most, config in chosen[:-1]:
-        kind = replace(config, kind="rows" if config.kind == "rows" else "dot")
-        told = cost(kind, problem, config.block_t, card).text()
-        lines.append(f"up to {most} rows: {config.split} parts of the depth: {told}")
-    return lines
-
-
-def _parts(problem: Problem, config: Config, card: Card) -> int:
-    """Return the best number of parts; each has at least one whole step of the depth."""
-    kind = "rows" if config.kind == "rows" else "dot"
-    found = [
-        replace(config, kind=kind, split=split)
-        for split in SPLITS
-        if split == 1 or config.block_k * split <= problem.depth
+    halves = strip_codes // STRIP
+    rows = [
+        Config("rows", 1, columns, strips * strip_codes, warps, 2, split)
+        for warps, columns, strips, split in itertools.product(
+            card.warps, (2, 4, 8, 16), (16, 32, 64), SPLITS
+        )
+        if columns * strips in (warps * card.warp, MOST_LOADS * warps * card.warp)
     ]
-    return min(found, key=lambda c: cost_us(c, problem, c.block_t, card)).split
+    few = [
+        [
+            Config("dot", tokens, columns, strips * strip_codes, 4, stages, split)
+            for columns, strips, stages, split in itertools.product(
+                BLOCKS, (2, 4, 8), (2, 3), SPLITS
+            )
+        ]
+        for tokens in (16, 32)
+    ]
+    tokens = 64 if card.async_dots else 32
+    stages = (3,) if problem.normed and not card.async_dots else (2, 3)
+    many = [
+        Config("tile", tokens, 64, strips * strip_codes, 4, count)
+        for strips, count in itertools.product((2, 4), stages)
+    ]
+    dots = [[c for c in found if _held(c, halves, problem, card)] for found in few]
+    tiles = [c for c in many if _held(c, halves, problem, card)]
+    return _of_depth(problem, rows, *dots, tiles)
+
+
+def float_ranges(problem: Problem, group: int, card: Card) -> Ranges:
+    """Return (row bound, configurations) of fp8_linear, whose step of k is a group of the format.
+
+    Its rows read ahead; products are on the tensor cores, whose sums a group's scale takes.
+    """
+    rows = [
+        Config("rows", 1, columns, 32 * STRIP, 4, 3, split)
+        for columns, split in itertools.product((4, 8), SPLITS)
+    ]
+    few = [
+        [
+            Config("dot", tokens, columns, group, 4, stages, split)
+            for columns, stages, split in itertools.product((16, 32), (2, 3), SPLITS)
+        ]
+        for tokens in (16, 32)
+    ]
+    many = [Config("tile", 64, 64, group, 8, stages) for stages in (2, 3)]
+    return _of_depth(problem, rows, *few, many)
+
+
+def _held(c: Config, halves: int, p: Problem, card: Card) -> bool:
+    """Return whether a thread holds a half byte's weights and activations, and its sums."""
+    threads = c.num_warps * card.warp
+    weights = c.block_n * c.block_k // halves // threads
+    factors = weights + c.block_t * c.block_k // halves // threads
+    sums = c.block_t * c.block_n * p.streams // threads
+    most = MOST_FACTORS if c.kind == "dot" else 2 * MOST_WEIGHTS
+    return weights <= MOST_WEIGHTS and factors <= most and sums <= min(MOST_SUMS, card.sums)
+
+
+def _of_depth(problem: Problem, *found: Iterable[Config]) -> Ranges:
+    """Return the ranges; each part of a shared depth has at least one whole step, and the last step
+    is a whole one where it can be: lanes that do nothing cost as much, and masks registers.
+    """
+    kept = [[c for c in x if c.split == 1 or c.block_k * c.split <= problem.depth] for x in found]
+    kept[0] = [c for c in kept[0] if problem.depth % c.block_k == 0] or kept[0]
+    return tuple(zip((1, 16, 32, None), kept))

@@ -26,8 +26,9 @@ from aios_compile.codegen.operand import BYTES, Operand
 from aios_compile.codegen.planar import PREFIX, Plane, plane_of
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import resolve
-from aios_compile.codegen.triton import linear_spec, quantized_configs, split_depth
+from aios_compile.codegen.triton import choice, linear_spec, quantized_configs, split_depth
 from aios_compile.codegen.triton.cards import DEFAULT, Card
+from aios_compile.codegen.triton.choice import Choice, Tuning
 from aios_compile.codegen.triton.configs import Config, Problem
 from aios_compile.codegen.triton.frame import Launch, Variant, module_text, python_dim
 from aios_compile.codegen.triton.linear_spec import FLOATS, LinearSpec
@@ -94,17 +95,27 @@ def problem_of(spec: QuantizedLinearSpec) -> Problem:
     )  # fmt: skip
 
 
+def choices(
+    spec: QuantizedLinearSpec, card: Card = DEFAULT, tuning: Tuning | None = None
+) -> list[Choice]:
+    """Return the choice for each range of rows; tuning: with what the compiler reports."""
+    problem = problem_of(spec)
+    found = quantized_configs.ranges(problem, strip_codes(spec.plane), card)
+    return choice.choose(problem, card, tuning, lambda c: emit(spec, card, ((None, c),)), found)
+
+
 def emit(
     spec: QuantizedLinearSpec, card: Card = DEFAULT,
     chosen: Sequence[tuple[int | None, Config]] | None = None,
+    tuning: Tuning | None = None,
 ) -> KernelSource:  # fmt: skip
-    """Return the module; `chosen` overrides the model's choice of configurations."""
+    """Return the module. chosen: overrides the choice; tuning: asks the compiler about it."""
     base, plane = spec.linear, spec.plane
-    symbol = symbol_of("quantized_linear", (spec, chosen, card.target))
+    symbol = symbol_of("quantized_linear", (spec, chosen, card.target, card.warps))
     reasons: list[str] = []
     if chosen is None:
-        made = quantized_configs.choose(problem_of(spec), strip_codes(plane), card)
-        chosen, reasons = made, quantized_configs.reasons(problem_of(spec), made, card)
+        made = choices(spec, card, tuning)
+        chosen, reasons = [(c.most, c.config) for c in made], [c.text() for c in made]
     shared = [_shared(base, config) for _, config in chosen]
     workspace, counters = split_depth.workspace(base, shared), split_depth.counters(shared)
     operands = [*base.operands, *workspace, *split_depth.counter_operand(counters)]
@@ -119,12 +130,12 @@ def emit(
         else:
             body = _tiles(spec, operands, depth)
             sizes = [("BLOCK_T", config.block_t), *sizes]
-            if most is None:
+            if config.kind == "tile":
                 grid = f"(({rows} + {config.block_t - 1}) // {config.block_t}) * {depth.tiles}"
         parts.append(kernel_text(name, operands, tuple(n for n, _ in sizes), body))
         launch = Launch(name, grid, tuple(sizes), config.num_warps, config.num_stages)
         variants.append(Variant(most, (launch,)))
-    comment = [f"quantized_linear: {plane.bits} bits, groups of {plane.group}"]
+    comment = [f"quantized_linear: {plane.bits} bits by {plane.group}, {sizes_text(base)}"]
     comment += [f"  {layout(o)}" for o in operands] + [f"chosen for {x}" for x in reasons]
     comment += [f"model: {x}" for x in base.lines]
     text = module_text(comment, operands, parts, variants, base.x.operand.shape[0], workspace)
@@ -137,6 +148,11 @@ def emit(
 def _shared(base: LinearSpec, config: Config) -> Shared:
     tiles = -(-base.columns // config.block_n)
     return Shared(config.split, tiles, config.block_t, base.norm is not None)
+
+
+def sizes_text(base: LinearSpec) -> str:
+    """Return the sizes in words, by which the kernels of a layer differ."""
+    return f"{base.depth} inputs for {base.streams} x {base.columns} columns"
 
 
 def strip_codes(plane: Plane) -> int:
