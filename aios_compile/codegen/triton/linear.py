@@ -3,7 +3,7 @@
 One module, one variant for each range of rows (configs.py): up to 4 tokens the weights stream
 through the vector units (skinny_linear.py), up to 32 through the tensor cores with all tokens in
 one tile, beyond that in tiles of tokens (tile_linear.py). Layouts, spec: linear_spec.py. Sums are
-float32 in an order that the variant fixes: the same bits for the same bucket of tokens.
+float32 in an order that is fixed for a class of steps by their tokens (docs/targets.md).
 Half-precision weights meet float32 activations as the sum of two parts of the weights' precision
 (16 bits of mantissa for bf16, 22 for f16): `parts` in the spec's module text, no rounding to half.
 A norm of x is a prologue of the kernels for few tokens, a launch of its own before the tiles.
