@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import ast
 import math
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from aios_compile.codegen.program import Ref
 from aios_compile.codegen.triton.module_parts import ModuleParts, PartLaunch
 
 CONSTANT = re.compile(r"tl\.constexpr\((\d+)\)$")
+OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+}  # fmt: skip
 BYTES = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
 ATTENDS = "_attend_split"  # the kernel whose second axis are the key and value heads
 ONE_OF_QKV = (0, 2, 4)  # arguments of its template: q, k, v
@@ -120,11 +124,17 @@ def handover(heads: Heads | None, launch: PartLaunch) -> Handover | None:
     if math.gcd(heads.queries, heads.keys, heads.values) % width:
         return None
     parts = int(launch.constexprs.get("SPLIT", 1))
-    tiles = ast.parse(launch.grid[0], mode="eval")
-    if any(isinstance(node, ast.Name) for node in ast.walk(tiles)):
-        return None  # as many items as tokens want
-    count = eval(compile(tiles, "grid", "eval"), {"__builtins__": {}})  # whole numbers only
-    return Handover(heads, width, parts) if count == heads.columns // width * parts else None
+    items = _whole(ast.parse(launch.grid[0], mode="eval").body)
+    return Handover(heads, width, parts) if items == heads.columns // width * parts else None
+
+
+def _whole(node: ast.expr) -> int | None:
+    """Return the value of an expression of whole numbers, None where it has a size."""
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        left, right = _whole(node.left), _whole(node.right)
+        return None if left is None or right is None else OPERATORS[type(node.op)](left, right)
+    found = node.value if isinstance(node, ast.Constant) else None
+    return found if isinstance(found, int) else None
 
 
 def _arguments(kernel: str) -> list[int]:
