@@ -56,3 +56,5 @@ def test_other_bodies_are_left_to_others() -> None:
         return aios.quantized_embedding.default(rows, ids, "int8_g32_f16")
 
     assert quantized_embedding.spec_of(*make_body(plain, inputs)) is None  # not packed
+    table = {"ids": (("T", 2), torch.int64)}
+    assert quantized_embedding.spec_of(*make_body(plain, inputs | table, packed=packed)) is None

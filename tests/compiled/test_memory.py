@@ -23,7 +23,7 @@ from aios_compile.codegen.cpp.emitters import EMITTERS
 from aios_compile.codegen.cpp.step import emit_step
 from aios_compile.codegen.emit_kernels import Emitted, emit_kernels
 from aios_compile.codegen.lower import lower
-from aios_compile.codegen.program import Program
+from aios_compile.codegen.program import Launch, Program
 from aios_compile.compiled_model import CompiledModel, make_limits
 from aios_compile.config import CompileOptions
 from aios_compile.ir.lifetimes import Lifetime, Placement
@@ -100,6 +100,9 @@ def test_the_plan_is_consistent(load: Load) -> None:
     plan = model.memory_plan
     assert plan.lower_bound_bytes <= plan.arena_bytes <= plan.naive_bytes
     assert plan.arena_bytes <= 1.1 * plan.lower_bound_bytes
+    launches = [c for f in model.program.functions for c in f.items if isinstance(c, Launch)]
+    adds = [c for c in launches if c.label.startswith("add_rms_norm")]
+    assert adds and all(c.operands[3] in c.operands[:2] for c in adds), "the sum is made in place"
     outer = [b for b in plan.buffers if "/" not in b.name]
     assert max(b.offset + b.bytes for b in outer) <= plan.arena_bytes
     for i, a in enumerate(outer):
