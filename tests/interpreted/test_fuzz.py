@@ -70,3 +70,12 @@ def test_quantised_weights_are_judged(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(interpreted, "pack_planar", shifted)
     with pytest.raises(FuzzFailure, match="wrong"):
         run_example(example, tmp_path)
+
+
+@pytest.mark.nightly
+def test_codes_are_not_moved_for_a_second_opinion(tmp_path: Path) -> None:
+    """Found by the first caches of e4m3 here: torch multiplies no 8-bit floats."""
+    example = draw(6, 8, passes=("quantize_kv",), target="triton")
+    example = replace(example, setup=replace(example.setup, target="triton"))
+    outcome = run_example(example, tmp_path)
+    assert example.setup.kv == "e4m3" and outcome.second and outcome.hits["quantize_kv"]

@@ -41,10 +41,7 @@ def draw(
     ops: Sequence[str] = (),
     target: str = "cpp",
 ) -> Example:
-    """Draw example `number`. passes: plant one of their patterns; ops: use one of these.
-
-    The Triton target gets no caches of codes, over which its attention multiplies in bf16.
-    """
+    """Draw example `number`. passes: plant one of their patterns; ops: use one of these."""
     rng = random.Random(f"{seed}/{number}")
     for _ in range(1000):
         try:
@@ -69,7 +66,7 @@ def _pass(rng: random.Random, names: Sequence[str]) -> str:
 def _is_for(pattern: Pattern, target: str) -> bool:
     if pattern.rounded and not build.Target.host().bf16_dot:
         return False  # no kernel for it here
-    return INFO_OF[pattern.pass_name].runs_on(target) and (target == "cpp" or not pattern.kv)
+    return INFO_OF[pattern.pass_name].runs_on(target)
 
 
 def random_graph(rng: random.Random, ops: Sequence[str] = ()) -> Example:

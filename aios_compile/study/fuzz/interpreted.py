@@ -66,7 +66,9 @@ class InterpretedGraph:
         for node in placeholders(module.root.graph):
             if node.name in module.states:
                 value = node.meta["val"]
-                self.held[node.name] = torch.zeros(tuple(map(int, value.shape)), dtype=value.dtype)
+                # 8-bit floats are their bits to kernels: not every card has the type
+                dtype = torch.uint8 if value.dtype == torch.float8_e4m3fn else value.dtype
+                self.held[node.name] = torch.zeros(tuple(map(int, value.shape)), dtype=dtype)
 
     def close(self) -> None:
         """Release nothing: the tensors go with the object."""

@@ -112,6 +112,7 @@ def _perturb_each(graph: fx.Graph, perturb: Callable[[Tensor], Tensor]) -> None:
     for node in list(graph.nodes):
         value = node.meta.get("val")
         floats = isinstance(value, Tensor) and value.is_floating_point()
+        floats = floats and value.dtype.itemsize > 1  # codes are what they are
         if floats and node.op in ("call_function", "placeholder"):
             with graph.inserting_after(node):
                 other = graph.call_function(perturb, (node,))

@@ -24,8 +24,9 @@ from aios_compile.study.fuzz.program import Program
 if TYPE_CHECKING:
     from aios_compile.study.fuzz.example import Example, Outcome, Runnable
 
-# Triton's quantised linears multiply activations as two parts of bf16, which hold 16 bits.
-PARTS_ROUNDING = 2.0**-16
+# Triton's quantised linears multiply activations as two parts of bf16, which hold 16 bits; its
+# attention over codes multiplies one part.
+TWO_PARTS, ONE_PART = 2.0**-16, 2.0**-9
 
 __all__ = ["MAX_TOKENS", "check"]
 
@@ -155,7 +156,9 @@ class _Run:
 
         module = self.compiled.module
         oracle, eager = (self._level_3(module, d) for d in (torch.float64, torch.float32))
-        rounding = PARTS_ROUNDING if self.exact_activations else judge.ROUNDING
+        rounding = judge.ROUNDING
+        if self.exact_activations:
+            rounding = ONE_PART if self.example.setup.kv else TWO_PARTS
         least = FLOOR_ROUNDINGS * rounding
         verdicts: dict[int, list[Verdict]] = {}
         for number, step in enumerate(self.plan.steps):
