@@ -68,28 +68,35 @@ class ContinuousBatches:
             page_size=16, num_blocks=CONCURRENT * (longest // 16 + 2) * 2, max_batch_tokens=512,
             max_requests_per_batch=CONCURRENT, use_cuda_graph=False,
         )  # fmt: skip
-        manager = self.model.init_continuous_batching(self.config, settings)
-        manager.start()
-        try:
-            begin = time.perf_counter()
-            ids = [
-                manager.add_request(prompt, max_new_tokens=count, request_id=f"r{i}")
-                for i, (prompt, count) in enumerate(zip(work.prompts, work.output_tokens))
-            ]
-            done: dict[str, list[int]] = {}
-            while len(done) < len(ids):
-                result = manager.get_result(timeout=1)
-                if result is not None and result.is_finished():
-                    if result.error is not None:
-                        raise RuntimeError(f"continuous batching failed: {result.error}")
-                    done[result.request_id] = list(result.generated_tokens)
-                elif result is None and not manager.is_running():
-                    raise RuntimeError("the continuous batching thread ended")
-            seconds = time.perf_counter() - begin
-        finally:
-            manager.stop(block=True, timeout=10)
-            manager.destroy()
-        return Outcome(seconds, [done[i] for i in ids], [])
+        return continuous(self.model, self.config, settings, work.prompts, work.output_tokens)
+
+
+def continuous(
+    model: Any, config: Any, settings: Any, prompts: list[list[int]], counts: list[int]
+) -> Outcome:
+    """Serve requests that are all there at the start, each with a length of its own."""
+    manager = model.init_continuous_batching(config, settings)
+    manager.start()
+    try:
+        begin = time.perf_counter()
+        ids = [
+            manager.add_request(prompt, max_new_tokens=count, request_id=f"r{i}")
+            for i, (prompt, count) in enumerate(zip(prompts, counts))
+        ]
+        done: dict[str, list[int]] = {}
+        while len(done) < len(ids):
+            result = manager.get_result(timeout=1)
+            if result is not None and result.is_finished():
+                if result.error is not None:
+                    raise RuntimeError(f"continuous batching failed: {result.error}")
+                done[result.request_id] = list(result.generated_tokens)
+            elif result is None and not manager.is_running():
+                raise RuntimeError("the continuous batching thread ended")
+        seconds = time.perf_counter() - begin
+    finally:
+        manager.stop(block=True, timeout=10)
+        manager.destroy()
+    return Outcome(seconds, [done[i] for i in ids], [])
 
 
 class LlamaCpp:

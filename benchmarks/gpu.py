@@ -170,11 +170,10 @@ def engine_rows(options: argparse.Namespace, clock: Clock) -> Iterable[Row]:
 
     for shape in options.shapes[:1]:
         yield f"engine {shape}", lambda shape=shape: gpu_engine.engine_row(shape, options, clock)
-        if clock.cuda:
-            yield (
-                f"transformers continuous batching {shape}",
-                lambda shape=shape: gpu_engine.transformers_row(shape, options),
-            )
+        yield (
+            f"transformers continuous batching {shape}",
+            lambda shape=shape: gpu_engine.transformers_row(shape, options, clock),
+        )
 
 
 def machine(clock: Clock) -> dict[str, Any]:

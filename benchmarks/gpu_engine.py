@@ -58,24 +58,27 @@ def engine_row(shape: str, options: argparse.Namespace, clock: Clock) -> dict[st
         }  # fmt: skip
 
 
-def transformers_row(shape: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Serve the workload with transformers' continuous batching, greedy."""
+def transformers_row(shape: str, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    """Serve the workload with transformers' continuous batching, greedy, with its own settings."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+    from benchmarks.engine_peers import continuous
     from benchmarks.shapes import config_of, make
 
     folder = make(shape, Path(tempfile.mkdtemp(prefix="aios-gpu-hf-")) / shape, options.layers)
     work = workload(options, min(1000, config_of(shape)["vocab_size"]))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
-    seconds = 0.0
-    by_length: dict[int, list[list[int]]] = {}
-    for prompt, new in work:  # one limit a call: requests with like limits go together
-        by_length.setdefault(-(-new // 128) * 128, []).append(prompt)
-    for new, prompts in by_length.items():
-        settings = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1)
-        begin = time.perf_counter()
-        model.generate_batch(inputs=prompts, generation_config=settings)
-        seconds += time.perf_counter() - begin
-    produced = sum(new * len(prompts) for new, prompts in by_length.items())
-    return {"seconds": seconds, "new_tokens_per_s": produced / seconds}
+    prompts, counts = [prompt for prompt, _ in work], [count for _, count in work]
+    dtype = torch.bfloat16 if clock.cuda else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    small = {"page_size": 16, "num_blocks": 64, "max_batch_tokens": 64, "use_cuda_graph": False}
+    settings = ContinuousBatchingConfig(**({} if clock.cuda else small))
+    config = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)
+    done = continuous(model.cuda() if clock.cuda else model, config, settings, prompts, counts)
+    tokens = sum(map(len, prompts)) + sum(counts)
+    assert [len(x) for x in done.tokens] == counts, "every request has its length"
+    return {
+        "seconds": done.seconds, "requests": len(work), "tokens_per_s": tokens / done.seconds,
+        "new_tokens_per_s": sum(counts) / done.seconds,
+    }  # fmt: skip
