@@ -37,6 +37,7 @@ POINTWISE: dict[str, tuple[Callable[..., Any], Inputs]] = {
     ),
     "half": (lambda x, y: x * y + x, [(("T", 40), f16), (("T", 40), f16)]),
     "gather": (lambda ids, w: w[ids] * 2, [(("T",), i64), ((40, 20), f32)]),
+    "one column more than a block": (lambda x: x * 2, [(("T", 1025), f32)]),
 }
 REDUCTIONS: dict[str, tuple[Callable[..., Any], Inputs]] = {
     "rms_norm": (

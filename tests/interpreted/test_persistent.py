@@ -160,10 +160,11 @@ def test_launches_that_overlap_do_not_take_each_others_flags() -> None:
     text = whole(found.source.text, 40)
     for pick in (highest, lowest, drawn(1)):
         assert outcome(text, pick, ((3, 1),), count=2)
-    waits = "the launch before\n            wait_for_inputs()"
-    fault = _replaced(waits, waits.replace("wait_for_inputs()", "pass"))(text)
-    with pytest.raises((Deadlock, AssertionError)):
-        assert outcome(fault, highest, ((3, 1),), count=2)
+    for before in ("the launch before", "        else:"):  # idle programs, and those with items
+        waits = f"{before}\n            wait_for_inputs()"
+        fault = _replaced(waits, waits.replace("wait_for_inputs()", "pass"))(text)
+        with pytest.raises((Deadlock, AssertionError)):
+            assert outcome(fault, highest, ((3, 1),), count=2)
 
 
 def test_a_head_is_attended_to_before_the_others_are_projected() -> None:
