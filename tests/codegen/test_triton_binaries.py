@@ -14,13 +14,14 @@ pytest.importorskip("triton")
 
 import triton
 
-from aios_compile.codegen.triton import linear, sample
+from aios_compile.codegen.triton import linear, quantized_linear, sample
 from aios_compile.codegen.triton.cards import card_of
 from aios_compile.codegen.triton.compile_ahead import compile_ahead, parse_target
 from aios_compile.codegen.triton.configs import Config
 from aios_compile.codegen.triton.dependent_launch import with_dependent_launch
 from aios_compile.errors import CodegenError
 from tests.codegen.test_sample import body_of
+from tests.codegen.test_triton_quantized_linear import plain, quantized_spec
 from tests.codegen.triton_shapes import linear_spec
 
 WEIGHT_LOADS = re.compile(r"ld\.global\S*evict_first\S*")
@@ -51,6 +52,18 @@ def test_linear_kernels_use_what_is_pinned(layer: str, target: str, tmp_path: Pa
         elif "combine" not in binary.kernel:
             assert set(COPIES.findall(text)) == {"0x10"}
             assert "wgmma" in text or "mma.sync" in text
+
+
+def test_quantised_rows_stream_16_bytes_a_load(tmp_path: Path) -> None:
+    """The chosen kernel for one token; every variant of two models: nightly/test_triton_models."""
+    card = card_of("cuda:90")
+    spec = quantized_spec(plain, "int4_g32_f16", 1024, 3072)[2]
+    rows = [(c.most, c.config) for c in quantized_linear.choices(spec, card) if c.most == 1]
+    source = quantized_linear.emit(spec, card, rows)
+    ((binary,),) = compile_ahead([source], card.target, tmp_path)
+    loads = WEIGHT_LOADS.findall(binary.assembly())
+    assert binary.spill_bytes == 0 and binary.registers <= 128, binary
+    assert loads and all(load.endswith("v4.b32") for load in loads), loads
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100"])
