@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from aios_compile.api import CompiledModel, load_and_compile
+    from aios_compile.api import load_and_compile
     from aios_compile.async_engine import AsyncEngine
+    from aios_compile.compiled_model import CompiledModel
     from aios_compile.errors import AiosError
     from aios_compile.sampling_params import SamplingParams
 
@@ -28,7 +29,7 @@ __all__ = [
 _HOMES = {
     "AiosError": "errors",
     "AsyncEngine": "async_engine",
-    "CompiledModel": "api",
+    "CompiledModel": "compiled_model",
     "SamplingParams": "sampling_params",
     "load_and_compile": "api",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aios_compile import env
 from aios_compile.codegen import overrides
@@ -16,15 +16,15 @@ from aios_compile.codegen.artefact import ArtefactWriter, verify_weights
 from aios_compile.codegen.cache import ArtefactCache, default_root
 from aios_compile.codegen.cache_key import CacheKey, compute_key, hash_files
 from aios_compile.codegen.manifest import write_manifest
-from aios_compile.compiled_model import CompiledModel, MakeExecutor
 from aios_compile.config import CompileOptions
 from aios_compile.errors import CacheError
-from aios_compile.kernel_selection import choose_kernels
 from aios_compile.model_source import ModelSource, open_source
 from aios_compile.progress import Progress
 from aios_compile.runtime.torch_device import card_name, require_cuda
+from aios_compile.runtime.weight_memory import OpenArtefact
 
-__all__ = ["CompiledModel", "load_and_compile"]
+if TYPE_CHECKING:
+    from aios_compile.compiled_model import CompiledModel, MakeExecutor
 
 
 def load_and_compile(model: Any, **keywords: Any) -> CompiledModel:
@@ -85,6 +85,7 @@ def compile_into(
     """Fill an artefact folder, return compiler.Compiled; torch is imported here, not before."""
     with progress.stage("import torch"):
         from aios_compile.compiler import compile_model
+        from aios_compile.kernel_selection import choose_kernels
 
     writer = ArtefactWriter(staging)
     try:
@@ -164,7 +165,12 @@ def _start(
     draft: CompiledModel | None,
 ) -> CompiledModel:
     try:
-        model = CompiledModel(path, options, progress, eager, draft)
+        with progress.stage("load"):
+            # The weights are read while the engine is imported, which takes as long.
+            opened = OpenArtefact.of(path, options.threads(), reads=eager is None)
+            from aios_compile.compiled_model import CompiledModel
+
+        model = CompiledModel(path, options, progress, eager, draft, opened)
     except BaseException:
         release()
         if draft is not None:

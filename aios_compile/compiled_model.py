@@ -33,7 +33,7 @@ from aios_compile.runtime.prompt_lookup import PromptLookup
 from aios_compile.runtime.schedule_state import SchedulerOptions
 from aios_compile.runtime.speculator import Proposer, Speculator
 from aios_compile.runtime.torch_device import open_device
-from aios_compile.runtime.weight_memory import WeightMemory
+from aios_compile.runtime.weight_memory import OpenArtefact
 from aios_compile.sampling_params import SamplingDefaults, SamplingParams
 from aios_compile.study.report import Report
 
@@ -44,6 +44,7 @@ MakeExecutor = Callable[[Limits], Executor]
 # A step that reads more than this is bound by memory: all threads, and a quicker start. Judged by
 # the bytes and not by the time, which a busy machine stretches.
 LARGE_MODEL_BYTES = 256 << 20
+WARM_UP_SECONDS = 0.02
 DEFAULT_KV_SHARE = 0.4  # of the memory that is free at the start, when no size was given
 
 
@@ -51,7 +52,8 @@ class CompiledModel:
     """See interfaces: generate, stream, __call__, report, dump, memory_plan, close.
 
     make_executor: runs the steps instead of the artefact's kernels (AIOS_EAGER). draft: proposes
-    tokens for speculation; nobody else may run it from now on.
+    tokens for speculation; nobody else may run it from now on. opened: the artefact, whose weights
+    may still be being read; it is this model's from now on.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class CompiledModel:
         progress: Progress,
         make_executor: MakeExecutor | None = None,
         draft: CompiledModel | None = None,
+        opened: OpenArtefact | None = None,
     ) -> None:
         self.artefact_path = path
         self.options = options
@@ -68,6 +71,9 @@ class CompiledModel:
         self._closing = ExitStack()
         try:
             with progress.stage("load"):
+                reads, threads = make_executor is None, options.threads()
+                self._opened = opened or OpenArtefact.of(path, threads, reads)
+                self._closing.callback(self._opened.close)  # last: what it holds is used by all
                 self._load(make_executor, draft)
         except BaseException:
             with suppress(BufferError):  # the error's frames may hold arrays of the weights
@@ -75,17 +81,16 @@ class CompiledModel:
             raise
 
     def _load(self, make_executor: MakeExecutor | None, draft: CompiledModel | None) -> None:
-        self._artefact = Artefact.open(self.artefact_path)
-        self.program = Program.from_json(self._artefact.program)
-        self.limits = make_limits(self.program, self.options)
+        self._artefact, self.program = self._opened.artefact, self._opened.program
+        self.limits = make_limits(self.program, self.options, self._opened.free_bytes)
         self.runner: ProgramRunner | None = None
         triton = self.program.settings.get("family") == "triton"
         self.scheduler_options = make_scheduler_options(
             self.program, self.options, self.limits, can_swap=make_executor is None and not triton
         )
+        self.tokenizer = _load_tokenizer(self._artefact)
         executor = (make_executor or (self._gpu if triton else self._kernels))(self.limits)
         self._closing.callback(executor.close)  # again, and should the engine not start
-        self.tokenizer = _load_tokenizer(self._artefact)
         settings, log = self.program.settings, self.options.decision_log
         self.engine = Engine(
             executor,
@@ -102,15 +107,13 @@ class CompiledModel:
     def _kernels(self, limits: Limits) -> Executor:
         library = build.load(self._artefact.library)
         self._closing.callback(build.unload, library)
-        self._closing.callback(self._artefact.close)  # first: callbacks run last in, first out
-        threads = self.options.threads()
-        memory = WeightMemory(self._artefact, self.program, threads, free_memory_bytes())
-        self._closing.callback(memory.close)
+        memory = self._opened.memory
+        assert memory is not None, "the artefact was opened without its weights"
         self.runner = ProgramRunner(
             self.program,
             library,
             memory.arrays,
-            threads,
+            self.options.threads(),
             num_pages=limits.num_pages,
             page_table_width=limits.max_pages_per_sequence,
             num_host_pages=self.scheduler_options.num_host_pages,
@@ -120,7 +123,6 @@ class CompiledModel:
 
     def _gpu(self, limits: Limits) -> Executor:
         """Return the executor of the Triton target, its graphs captured for every bucket."""
-        self._closing.callback(self._artefact.close)
         device = open_device(self.options.device)
         buckets = token_buckets(limits.max_num_batched_tokens)
         limits = replace(limits, token_buckets=buckets, unfolds=True)
@@ -224,14 +226,16 @@ class CompiledModel:
     def warm_up(self) -> None:
         """Run a few steps, so that the first request finds everything in place; choose threads.
 
-        Without the option num_threads, one thread is kept where all of them measure slower.
+        Without the option num_threads, one thread is kept where all of them measure slower. Of a
+        large model it is one step: each takes as long as the first token may.
         """
-        self._time_step()
         runner = self.runner
+        large = sum(t.num_bytes for t in self._artefact.tensors.values()) > LARGE_MODEL_BYTES
+        self._time_step(0 if large else WARM_UP_SECONDS)
         if runner is None or self.options.num_threads is not None or runner.num_threads == 1:
             return
         every = runner.num_threads
-        if sum(t.num_bytes for t in self._artefact.tensors.values()) > LARGE_MODEL_BYTES:
+        if large:
             self.progress.note(f"{every} threads: the model is large")
             return
         slow = self._time_step()
@@ -244,12 +248,14 @@ class CompiledModel:
             f"{one:.0f} us with one"
         )
 
-    def _time_step(self) -> float:
-        """Return the microseconds of a decode step: the quickest of some pairs of steps."""
-        params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
+    def _time_step(self, seconds: float = WARM_UP_SECONDS) -> float:
+        """Return the microseconds of a decode step: the quickest of pairs of steps that go on for
+        so many seconds; with 0, of one step.
+        """
+        params = SamplingParams(max_tokens=2 if seconds else 1, temperature=0, ignore_eos=True)
         generates = self.program.settings.get("generatable", True)
         stats = self.engine.stats
-        best, end = float("inf"), time.perf_counter() + 0.02
+        best, end = float("inf"), time.perf_counter() + seconds
         while True:
             steps, executor_us = stats.num_steps, stats.executor_us
             if generates:
@@ -283,7 +289,7 @@ def is_one_prompt(prompts: Any) -> bool:
     return bool(len(prompts)) and not isinstance(prompts[0], (str, list, tuple))
 
 
-def make_limits(program: Program, options: CompileOptions) -> Limits:
+def make_limits(program: Program, options: CompileOptions, free_bytes: int) -> Limits:
     """Return the sizes of the runtime: the plan's, and as many KV pages as memory allows."""
     settings, sizes = program.settings, program.sizes
     width = settings["max_pages_per_sequence"]
@@ -291,7 +297,7 @@ def make_limits(program: Program, options: CompileOptions) -> Limits:
     wanted = sizes["S"] * width + 1
     budget = options.kv_cache_memory_bytes
     if budget is None:
-        budget = max(int(free_memory_bytes() * DEFAULT_KV_SHARE), page_bytes * (width + 1))
+        budget = max(int(free_bytes * DEFAULT_KV_SHARE), page_bytes * (width + 1))
     pages = min(wanted, budget // page_bytes)
     if pages < 2:
         raise ConfigError(
@@ -355,17 +361,6 @@ def make_scheduler_options(
         window_tokens=program.settings.get("window_tokens"),
         num_host_pages=host_bytes // page_bytes if can_swap else 0,
     )
-
-
-def free_memory_bytes() -> int:
-    """Return the memory that can be used without swapping (MemAvailable), or half of a GiB."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return 512 << 20
 
 
 def _load_tokenizer(artefact: Artefact) -> Tokenizer | None:

@@ -17,7 +17,7 @@ from aios_compile.codegen.kernel_choices import FILE
 from aios_compile.codegen.manifest import canonical
 from aios_compile.codegen.private_folder import cache_errors
 from aios_compile.codegen.program import Program
-from aios_compile.compiled_model import free_memory_bytes, make_limits, make_scheduler_options
+from aios_compile.compiled_model import make_limits, make_scheduler_options
 from aios_compile.config import CompileOptions
 from aios_compile.progress import Progress
 from aios_compile.runtime.batch import Batch, Limits, StepResult
@@ -25,7 +25,7 @@ from aios_compile.runtime.engine import Engine
 from aios_compile.runtime.executor import CpuExecutor
 from aios_compile.runtime.program_runner import ProgramRunner
 from aios_compile.runtime.select_kernels import Step, select_kernels
-from aios_compile.runtime.weight_memory import WeightMemory
+from aios_compile.runtime.weight_memory import WeightMemory, free_memory_bytes
 from aios_compile.sampling_params import SamplingParams
 
 # Tokens: decode of one sequence, of a few, prompts: bound by bytes, by both, by arithmetic. Chunks
@@ -46,9 +46,9 @@ def choose_kernels(folder: Path, options: CompileOptions, progress: Progress) ->
     if not any(kernel.candidates for kernel in program.kernels):
         return
     with progress.stage("select kernels"):
-        limits = _small_pool(make_limits(program, options))
+        limits = _small_pool(make_limits(program, options, free := free_memory_bytes()))
         library = build.load(artefact.library)
-        memory = WeightMemory(artefact, program, options.threads(), free_memory_bytes())
+        memory = WeightMemory(artefact, program, options.threads(), free)
         runner = ProgramRunner(
             program,
             library,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +39,23 @@ class ModelSource:
     read: Callable[[str], Tensor]
     flat: bool | None
     max_model_len: int
-    eos_token_ids: tuple[int, ...]
+    model_eos_ids: tuple[int, ...]
     generation_config: dict[str, Any] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
-    tokenizer: Tokenizer | None = None
+    load_tokenizer: Callable[[], Tokenizer | None] = lambda: None
     notes: tuple[str, ...] = ()
     stored_forms: Callable[[], Mapping[str, str]] = dict
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """Load it, once and not before: a start from the cache has the artefact's own copy."""
+        return self.load_tokenizer()
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a text: the tokenizer's, then the model's."""
+        own = self.tokenizer.eos_ids if self.tokenizer is not None else ()
+        return tuple(dict.fromkeys((*own, *self.model_eos_ids)))
 
 
 def open_source(model: Any, options: CompileOptions) -> ModelSource:
@@ -90,8 +102,6 @@ def _open_checkpoint(path: Path, options: CompileOptions) -> ModelSource:
         return {name: form for name, form in forms.items() if form}
 
     known = set(folder.weights.names())
-    tokenizer = _tokenizer(folder, options)
-    eos = tokenizer.eos_ids if tokenizer is not None else ()
     notes = [f"config key {key!r} has no meaning here" for key in config.ignored_keys]
     notes += _quantized_notes(folder.weights, dtype)
     return ModelSource(
@@ -100,10 +110,10 @@ def _open_checkpoint(path: Path, options: CompileOptions) -> ModelSource:
         read=read,
         flat=True,
         max_model_len=max_model_len(config),
-        eos_token_ids=tuple(dict.fromkeys((*eos, *_generation_eos(folder), *config.eos_token_ids))),
+        model_eos_ids=(*_generation_eos(folder), *config.eos_token_ids),
         generation_config=folder.generation_config,
         files=tuple(folder.files()),
-        tokenizer=tokenizer,
+        load_tokenizer=lambda: _tokenizer(folder, options),
         notes=tuple(notes),
         stored_forms=stored_forms,
     )
@@ -215,6 +225,10 @@ def _other_tokenizer(where: str, options: CompileOptions) -> Tokenizer:
     return Tokenizer.load(path) if gguf is None else GgufCheckpoint.open(gguf).load_tokenizer()
 
 
+def _asked_tokenizer(options: CompileOptions) -> Tokenizer | None:
+    return None if options.tokenizer is None else _other_tokenizer(options.tokenizer, options)
+
+
 def _tokenizer(folder: Checkpoint, options: CompileOptions) -> Tokenizer | None:
     if options.tokenizer is not None:
         return _other_tokenizer(options.tokenizer, options)
@@ -239,9 +253,6 @@ def _open_module(model: Any, options: CompileOptions) -> ModelSource:
         config, "n_positions", None
     )
     eos = _module_eos(config)
-    tokenizer = None
-    if options.tokenizer is not None:
-        tokenizer = _other_tokenizer(options.tokenizer, options)
     state = dict(model.named_parameters(remove_duplicate=False))
     meta = [name for name, p in state.items() if p.is_meta]
     if meta:
@@ -256,8 +267,8 @@ def _open_module(model: Any, options: CompileOptions) -> ModelSource:
         read=read,
         flat=None,
         max_model_len=int(length or 4096),
-        eos_token_ids=eos,
-        tokenizer=tokenizer,
+        model_eos_ids=eos,
+        load_tokenizer=lambda: _asked_tokenizer(options),
     )
 
 

@@ -31,6 +31,7 @@ def starts(bench: Any, weights: str) -> dict[str, Any]:
     ours += ["--max-tokens", "1", "--temperature", "0", "--num-threads", str(bench.threads)]
     ours += [] if weights == "bf16" else ["--quantization", weights]
     env = {**os.environ, "AIOS_CACHE_DIR": str(cache)}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its bytecode
     nothing = _seconds(ours, env)
     calls: dict[str, Callable[[], float]] = {"ours": lambda: _seconds(ours, env)}
     if bench.has("llama.cpp"):

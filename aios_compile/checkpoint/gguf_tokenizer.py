@@ -64,7 +64,9 @@ def tokenizer_of(header: GgufHeader) -> Tokenizer:
         "added_tokens": vocabulary.added_tokens(),
         **parts,
     }
-    return Tokenizer(json.dumps(whole).encode(), _settings(vocabulary), str(header.path))
+    tokenizer = Tokenizer(json.dumps(whole).encode(), _settings(vocabulary), str(header.path))
+    _ = tokenizer.chat_template  # a damaged one is found on loading
+    return tokenizer
 
 
 class _Vocabulary:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers import AddedToken
 
 from aios_compile.checkpoint import paths
-from aios_compile.checkpoint.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate
 from aios_compile.checkpoint.json_file import MAX_JSON_BYTES, read_bytes, read_json, read_text
 from aios_compile.errors import CheckpointError, RequestError
+
+if TYPE_CHECKING:
+    from aios_compile.checkpoint.chat_template import ChatTemplate
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -28,6 +31,7 @@ SETTINGS = "tokenizer_settings.json"  # in a folder written by save()
 MAX_TOKENIZER_BYTES = 128 << 20
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MAX_TEMPLATE_CHARS = 1 << 20
 MOST_TEXTS = 1 << 15  # of single tokens that are kept: about 4 MB
 
 
@@ -48,8 +52,18 @@ class Tokenizer:
             [AddedToken(token, special=True, normalized=False) for token in present]
         )
         self.texts_alone: dict[tuple[int, bool], str] = {}  # of single tokens; see TokenStream
-        template = settings.get("chat_template")
-        self.chat_template = ChatTemplate(template, self.special_tokens) if template else None
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """Compile the template; Jinja is imported here, which an artefact's start need not wait
+        for. CheckpointError if it is damaged.
+        """
+        source = self._settings.get("chat_template")
+        if not source:
+            return None
+        from aios_compile.checkpoint.chat_template import ChatTemplate
+
+        return ChatTemplate(source, self.special_tokens)
 
     @staticmethod
     def load(folder: Path | str) -> Tokenizer:
@@ -58,10 +72,10 @@ class Tokenizer:
         path = paths.member(folder, TOKENIZER)
         data = read_bytes(path, MAX_TOKENIZER_BYTES)
         if paths.exists(folder, SETTINGS):
-            settings = read_json(paths.member(folder, SETTINGS))
-        else:
-            settings = _settings_of(folder)
-        return Tokenizer(data, settings, str(path))
+            return Tokenizer(data, read_json(paths.member(folder, SETTINGS)), str(path))
+        tokenizer = Tokenizer(data, _settings_of(folder), str(path))
+        _ = tokenizer.chat_template  # a damaged one is found on loading; a copy was checked so
+        return tokenizer
 
     def save(self, folder: Path | str) -> None:
         """Write tokenizer.json, unchanged, and the settings; load() reads them back."""

@@ -121,5 +121,5 @@ def _source_of(path: Path, options: CompileOptions) -> ModelSource:
         read=read,
         flat=True,
         max_model_len=max_model_len(config),
-        eos_token_ids=tuple(config.eos_token_ids),
+        model_eos_ids=tuple(config.eos_token_ids),
     )

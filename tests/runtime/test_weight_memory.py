@@ -1,5 +1,8 @@
 """Weights in huge pages are the artefact's, bit for bit; and when they stay mapped."""
 
+import os
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,5 +91,28 @@ def test_a_file_that_ends_early(artefact: Artefact, monkeypatch: pytest.MonkeyPa
     assert len(artefact.weights) > 500  # mapped while it was whole
     with open(artefact.path / "weights.bin", "r+b") as file:
         file.truncate(500)
-    with pytest.raises(CacheError, match="ends at byte 500"):
-        WeightMemory(artefact, PROGRAM, 1, PLENTY)
+    memory = WeightMemory(artefact, PROGRAM, 1, PLENTY)
+    for _ in range(2):  # who asks again is told again
+        with pytest.raises(CacheError, match="ends at byte 500"):
+            _ = memory.arrays
+    memory.close()
+
+
+def test_closing_waits_for_reads(artefact: Artefact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a thread still reads into must not be unmapped."""
+    monkeypatch.setattr(weight_memory, "LEAST_BYTES", 0)
+    monkeypatch.setattr(weight_memory, "huge_pages_allowed", lambda: True)
+    began, ended, real = threading.Event(), [], os.preadv
+
+    def slow(*args: Any) -> int:
+        began.set()
+        time.sleep(0.05)
+        count = real(*args)
+        ended.append(count)
+        return count
+
+    monkeypatch.setattr(os, "preadv", slow)
+    memory = WeightMemory(artefact, PROGRAM, 1, PLENTY)
+    began.wait()
+    memory.close()
+    assert len(ended) == 1  # the one that had begun; the second tensor was never read
