@@ -10,7 +10,9 @@ of a row side by side, which is what dot products of pairs take. An odd K is fil
 quant16.<format>: [ceil(N / 16)][row_bytes * 16], the rows uint8[N, row_bytes] of a quantised matrix
 (ir/quant_format.py) in blocks of 16. Each field of a super-block is interleaved in its own pieces:
 four bytes of codes (four k of a row: a lane of a dot product), a scale, a minimum. Codes and scales
-stay one sequential stream.
+stay one sequential stream. Where a group of 16 rows fills no whole cache lines (32 codes of 8 bits
+and a scale take 8.5), groups lie together by two or four (`joint_groups`): their codes, then their
+scales, then their minimums, so that no load of codes touches two lines.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aios_compile.errors import CheckpointError
-from aios_compile.ir.quant_format import QuantFormat
+from aios_compile.ir.quant_format import Field, QuantFormat
 
 Array = NDArray[Any]
 ROWS = 16
+LINE_BYTES = 64
 CHUNK_ELEMENTS = 1 << 18  # a chunk, its mask and its packed copy stay in the L2 cache
 
 
@@ -79,6 +82,18 @@ def unpack_rows16(packed: Array, rows: int) -> Array:
     return np.ascontiguousarray(packed.transpose(0, 2, 1).reshape(blocks * ROWS, depth)[:rows])
 
 
+def joint_groups(form: QuantFormat, depth: int) -> int:
+    """Return how many neighbouring groups lie together in a block of a matrix of that depth.
+
+    The fewest that fill whole cache lines. Super-blocks stay as they are.
+    """
+    if form.span != form.group:
+        return 1
+    groups, num_bytes = depth // form.group, form.group_bytes * ROWS
+    fitting = (n for n in (1, 2, 4) if groups % n == 0 and n * num_bytes % LINE_BYTES == 0)
+    return next(fitting, 1)
+
+
 def pack_quant16(rows: Array, form: QuantFormat, label: str = "weight") -> Array:
     """Return quantised rows uint8[N, row_bytes] as [ceil(N / 16), row_bytes * 16].
 
@@ -87,30 +102,40 @@ def pack_quant16(rows: Array, form: QuantFormat, label: str = "weight") -> Array
     """
     count, row_bytes = rows.shape
     blocks = -(-count // ROWS)
-    packed = np.empty((blocks, row_bytes // form.span_bytes, form.span_bytes * ROWS), np.uint8)
+    joint = joint_groups(form, form.depth(row_bytes))
+    sets, set_bytes = row_bytes // form.span_bytes // joint, joint * form.span_bytes
+    packed = np.empty((blocks, sets, set_bytes * ROWS), np.uint8)
     step = max(1, CHUNK_ELEMENTS // (ROWS * row_bytes))
     for first in range(0, blocks, step):
         chunk = rows[first * ROWS : (first + step) * ROWS]
         _check_scales(chunk, form, label, first * ROWS)
         if len(chunk) % ROWS:
             chunk = np.pad(chunk, ((0, -len(chunk) % ROWS), (0, 0)))
-        spans = chunk.reshape(-1, ROWS, packed.shape[1], form.span_bytes).transpose(0, 2, 1, 3)
-        for field in form.fields():
+        spans = chunk.reshape(-1, ROWS, sets, joint, form.span_bytes).transpose(0, 2, 3, 1, 4)
+        for field, inside in _places(form, joint):
             part = spans[..., field.begin : field.end]
-            pieces = part.reshape(*part.shape[:-1], -1, field.unit).swapaxes(2, 3)
-            into = packed[first : first + step, :, field.begin * ROWS : field.end * ROWS]
+            pieces = part.reshape(*part.shape[:-1], -1, field.unit).swapaxes(3, 4)
+            into = packed[first : first + step, :, inside]
             into[...] = pieces.reshape(into.shape)
     return packed.reshape(blocks, -1)
 
 
+def _places(form: QuantFormat, joint: int) -> list[tuple[Field, slice]]:
+    """Return where each field of `joint` super-blocks of 16 rows lies, one after the other."""
+    size = joint * ROWS
+    return [(field, slice(field.begin * size, field.end * size)) for field in form.fields()]
+
+
 def unpack_quant16(packed: Array, form: QuantFormat, count: int) -> Array:
     """Return the rows uint8[count, row_bytes] of a quant16 array."""
-    spans = packed.reshape(len(packed), -1, form.span_bytes * ROWS)
-    rows = np.empty((len(packed), ROWS, spans.shape[1], form.span_bytes), np.uint8)
-    for field in form.fields():
-        part = spans[..., field.begin * ROWS : field.end * ROWS]
-        pieces = part.reshape(*part.shape[:2], -1, ROWS, field.unit).transpose(0, 3, 1, 2, 4)
-        rows[..., field.begin : field.end] = pieces.reshape(*pieces.shape[:3], -1)
+    row_bytes = packed.shape[1] // ROWS
+    joint = joint_groups(form, form.depth(row_bytes))
+    sets = packed.reshape(len(packed), -1, joint * form.span_bytes * ROWS)
+    rows = np.empty((len(packed), ROWS, sets.shape[1], joint, form.span_bytes), np.uint8)
+    for field, inside in _places(form, joint):
+        part = sets[..., inside].reshape(*sets.shape[:2], joint, -1, ROWS, field.unit)
+        pieces = part.transpose(0, 4, 1, 2, 3, 5)
+        rows[..., field.begin : field.end] = pieces.reshape(*pieces.shape[:4], -1)
     return rows.reshape(len(packed) * ROWS, -1)[:count]
 
 

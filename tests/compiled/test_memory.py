@@ -150,7 +150,7 @@ class Level3:
         objects = build.build_objects(texts, root / "objects", target)
         library = folder / "lib.so"
         build.link(objects, library)
-        limits = make_limits(program, self.options)
+        limits = make_limits(program, self.options, 1 << 30)
         with Engine(guarded(self.model, program, library, limits)) as engine:
             return np.array(engine.logits(self.ids))
 

@@ -66,7 +66,7 @@ def emit(spec: QuantizedEmbeddingSpec) -> KernelSource:
     assert isinstance(rows, int) and isinstance(depth, int)
     base = Operand(table.name, "u8", (), ())
     definitions = [
-        *quantized_linear.format_definitions(spec.form),
+        *quantized_linear.format_definitions(spec.form, depth),
         constants(K=depth, ROWS=rows),
         number("num_tokens", ids.shape[0]),
         address_function("id_at", spec.ids, ids, ("t",)),

@@ -26,6 +26,7 @@ from aios_compile.codegen.cpp.candidates import candidates_of
 from aios_compile.codegen.cpp.head_rows import without_leading_ones
 from aios_compile.codegen.cpp.template import C_TYPES, constants, kernel
 from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.packing import joint_groups
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import resolve
 from aios_compile.ir.quant_format import QuantFormat
@@ -71,7 +72,7 @@ def reference(spec: QuantizedLinearSpec, body: fx.GraphModule, *tensors: Tensor)
 def emit(spec: QuantizedLinearSpec) -> KernelSource:
     """Return the kernel's text."""
     base = spec.linear
-    definitions = [*format_definitions(spec.form), *linear.definitions(base)]
+    definitions = [*format_definitions(spec.form, base.depth), *linear.definitions(base)]
     words = prepared_words(spec.form, base.depth)
     rows = base.columns * base.streams
     source = kernel(
@@ -98,8 +99,10 @@ def prepared_words(form: QuantFormat, depth: int) -> int:
     return depth // 4 + depth // ACTIVATION_GROUP + depth // step * (1 + bool(form.minimums)) + 64
 
 
-def format_definitions(form: QuantFormat) -> list[str]:
-    """Return the constants and types of a format, which the templates on its rows read."""
+def format_definitions(form: QuantFormat, depth: int) -> list[str]:
+    """Return the constants and types of a format, which the templates on its rows of `depth` values
+    read.
+    """
     minimum = "uint8_t" if form.minimums == "k" else TYPES[form.minimums]
     return [
         f"// weights: {form.name}",
@@ -111,6 +114,7 @@ def format_definitions(form: QuantFormat) -> list[str]:
             SPAN=form.span,
             HEADER=form.header_bytes,
             GROUP_BYTES=form.group_bytes,
+            JOINT=joint_groups(form, depth),
             MINIMUMS=bool(form.minimums),
             SUPER_SCALE=form.scales == "k",
             SUPER_MINIMUM=form.minimums == "k",

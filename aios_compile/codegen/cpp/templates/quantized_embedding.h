@@ -1,11 +1,12 @@
 // Rows of a quantised table, dequantised: one token an item.
 //
 // The text before this one defines K, ROWS (of the table), BITS, GROUP, LOW, SPAN, HEADER,
-// GROUP_BYTES (of a row), Scale, MINIMUMS, Minimum, SUPER_SCALE, SUPER_MINIMUM, ZERO_POINT,
+// GROUP_BYTES (of a row), JOINT, Scale, MINIMUMS, Minimum, SUPER_SCALE, SUPER_MINIMUM, ZERO_POINT,
 // num_tokens(n), id_at(n, p, t), table(n, p) and out_row(n, p, t).
 //
 // A block is 16 rows: K / SPAN super-blocks of [HEADER][codes, scales, minimums of each group],
-// every field of the 16 rows side by side, codes in units of four bytes.
+// every field of the 16 rows side by side, codes in units of four bytes. JOINT groups lie together:
+// their codes, their scales, their minimums.
 
 constexpr int BLOCK = 16;
 constexpr int64_t CODE_BYTES = GROUP * BITS / 8;
@@ -45,20 +46,24 @@ AIOS_INLINE void quantized_embedding(const Sizes* n, void* const* p, int64_t beg
       const float under = SUPER_MINIMUM ? scale_at(heads + SUPER_SCALE * BLOCK + lane) : 1.0f;
       at += HEADER * BLOCK;
       for (int g = 0; g < SPAN / GROUP; ++g) {
-        const uint8_t* scales = at + CODE_BYTES * BLOCK;
+        const int64_t j = s % JOINT;  // JOINT > 1: a super-block is one group
+        const uint8_t* codes = at + j * CODE_BYTES * BLOCK;
+        const uint8_t* scales = at + (JOINT * CODE_BYTES + j * sizeof(Scale)) * BLOCK;
+        const uint8_t* minimums =
+            at + (JOINT * (CODE_BYTES + sizeof(Scale)) + j * sizeof(Minimum)) * BLOCK;
         float scale = scale_at((const Scale*)scales + lane), minimum = 0.0f;
         if (SUPER_SCALE) scale *= over;
         if (MINIMUMS) {
-          minimum = scale_at((const Minimum*)(scales + sizeof(Scale) * BLOCK) + lane);
+          minimum = scale_at((const Minimum*)minimums + lane);
           if (SUPER_MINIMUM) minimum *= under;
           if (ZERO_POINT) minimum *= scale;
         }
         for (int c = 0; c < GROUP / 4; ++c)
-          for (int j = 0; j < 4; ++j) {
-            const float value = (float)(code_at(at, lane, c, j) + (int)LOW) * scale;
+          for (int i = 0; i < 4; ++i) {
+            const float value = (float)(code_at(codes, lane, c, i) + (int)LOW) * scale;
             *out++ = MINIMUMS ? value - minimum : value;
           }
-        at += GROUP_BYTES * BLOCK;
+        if (j == JOINT - 1) at += JOINT * GROUP_BYTES * BLOCK;
       }
     }
   }

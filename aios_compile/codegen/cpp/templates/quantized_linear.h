@@ -2,18 +2,20 @@
 //
 // The text before this one defines K, COLUMNS (output columns), STREAMS (1, or 2 when row n of the
 // second half of the matrix belongs to row n of the first), BITS, GROUP, LOW, SPAN, HEADER,
-// GROUP_BYTES (of a row), Scale, MINIMUMS, Minimum, SUPER_SCALE, SUPER_MINIMUM, ZERO_POINT,
+// GROUP_BYTES (of a row), JOINT, Scale, MINIMUMS, Minimum, SUPER_SCALE, SUPER_MINIMUM, ZERO_POINT,
 // num_tokens(n), x_row(n, p, t), weight(n, p), workspace(p) and
 // epilogue(n, p, i0, begin, end, sum0, sum1).
 //
 // A block is 16 rows: K / SPAN super-blocks of [HEADER][codes, scales, minimums of each group],
-// every field of the 16 rows side by side.
+// every field of the 16 rows side by side. JOINT groups (of formats without super-blocks) lie
+// together: their codes, their scales, their minimums.
 
 constexpr int STEP = GROUP < 32 ? GROUP : 32;        // values under one float operation
 constexpr int UNITS = STEP / 4;
 constexpr int64_t CODE_BYTES = GROUP * BITS / 8 * BLOCK;
 constexpr int64_t SPAN_BYTES = HEADER * BLOCK + SPAN / GROUP * GROUP_BYTES * BLOCK;
 constexpr int64_t BLOCK_BYTES = K / SPAN * SPAN_BYTES;
+constexpr int64_t PER_SPAN = SPAN / GROUP;
 constexpr int TILE = VL == 16 ? 12 : VL == 8 ? 4 : 2;  // tokens of a full tile
 
 // A tile of tokens, token fastest.
@@ -48,17 +50,22 @@ AIOS_NOINLINE void quantize(const Sizes* n, void* const* p, int64_t first, int64
     }
 }
 
-// The scales and minimums of group `g` of the block at w, VECTORS each.
-AIOS_INLINE void scales_of(const uint8_t* w, int64_t g, vf* scale, vf* minimum) {
-  constexpr int64_t PER_SPAN = SPAN / GROUP;
-  const uint8_t* span = w + g / PER_SPAN * SPAN_BYTES;
-  const uint8_t* end = span + HEADER * BLOCK + g % PER_SPAN * GROUP_BYTES * BLOCK + CODE_BYTES;
+// The first of the JOINT groups from `g` on, in the block at w.
+AIOS_INLINE const uint8_t* groups_at(const uint8_t* w, int64_t g) {
+  return w + g / PER_SPAN * SPAN_BYTES + HEADER * BLOCK + g % PER_SPAN * GROUP_BYTES * BLOCK;
+}
+
+// The scales and minimums of group `j` of those at `groups` in the super-block at `span`.
+AIOS_INLINE void scales_of(const uint8_t* span, const uint8_t* groups, int64_t j, vf* scale,
+                           vf* minimum) {
+  const uint8_t* scales = groups + JOINT * CODE_BYTES;
+  const uint8_t* minimums = scales + JOINT * (int64_t)sizeof(Scale) * BLOCK;
   AIOS_LOOP (int r = 0; r < VECTORS; ++r) {
-    const int lane = r * VL;
-    scale[r] = scales_at((const Scale*)end + lane);
+    const int64_t lane = j * BLOCK + r * VL;
+    scale[r] = scales_at((const Scale*)scales + lane);
     if (SUPER_SCALE) scale[r] *= scales_at((const f16*)span + lane);
     if constexpr (MINIMUMS) {
-      minimum[r] = scales_at((const Minimum*)(end + BLOCK * sizeof(Scale)) + lane);
+      minimum[r] = scales_at((const Minimum*)minimums + lane);
       if (SUPER_MINIMUM) minimum[r] *= scales_at((const f16*)span + SUPER_SCALE * BLOCK + lane);
       if (ZERO_POINT) minimum[r] *= scale[r];
     }
@@ -77,25 +84,28 @@ AIOS_NOINLINE void tile(const uint8_t* w, const Tile& x, float* out) {
   constexpr int COUNT = BLOCKS * VECTORS, LANES = BLOCKS > 1 && WIDTH > 4 ? 4 : WIDTH;
   constexpr int64_t AHEAD = BLOCKS > 1 ? BLOCKS * BLOCK_BYTES : C::AHEAD;
   vf acc[WIDTH][COUNT] = {};
-  for (int64_t g = 0; g < K / GROUP; ++g) {
-    const uint8_t* group = w + g / (SPAN / GROUP) * SPAN_BYTES + HEADER * BLOCK +
-                           g % (SPAN / GROUP) * GROUP_BYTES * BLOCK;
+  const auto add = [&](int64_t first_group, int64_t j) __attribute__((always_inline)) {
+    const int64_t g = first_group + j;
+    const uint8_t* groups = groups_at(w, first_group);
     if constexpr (C::FETCH)
       AIOS_LOOP (int b = 0; b < BLOCKS; ++b)
         AIOS_LOOP (int line = 0; line < GROUP_BYTES * BLOCK; line += 64)
-          __builtin_prefetch(group + b * BLOCK_BYTES + AHEAD + line, 0, BLOCKS > 1 ? 2 : C::CACHE);
+          __builtin_prefetch(groups + j * GROUP_BYTES * BLOCK + b * BLOCK_BYTES + AHEAD + line, 0,
+                             BLOCKS > 1 ? 2 : C::CACHE);
     vf scale[COUNT], minimum[COUNT];
     AIOS_LOOP (int b = 0; b < BLOCKS; ++b)
-      scales_of(w + b * BLOCK_BYTES, g, scale + b * VECTORS, minimum + b * VECTORS);
+      scales_of(w + b * BLOCK_BYTES + g / PER_SPAN * SPAN_BYTES, groups + b * BLOCK_BYTES, j,
+                scale + b * VECTORS, minimum + b * VECTORS);
+    const uint8_t* codes = groups + j * CODE_BYTES;
     AIOS_LOOP (int s = 0; s < GROUP / STEP; ++s)
       AIOS_LOOP (int first = 0; first < WIDTH; first += LANES) {
         const int64_t step = g * (GROUP / STEP) + s, at = step * WIDTH + first;
         vi sums[LANES][COUNT];
         AIOS_LOOP (int t = 0; t < LANES; ++t)
           AIOS_LOOP (int r = 0; r < COUNT; ++r) sums[t][r] = splat(x.offsets[at + t]);
-        asm("" : "+r"(group));  // read the codes again: kept ones would be spilled
-        const int32_t* codes = x.codes + step * UNITS * WIDTH + first;
-        dots<BITS, UNITS, WIDTH>(group, BLOCK_BYTES, s * UNITS, codes, sums);
+        asm("" : "+r"(codes));  // read the codes again: kept ones would be spilled
+        const int32_t* four = x.codes + step * UNITS * WIDTH + first;
+        dots<BITS, UNITS, WIDTH>(codes, BLOCK_BYTES, s * UNITS, four, sums);
         AIOS_LOOP (int t = 0; t < LANES; ++t) {
           const vf factor = splat(x.scales[step * STEP / 32 * WIDTH + first + t]);
           AIOS_LOOP (int r = 0; r < COUNT; ++r) {
@@ -105,7 +115,12 @@ AIOS_NOINLINE void tile(const uint8_t* w, const Tile& x, float* out) {
           }
         }
       }
-  }
+  };
+  for (int64_t g = 0; g < K / GROUP; g += JOINT)
+    if constexpr (WIDTH == 1)
+      AIOS_LOOP (int j = 0; j < JOINT; ++j) add(g, j);
+    else
+      for (int64_t j = 0; j < JOINT; ++j) add(g, j);
   AIOS_LOOP (int t = 0; t < WIDTH; ++t)
     AIOS_LOOP (int r = 0; r < COUNT; ++r) store(out + t * BLOCKS * BLOCK + r * VL, acc[t][r]);
 }
