@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from aios_compile.checkpoint.tokenizer import Tokenizer
 from aios_compile.codegen.artefact import KERNELS, Artefact
 from aios_compile.codegen.cpp import build
+from aios_compile.codegen.kernel_choices import NO_CHOICES
 from aios_compile.codegen.program import MemoryPlan, Program
 from aios_compile.config import CompileOptions
 from aios_compile.errors import ConfigError
@@ -109,6 +110,7 @@ class CompiledModel:
         self._closing.callback(build.unload, library)
         memory = self._opened.memory
         assert memory is not None, "the artefact was opened without its weights"
+        choices = self._artefact.kernel_choices
         self.runner = ProgramRunner(
             self.program,
             library,
@@ -117,7 +119,7 @@ class CompiledModel:
             num_pages=limits.num_pages,
             page_table_width=limits.max_pages_per_sequence,
             num_host_pages=self.scheduler_options.num_host_pages,
-            choices=self._artefact.kernel_choices,
+            choices=choices if choices.huge_pages == memory.in_huge_pages else NO_CHOICES,
         )
         return CpuExecutor(self.runner, limits)
 

@@ -57,8 +57,8 @@ HUGE_WEIGHTS = Variable(
 SELECT_KERNELS = Variable(
     "AIOS_SELECT_KERNELS",
     "3",
-    "seconds (for steps of 1, of up to 8, of up to 64 and of more tokens each) in which the C++ "
-    "target times candidates of large linears when a model is compiled; 0: the standard ones",
+    "seconds in which the C++ target times candidates of large linears, in steps of one token, "
+    "when a model is compiled; 0: the standard ones",
 )
 CXX = Variable("AIOS_CXX", "", "C++ compiler; default c++, then g++, then clang++")
 

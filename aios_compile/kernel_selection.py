@@ -28,9 +28,9 @@ from aios_compile.runtime.select_kernels import Step, select_kernels
 from aios_compile.runtime.weight_memory import WeightMemory, free_memory_bytes
 from aios_compile.sampling_params import SamplingParams
 
-# Tokens: decode of one sequence, of a few, prompts: bound by bytes, by both, by arithmetic. Chunks
-# of tokens matter for the last.
-BUCKETS = (1, 8, 64, 256)
+# Tokens: decode of one sequence, which is bound by bytes, and all that is longer, which is bound by
+# arithmetic too: its tiles want their prefetches, and nothing is left to choose.
+BUCKETS = (1, 8)
 
 
 def choose_kernels(folder: Path, options: CompileOptions, progress: Progress) -> None:
@@ -59,7 +59,7 @@ def choose_kernels(folder: Path, options: CompileOptions, progress: Progress) ->
         )
         try:
             steps = _recorded(runner, program, options, limits)
-            choices = select_kernels(runner, steps, seconds)
+            choices = select_kernels(runner, steps, seconds, huge_pages=memory.in_huge_pages)
         finally:
             runner.close()
             memory.close()

@@ -25,8 +25,8 @@ STANDARD = "standard"
 class Trial:
     """One candidate of one kernel in steps of `tokens` tokens, timed within the whole step.
 
-    standard_us: the kernel's phases in one step, all layers, medians over the rounds; speedup: the
-    median of standard / candidate over pairs, and its quartiles.
+    standard_us: the phases of what it is held against in one step, all layers, medians over the
+    rounds; speedup: the median of that / candidate over pairs, and its quartiles.
     """
 
     kernel: str
@@ -49,13 +49,15 @@ class Trial:
 class KernelChoices:
     """buckets: the largest T of each but the last. chosen: kernel -> a candidate's name a bucket.
 
-    trials: the ledger. notes: what was not measured, and why.
+    trials: the ledger. notes: what was not measured, and why. huge_pages: the weights lay in them,
+    which changes what is best: the choices hold where that is so again.
     """
 
     buckets: tuple[int, ...] = ()
     chosen: Mapping[str, tuple[str, ...]] | None = None
     trials: tuple[Trial, ...] = ()
     notes: tuple[str, ...] = ()
+    huge_pages: bool = False
 
     def table(self, program: Program) -> NDArray[np.uint8]:
         """Return the candidates' numbers [bucket, kernel]; 0 is the standard one.
@@ -83,7 +85,8 @@ class KernelChoices:
         """Read what to_json wrote."""
         trials = (Trial(**{**t, "quartiles": tuple(t["quartiles"])}) for t in data["trials"])
         chosen = {name: tuple(names) for name, names in (data["chosen"] or {}).items()}
-        return KernelChoices(tuple(data["buckets"]), chosen, tuple(trials), tuple(data["notes"]))
+        buckets, notes = tuple(data["buckets"]), tuple(data["notes"])
+        return KernelChoices(buckets, chosen, tuple(trials), notes, data["huge_pages"])
 
 
 NO_CHOICES = KernelChoices()

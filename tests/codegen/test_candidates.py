@@ -29,6 +29,7 @@ from aios_compile.codegen.program import (
 from aios_compile.codegen.source import Candidate, KernelSource
 from aios_compile.ir import ops
 from aios_compile.ir.quant_format import QuantFormat
+from aios_compile.runtime import select_kernels as selection
 from aios_compile.runtime.program_runner import ProgramRunner
 from aios_compile.runtime.select_kernels import Step, select_kernels
 from tests.codegen.harness import FOLDER, make_body
@@ -38,7 +39,7 @@ assert ops.TABLE
 QUICK = ("-O1",)  # the meaning is tested, not the speed
 FORM = "int4_g32_f16"
 COLUMNS, DEPTH, MOST = 40, 4096, 200  # 200 tokens are several chunks, one of which is wide
-SMALL = ("into_l2", "unfetched", "wide")
+SMALL = ("into_l2", "unfetched")
 
 
 def source_of(kind: str) -> tuple[KernelSource, np.ndarray]:
@@ -195,7 +196,7 @@ def test_the_clock_decides_for_each_kernel_and_bucket() -> None:
     assert any("chosen" in line for line in found.lines())
 
 
-def test_a_wrong_candidate_is_not_used_however_fast_it_is() -> None:
+def test_a_wrong_candidate_is_not_used_however_fast_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """One bit of one token is enough; what is behind the step's tokens is nobody's result."""
     clock: Any = Clock({STANDARD: [10, 10], "a": [8, 8], "b": [1, 1]})
     clock.wrong = ("b", 7)
@@ -203,6 +204,24 @@ def test_a_wrong_candidate_is_not_used_however_fast_it_is() -> None:
     assert found.chosen == {"first": ("b", "b", STANDARD), "second": ("b", "b", STANDARD)}
     assert "8 tokens: b is not used, its results differ: a wrong kernel" in found.notes
     assert {(t.tokens, t.candidate) for t in found.trials} == {(1, "a"), (1, "b"), (7, "b")}
+    monkeypatch.setattr(selection, "FIRST_IN_HUGE_PAGES", "b")  # not even where nothing is timed
+    found = select_kernels(clock, [Step({}, t, 1, 1) for t in (7, 8)], seconds=0, huge_pages=True)
+    assert found.chosen == {"first": ("b", STANDARD), "second": ("b", STANDARD)}
+
+
+def test_what_is_best_in_huge_pages_stays_unless_something_beats_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(selection, "FIRST_IN_HUGE_PAGES", "a")
+    steps = [Step({}, t, 1, 1) for t in (1, 8)]
+    clock: Any = Clock({STANDARD: [10, 8], "a": [10, 10], "b": [10, 9]})
+    for seconds, second in ((1, STANDARD), (0, "a")):
+        found = select_kernels(clock, steps, seconds=seconds, huge_pages=True)
+        assert found.huge_pages and KernelChoices.from_json(found.to_json()) == found
+        assert found.chosen == {"first": ("a", STANDARD), "second": (second, STANDARD)}
+    assert select_kernels(clock, steps, seconds=0).chosen == dict.fromkeys(
+        ("first", "second"), (STANDARD, STANDARD)
+    )
 
 
 def test_noise_chooses_nothing() -> None:
@@ -232,9 +251,9 @@ def test_an_unknown_candidate_is_refused() -> None:
 
 
 def test_the_cost_model_leaves_out_what_cannot_differ() -> None:
-    assert candidates.candidates_of((1 << 20) - 1, 4096) == ()
-    found = {c.name: (c.least, c.most) for c in candidates.candidates_of(1 << 20, 4096)}
-    assert found["into_l2"] == (1, 1) and found["wide"][0] == 97
+    assert candidates.candidates_of((1 << 20) - 1) == ()
+    found = {c.name: (c.least, c.most) for c in candidates.candidates_of(1 << 20)}
+    assert found == {"into_l2": (1, 1), "unfetched": (1, 1)}
 
 
 def test_an_artefact_without_a_ledger_has_standard_kernels(tmp_path: Any) -> None:

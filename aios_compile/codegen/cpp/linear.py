@@ -164,7 +164,7 @@ def emit(spec: LinearSpec) -> KernelSource:
         lines=spec.lines,
         headers=("tiles.h", "products.h"),
         finishes=True,
-        candidates=candidates_of(weight_bytes, 4 * words),
+        candidates=candidates_of(weight_bytes),
     )
     return dataclasses.replace(source, workspace=(workspace(spec, words),))
 

@@ -84,7 +84,7 @@ def emit(spec: QuantizedLinearSpec) -> KernelSource:
         lines=base.lines,
         headers=("tiles.h", "quantized.h"),
         finishes=True,
-        candidates=candidates_of(rows * spec.form.row_bytes(base.depth), 4 * words),
+        candidates=candidates_of(rows * spec.form.row_bytes(base.depth)),
     )
     return dataclasses.replace(source, workspace=(linear.workspace(base, words),))
 

@@ -13,25 +13,25 @@ constexpr int VECTORS = BLOCK / VL;                  // vectors of a packed bloc
 constexpr int ITEM = 2;                              // blocks of a work item
 constexpr int PART = 512;                            // values of a token that are prepared together
 
+#ifndef AIOS_L2_BYTES
+#define AIOS_L2_BYTES 524288                         // of a core
+#endif
+
 // What select_kernels may choose (codegen/cpp/candidates.py); no choice changes a bit of a result.
 struct Standard {
   static constexpr bool FETCH = true;                // prefetch weights; else the hardware alone
   static constexpr int64_t AHEAD = 4096;             // bytes ahead in one stream of weights
   static constexpr int CACHE = 3;                    // into which: 3 the first, 2 L2
-  static constexpr int64_t L2_BYTES = 393216;        // of a core's, for tokens that are used again
+  static constexpr int64_t L2_BYTES = AIOS_L2_BYTES / 4 * 3;  // for tokens that are used again
 };
 struct Unfetched : Standard { static constexpr bool FETCH = false; };
 struct IntoL2 : Standard { static constexpr int64_t AHEAD = 2048; static constexpr int CACHE = 2; };
-struct Wide : Standard { static constexpr int64_t L2_BYTES = 786432; };
 
-// The candidate by which a tile of WIDTH tokens differs: few tokens are bound by memory, full tiles
-// by arithmetic; what is between is Standard, and compiled once.
+// The candidate by which a tile of WIDTH tokens differs: one token is bound by memory; what is wider
+// is Standard, and compiled once.
 template <class A, class B, bool FIRST> struct Either { using Type = A; };
 template <class A, class B> struct Either<A, B, false> { using Type = B; };
-template <class C, int WIDTH>
-using Fetching = typename Either<C, typename Either<Unfetched, Standard,
-                                                    !C::FETCH && (WIDTH >= 8)>::Type,
-                                 WIDTH == 1>::Type;
+template <class C, int WIDTH> using Fetching = typename Either<C, Standard, WIDTH == 1>::Type;
 
 template <int VALUE> struct Constant { static constexpr int value = VALUE; };
 
