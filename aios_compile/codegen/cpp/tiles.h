@@ -25,10 +25,13 @@ struct Standard {
   static constexpr int64_t L2_BYTES = AIOS_L2_BYTES / 4 * 3;  // for tokens that are used again
 };
 struct Unfetched : Standard { static constexpr bool FETCH = false; };
-struct IntoL2 : Standard { static constexpr int64_t AHEAD = 2048; static constexpr int CACHE = 2; };
+struct IntoL2 : Standard {
+  static constexpr int64_t AHEAD = 2048;
+  static constexpr int CACHE = 2;
+};
 
-// The candidate by which a tile of WIDTH tokens differs: one token is bound by memory; what is wider
-// is Standard, and compiled once.
+// The candidate by which a tile of WIDTH tokens differs: one token is bound by memory; wider
+// ones are Standard, and compiled once.
 template <class A, class B, bool FIRST> struct Either { using Type = A; };
 template <class A, class B> struct Either<A, B, false> { using Type = B; };
 template <class C, int WIDTH> using Fetching = typename Either<C, Standard, WIDTH == 1>::Type;
