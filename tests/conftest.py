@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from aios_compile.codegen.cpp import build
+from tests.quick_builds import precompile_once
 
 # Before torch is imported by anyone, and for child processes: the machine may be shared.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -34,21 +38,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Take what is imported by now out of the garbage collector's sight.
+    """Take what is imported by now out of the garbage collector's sight; share captures.
 
     torch and transformers are a million objects, and walking them was a tenth of the tests' time.
     """
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
+    if "aios_compile.capture.capture" in sys.modules:  # tests without torch stay without
+        from tests.shared_captures import share_captures
+
+        share_captures()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Point the artefact cache at a folder of this run, shared by its workers."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
-    os.environ["AIOS_CACHE_DIR"] = str(shared / "aios-cache")
+    os.environ["AIOS_CACHE_DIR"] = str(_shared(tmp_path_factory) / "aios-cache")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_prelude(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Precompile the kernels' header once a run and set of flags, wherever objects go."""
+    build.precompile = precompile_once(_shared(tmp_path_factory) / "preludes")
+
+
+def _shared(factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of this run, the same in all its workers."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture

@@ -14,12 +14,14 @@ of the order of evaluation. Ids outside the vocabulary are ignored in lists and 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 MAX_LOGPROBS = 20
 MASS_ONE = 2.0**40
 WORD = 0xFFFFFFFF
+LOW, HALF = np.uint64(WORD), np.uint64(32)
 HIGHEST = torch.finfo(torch.float32).max
 
 
@@ -166,18 +168,12 @@ def gumbel(ids: Tensor, seed: int, position: int) -> Tensor:
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
     """Return the four 32-bit words (int64) of Philox4x32-10 (Salmon et al., SC 2011)."""
-    c0, c1, c2, c3 = counter
+    c0, c1, c2, c3 = (c.cpu().numpy().astype(np.uint64) for c in counter)  # torch has no uint64
     k0, k1 = key
     for _ in range(10):
-        high0, low0 = _multiply(c0, 0xD2511F53)
-        high1, low1 = _multiply(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        first, second = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1 = (second >> HALF) ^ c1 ^ np.uint64(k0), second & LOW
+        c2, c3 = (first >> HALF) ^ c3 ^ np.uint64(k1), first & LOW
         k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
-    return c0, c1, c2, c3
-
-
-def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Return the high and low 32 bits of a * m without overflowing int64."""
-    low, high = (a & 0xFFFF) * m, (a >> 16) * m
-    total = high + (low >> 16)
-    return total >> 16, ((total & 0xFFFF) << 16) | (low & 0xFFFF)
+    words = (torch.from_numpy(np.asarray(c, np.int64)) for c in (c0, c1, c2, c3))
+    return tuple(word.to(counter[0].device) for word in words)

@@ -79,17 +79,20 @@ def call(
         )
 
 
+@functools.cache
+def _table() -> dict[Any, Any]:
+    table = core_aten_decompositions()
+    return {op: f for op, f in table.items() if op._schema.name[6:] not in KEEP}
+
+
 def trace(
     function: Callable[..., Any], *inputs: tuple[Sequence[Any], torch.dtype]
 ) -> fx.GraphModule:
     """Trace a function over fake tensors; shape entries are ints or size names such as "T"."""
     mode = new_fake_mode()
     fakes = [new_fake(mode, shape, dtype) for shape, dtype in inputs]
-    table = {
-        op: f for op, f in core_aten_decompositions().items() if op._schema.name[6:] not in KEEP
-    }
     with mode:
-        body = make_fx(function, decomposition_table=table, tracing_mode="fake")(*fakes)
+        body = make_fx(function, decomposition_table=_table(), tracing_mode="fake")(*fakes)
     for node, fake in zip([n for n in body.graph.nodes if n.op == "placeholder"], fakes):
         node.meta["val"] = fake
     return drop_sizes(body)

@@ -12,7 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aios_compile.codegen.cpp import build, embedding, matmul, pointwise, row_reduction
+from aios_compile.codegen.cpp import (
+    build,
+    embedding,
+    matmul,
+    pointwise,
+    precompiled,
+    row_reduction,
+)
 from aios_compile.codegen.operand import dim_value
 from aios_compile.errors import BuildError
 from tests.codegen.kernels import operands_of, trace
@@ -227,6 +234,7 @@ def test_kernels_are_clean_under_address_and_undefined_sanitizers(
 def test_the_precompiled_prelude_changes_no_object(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(build, "precompile", precompiled.precompile)  # not the run's one prelude
     text = '#include "prelude.h"\nextern "C" float twice(float x) { return 2 * x; }\n'
     (quick,) = build.build_objects([("twice", text)], tmp_path / "quick", build.Target.host())
     made = list((tmp_path / "quick").glob("prelude-*/prelude.h.gch"))

@@ -35,7 +35,7 @@ from tests.codegen import (
 )
 from tests.codegen.harness import make_body
 
-FLAGS = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+FLAGS = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 RUNNER = """
 import ctypes, json, sys
 import numpy as np
@@ -120,7 +120,7 @@ def add_quantized_linear(jobs):
 def add_attention(jobs):
     shape = (3, 1, 20, 13)
     for dtype, options in ((torch.float32, {"window": 19}), (torch.bfloat16, {"softcap": 3.0})):
-        spec, _ = test_paged_attention.kernel(*shape, dtype, **options)
+        spec = test_paged_attention.spec_of(*shape, dtype, **options)
         batch = test_paged_attention.Batch(test_paged_attention.MIXED, *shape, dtype)
         inputs = batch.arguments()
         row = 5 * 20
@@ -130,7 +130,7 @@ def add_attention(jobs):
         jobs.add(source, sizes, inputs, [list(batch.shape)], poison=dtype == torch.float32)
     shape, pages = (4, 2, 24, 40), 96
     for dtype in (torch.bfloat16, torch.int8):
-        spec, _ = test_paged_attention.kernel(*shape, dtype, pages=pages)
+        spec = test_paged_attention.spec_of(*shape, dtype, pages=pages)
         batch = test_paged_attention.Batch(test_paged_attention.LONG, *shape, dtype, pages=pages)
         inputs, sizes = batch.arguments(), {"T": batch.shape[0], "S": 4, "R": 1, "P": pages}
         inputs[0] = torch.randn((batch.shape[0] - 1) * 8 * 24 + 4 * 24)

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import aios_compile
+import aios_compile.compiler  # and all that it captures with: see tests/shared_captures.py
 from tests import zoo
+from tests.quick_builds import build_quickly
 
 torch.set_num_threads(1)
 Load = Callable[..., aios_compile.CompiledModel]
@@ -28,12 +30,21 @@ def zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def load(zoo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+def as_shipped() -> None:
+    """Ask for models built with the flags of users, not quick_builds.py's."""
+
+
+@pytest.fixture
+def load(
+    request: pytest.FixtureRequest, zoo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Load]:
     """Return a function that loads a zoo model by name (or a folder), closed after the test.
 
     Passes are not certified again (they have their own tests) unless a test sets AIOS_VERIFY.
     """
     monkeypatch.setenv("AIOS_VERIFY", "0")
+    if "as_shipped" not in request.fixturenames:
+        build_quickly(monkeypatch)
     loaded: list[aios_compile.CompiledModel] = []
 
     def load_one(source: str | Path, dtype: str = "float32", **options: Any) -> Any:

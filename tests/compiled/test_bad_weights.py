@@ -13,6 +13,7 @@ from aios_compile.errors import CheckpointError
 from aios_compile.runtime.events import Schedule
 from tests import zoo
 from tests.compiled.conftest import Load
+from tests.variants import nightly
 
 BAD = {
     "model.layers.1.self_attn.k_proj.weight": float("nan"),  # merged with q and v
@@ -23,7 +24,11 @@ BAD = {
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, "float32") for name in BAD), (next(iter(BAD)), "bfloat16")]
+    ("name", "dtype"),
+    [
+        *((name, "float32") for name in list(BAD)[:2]),
+        *nightly(*((name, "float32") for name in list(BAD)[2:]), (next(iter(BAD)), "bfloat16")),
+    ],
 )
 def test_bad_weights_are_refused_by_name(name: str, dtype: str, tmp_path: Path, load: Load) -> None:
     path = zoo.make("qwen3_gqa", tmp_path, dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from aios_compile.compiled_model import CompiledModel
 from aios_compile.runtime.events import Commit, Schedule
 from aios_compile.runtime.program_runner import state_page_bytes
 from tests.compiled.conftest import Load
+from tests.quick_builds import build_quickly
 
+pytestmark = pytest.mark.usefixtures("as_shipped")
 NAME = "qwen3_layer_types"  # windows of 16 tokens, and full attention
 WIDE = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
 NARROW = {"max_num_batched_tokens": 9, "max_num_seqs": 5}
@@ -98,6 +101,15 @@ def test_mixed_batches_give_the_answers_of_single_requests(load: Load, expected:
         assert answers(model.generate(prompts, params)) == expected
         assert alone(model) == expected  # and alone in small chunks
         assert counts
+
+
+def test_quick_builds_have_the_bits_of_the_shipped_ones(
+    load: Load, expected: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other tests build models with less optimisation: see tests/quick_builds.py."""
+    build_quickly(monkeypatch)
+    monkeypatch.setenv("AIOS_CACHE_DIR", str(tmp_path))
+    assert alone(load(NAME, **WIDE)) == expected
 
 
 def test_preemption_is_invisible(load: Load, expected: list[Any]) -> None:

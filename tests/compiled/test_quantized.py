@@ -42,7 +42,7 @@ def perplexity(model: CompiledModel, ids: list[int]) -> float:
 
 
 @pytest.fixture
-def plain(load: Load) -> float:
+def plain(as_shipped: None, load: Load) -> float:
     return perplexity(load(SHAKESPEARE, **WIDE), held_out())
 
 
@@ -92,6 +92,7 @@ def test_a_tied_table_is_stored_once_by_choice(load: Load) -> None:
         load("llama_tied", quantize_embeddings=True)
 
 
+@pytest.mark.usefixtures("as_shipped")
 def test_a_request_does_not_depend_on_its_batch(load: Load) -> None:
     model = load(SHAKESPEARE, quantization="int4", num_threads=2)
     prompts = ["ROMEO:\n", "To be, or not to be", "First Citizen:\nBefore we proceed any further,"]

@@ -12,6 +12,7 @@ from aios_compile.codegen.cpp import candidates, linear
 from aios_compile.codegen.kernel_choices import FILE, KernelChoices, everywhere
 from tests.compiled.conftest import Load
 
+pytestmark = pytest.mark.usefixtures("as_shipped")
 # An artefact of its own: options that no other test uses.
 OWN = {"max_model_len": 93, "max_num_batched_tokens": 23}
 

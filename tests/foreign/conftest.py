@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import aios_compile
 from aios_compile import CompiledModel
-from aios_compile.codegen.cpp import build
+from tests.quick_builds import build_quickly
 
 OPTIONS = {
     "max_model_len": 96,
@@ -34,15 +33,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., CompiledModel]:
-    """Return a function that compiles a module (-Og: these tests are about meaning)."""
+    """Return a function that compiles a module; quickly, as these tests are about meaning."""
     torch.set_num_threads(1)
-    real = build.build_objects
-
-    def quick(*args: Any, **keywords: Any) -> Any:
-        return real(*args, **{**keywords, "extra_flags": ("-Og",)})
-
+    build_quickly(monkeypatch)
     monkeypatch.setenv("AIOS_VERIFY", "0")  # the logits are compared here, end to end
-    monkeypatch.setattr(build, "build_objects", quick)
     return lambda model, **options: aios_compile.load_and_compile(
         model, cache_dir=folder, **{**OPTIONS, **options}
     )

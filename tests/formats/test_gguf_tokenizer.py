@@ -17,6 +17,7 @@ from aios_compile.checkpoint.tokenizer import Tokenizer
 from aios_compile.errors import CheckpointError, UnsupportedModelError
 from tests import zoo
 from tests.formats.gguf_files import convert
+from tests.quick_builds import build_quickly
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "shakespeare"
 TEXTS = [
@@ -73,6 +74,7 @@ def test_the_examples_tokens(example: Path) -> None:
 
 def test_the_example_compiled(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file answers as the folder does, token by token, and its tokenizer is in the artefact."""
+    build_quickly(monkeypatch)
     monkeypatch.setenv("AIOS_VERIFY", "0")
     options: dict[str, Any] = {"progress": False, "num_threads": 1}
     answers = []

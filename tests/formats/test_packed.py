@@ -24,6 +24,7 @@ from tests.formats.gguf_files import with_weights
 from tests.formats.packed_folders import awq, compressed, convert, draw, gptq
 from tests.formats.test_gguf_header import hold
 from tests.formats.test_gguf_model import check_stored
+from tests.quick_builds import build_quickly
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
@@ -116,6 +117,7 @@ def test_pieces_are_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_quickly(monkeypatch)
     monkeypatch.setenv("AIOS_VERIFY", "0")
     path, folder, meant = made("awq", tmp_path)
     ids = zoo.token_ids(folder)

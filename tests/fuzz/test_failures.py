@@ -48,7 +48,7 @@ def test_a_planted_bug_becomes_a_script(tmp_path: Path, monkeypatch: pytest.Monk
         passes=("raise_rope",),
         compiler=compiler,
         max_failures=1,
-        max_trials=50,
+        max_trials=20,
     )
     (failure,) = tally.failures
     assert failure.message.startswith("wrong: output")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from aios_compile.cli.main import app
 from aios_compile.config import CompileOptions
 from aios_compile.errors import CheckpointError, ConfigError
+from aios_compile.study import ablation, doctor
 from aios_compile.study.doctor import Diagnosis, differences, examine, pinned
 from tests.passes.helpers import decoder_config
 
@@ -74,7 +76,9 @@ def test_what_is_refused_is_told_and_fails(tmp_path: Path) -> None:
         examine(str(tmp_path / "nothing"), CompileOptions(local_files_only=True), bandwidth=1e9)
 
 
-def test_the_command_pins_and_checks(tmp_path: Path) -> None:
+def test_the_command_pins_and_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = functools.partial(ablation.ablate, only=("merge_qkv", "fuse_add_rms_norm"))
+    monkeypatch.setattr(doctor, "ablate", few)  # each pass takes half a second
     model, pins = str(write(tmp_path / "m")), tmp_path / "pins.json"
     common = ["doctor", model, "--bandwidth", "20"]
     first = CliRunner().invoke(app, [*common, "--pin", str(pins), "--savings", "--json"])
@@ -83,6 +87,7 @@ def test_the_command_pins_and_checks(tmp_path: Path) -> None:
     assert shown["kernels"][0]["bytes_a_token"] >= shown["kernels"][1]["bytes_a_token"]
     assert shown["predicted_tokens_per_second"] > 0 and shown["differences"] == []
     saved = shown["savings"]
+    assert set(saved["without"]) == {"merge_qkv", "fuse_add_rms_norm"}
     assert saved["without"]["merge_qkv"]["launches"] > saved["everything"]["launches"]
     pins.write_text(json.dumps({"merge_qkv": 1, "raise_rope": 7}))
     second = CliRunner().invoke(app, [*common, "--expect", str(pins)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from aios_compile.codegen.lower import lower
 from aios_compile.codegen.operand import dim_value
 from aios_compile.codegen.pack_weights import from_numpy, pack_weights, to_numpy
 from aios_compile.codegen.program import Program
+from aios_compile.codegen.source import KernelSource
 from aios_compile.ir.module import IRModule, placeholders
 from aios_compile.passes.context import PassOptions
 from aios_compile.passes.pipeline import FUSE, RAISE
@@ -31,12 +33,24 @@ from aios_compile.runtime.program_runner import ProgramRunner
 FRAME = 'File "program.py", line 1, in program\n    a random program'
 # The meaning is tested, not the speed: half the compile time of -O1 (a linear: 0.25 s, not 0.49).
 QUICK = ("-Og",)
+INCLUDE = re.compile(r"^#include .*$", re.MULTILINE)
 SAMPLER_LISTS = ("NP", "NB", "NA")
 
 
 def _quick_linker() -> tuple[str, ...]:
     """Return the flag for gold where it is there: 0.03 s a library, GNU ld takes 0.08 s."""
     return ("-fuse-ld=gold",) if shutil.which("ld.gold") else ()
+
+
+def one_source(sources: Sequence[KernelSource], step: str) -> tuple[str, str]:
+    """Return all texts of a program as one, named: to start g++ takes as long as a small kernel.
+
+    Each kernel is in a namespace of its own; what has C linkage keeps its name.
+    """
+    texts = [source.text for source in sources]
+    includes = dict.fromkeys(line for text in [*texts, step] for line in INCLUDE.findall(text))
+    parts = [f"namespace part{i} {{\n{INCLUDE.sub('', t)}}}\n" for i, t in enumerate(texts)]
+    return "program", "\n".join([*includes, *parts, INCLUDE.sub("", step)])
 
 
 class _Memory:
@@ -110,9 +124,8 @@ def compile_graph(
     full = {"S": 4, "R": 4, "P": 0, **dict.fromkeys(SAMPLER_LISTS, 0), **sizes}
     program = lower(module, emitted, full, {}, plan_memory)
     step = emit_step(program, tuple(emitted.sources))
-    texts: list[build.Source] = [*emitted.sources, ("step", step)]
-    target = build.Target.host()
-    built = build.build_objects(texts, objects, target, jobs=2, extra_flags=extra_flags)
+    text, target = one_source(tuple(emitted.sources), step), build.Target.host()
+    built = build.build_objects([text], objects, target, extra_flags=extra_flags)
     memory = _Memory()
     pack_weights(program, module, lambda name: module.tensors[name], memory)
     with tempfile.TemporaryDirectory(prefix="aios-graph-") as folder:

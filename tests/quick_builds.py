@@ -1,0 +1,46 @@
+"""Quick builds for whole models in tests about meaning: g++ -Og takes a third of -O3's time.
+
+The generated text leaves a compiler no choice that shows: no product is fused with a sum, and none
+is reordered, unless the text says so. So quick builds have the bits of the shipped ones, which
+tests/compiled/test_batches.py holds them to. tests/codegen compiles every kernel as shipped, and at
+night everything is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aios_compile.codegen.cpp import build, precompiled
+
+QUICK = ("-Og",)
+OWN = "-quick"
+
+
+def build_quickly(patch: pytest.MonkeyPatch) -> None:
+    """Compile models with QUICK until the patch is undone; not at night.
+
+    Artefacts do not know of it: they go to a cache of their own.
+    """
+    if "NIGHTLY" in os.environ:
+        return
+    shipped = build.build_objects
+
+    def quick(*args: Any, **keywords: Any) -> Any:
+        return shipped(*args, **{**keywords, "extra_flags": QUICK})
+
+    patch.setattr(build, "build_objects", quick)
+    patch.setenv("AIOS_CACHE_DIR", os.environ["AIOS_CACHE_DIR"].removesuffix(OWN) + OWN)
+
+
+def precompile_once(folder: Path) -> Callable[..., list[str]]:
+    """Return `precompile` with one place for all folders of objects: a prelude takes a second."""
+
+    def precompile(_: Path, *rest: Any) -> list[str]:
+        return precompiled.precompile(folder, *rest)
+
+    return precompile
