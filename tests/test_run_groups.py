@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from tests.run_groups import Result, count, groups, summarise
+from tests.run_groups import TOTAL_SECONDS, Result, count, groups, summarise, total_line
 
 REPORT = """<testsuites><testsuite>
   <testcase classname="tests.test_cache" name="a" time="0.5" />
@@ -35,3 +35,10 @@ def test_cases_are_counted_by_group(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_folder_of_tests_is_a_group() -> None:
     assert {"unit", "codegen", "compiled", "foreign", "runtime"} <= set(groups())
+
+
+def test_a_run_far_over_its_budget_says_so() -> None:
+    """Twice as many workers may take half as long."""
+    assert "OVER" not in total_line(1.2 * TOTAL_SECONDS, 2)
+    assert "OVER BUDGET, 140% of it" in total_line(1.4 * TOTAL_SECONDS, 2)
+    assert "OVER" in total_line(0.7 * TOTAL_SECONDS, 4)

@@ -42,7 +42,7 @@ def perplexity(model: CompiledModel, ids: list[int]) -> float:
 
 
 @pytest.fixture
-def plain(as_shipped: None, load: Load) -> float:
+def plain(load: Load) -> float:
     return perplexity(load(SHAKESPEARE, **WIDE), held_out())
 
 
