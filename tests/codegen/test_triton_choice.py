@@ -11,7 +11,15 @@ import pytest
 pytest.importorskip("triton")
 
 from aios_compile.codegen.source import KernelSource
-from aios_compile.codegen.triton import choice, configs, linear, resource_report
+from aios_compile.codegen.triton import (
+    choice,
+    configs,
+    fp8_linear,
+    linear,
+    quantized_configs,
+    quantized_linear,
+    resource_report,
+)
 from aios_compile.codegen.triton.cards import card_of
 from aios_compile.codegen.triton.choice import Tuning
 from aios_compile.codegen.triton.configs import Config, Problem
@@ -20,6 +28,7 @@ from aios_compile.codegen.triton.emitters import ForCard
 from aios_compile.codegen.triton.occupancy import Usage
 from aios_compile.codegen.triton.resource_report import UNFIT, ResourceReport
 from aios_compile.study import gpu_compile
+from tests.codegen.test_triton_quantized_linear import plain, quantized_body
 from tests.codegen.triton_shapes import linear_spec
 
 PROBLEM = Problem(4096, 1024, 1, 2, 4, 2)
@@ -103,6 +112,29 @@ def test_a_limit_bounds_what_is_compiled() -> None:
     for limit in (1, 2):
         found, _ = searched(lambda c: Usage(255, 100 << 10, c.num_warps), limit=limit)
         assert all(c.compiled <= limit for c in found.values())
+
+
+@pytest.mark.parametrize(
+    ("emitter", "form"), [(quantized_linear, "int4_g32_f16"), (fp8_linear, "e4m3_g32_f32")]
+)
+def test_quantised_linears_are_searched_too(emitter, form: str) -> None:
+    """What spills is out; parts of a depth have whole steps; every choice says why."""
+    body, operands = quantized_body(plain, form, 1024, 3072)
+    asked: list[str] = []
+
+    def report(sources: Sequence[KernelSource]) -> list[Usage]:
+        asked.extend(source.text for source in sources)
+        return [Usage(64, 8 << 10, 4, 8 * ("SPLIT=1" in s.text)) for s in sources]
+
+    spec = emitter.spec_of(body, operands)
+    source = ForCard(emitter, CARD, Tuning(report, 4)).emit(spec)
+    told = gpu_compile.CHOSEN.findall(source.text)
+    assert len(told) == 4 and all("(compiler)" in line for line in told), told
+    assert all("split" in line for line in told[:3]), "one program a tile spills"
+    assert len(asked) == len(set(asked)) >= 4
+    for most, configs_found in quantized_configs.ranges(PROBLEM, 32, CARD):
+        assert len(configs_found) > 1 and len(set(configs_found)) == len(configs_found), most
+        assert all(c.split == 1 or c.block_k * c.split <= 1024 for c in configs_found)
 
 
 @pytest.mark.nightly

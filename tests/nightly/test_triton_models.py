@@ -21,9 +21,11 @@ from aios_compile.codegen.triton.cards import CARDS
 from aios_compile.codegen.triton.compile_ahead import compile_ahead
 from aios_compile.errors import CodegenError
 from aios_compile.study import gpu_compile
+from aios_compile.study.kernel_table import kernel_rows
 from tests.codegen import test_expert_linear as experts
 from tests.codegen.kernels import operands_of, trace
 from tests.codegen.test_triton_compiled import QWEN3
+from tests.codegen.triton_kernels import load
 from tests.nightly.resources import DIGEST, hold
 
 LLAMA_8B = {
@@ -72,6 +74,28 @@ def test_kernels_of_a_model(
         if quantization is None or "linear" in source.name:
             model = config["architectures"][0] + (f" {quantization}" if quantization else "")
             hold(PINNED, f"{target} {model} {title(source)}", binaries)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("config", [QWEN3, LLAMA_8B], ids=["qwen3", "llama"])
+def test_quantised_decode_is_five_launches_and_its_floor(
+    config: Any, quantization: str, tmp_path: Path
+) -> None:
+    """As of float weights in codegen/test_triton_compiled.py."""
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    options = {"max_model_len": 4096, "quantization": quantization}
+    planned = gpu_compile.plan_for(tmp_path, "cuda:90", options)
+    rows = kernel_rows(planned.module, planned.emitted, planned.program)
+    floor = sum(row.weight_bytes + row.kv_bytes for row in rows)
+    assert sum(row.bytes_a_token for row in rows) <= 1.02 * floor  # the goal is 1.05
+    items = planned.program.function("layer").items
+    modules = [load(planned.emitted.sources[item.kernel]) for item in items]
+    for tokens in (1, 2, 16, 32):
+        chosen = [
+            next(v for v in module.VARIANTS if v["most"] is None or tokens <= v["most"])
+            for module in modules
+        ]
+        assert sum(len(variant["launches"]) for variant in chosen) == 5
 
 
 def title(source: Any) -> str:
