@@ -164,6 +164,7 @@ class Clock:
         outputs = [TensorEntry("y", "f32", (SizeExpr(((("T",), 1),)), 2), 0)]
         self.program: Any = SimpleNamespace(kernels=kernels, outputs=outputs, sizes={"T": 300})
         self.outputs = {"y": np.zeros((300, 2), np.float32)}
+        self.sizes: set[tuple[int, ...]] = set()
         self.wrong: tuple[str, int] = ("", 0)  # a candidate, and the token that it gets wrong
         self._times, self._noise = times, noise
         self._rng, self._now = np.random.default_rng(0), KernelChoices()
@@ -174,7 +175,8 @@ class Clock:
     def time_kernels(self, into: Any) -> None:
         self._into = into
 
-    def run(self, *_: Any) -> None:
+    def run(self, inputs: Any, num_tokens: int, num_seqs: int, num_rows: int) -> None:
+        self.sizes.add((num_tokens, num_seqs, num_rows))
         name = next(iter((self._now.chosen or {}).values()), (STANDARD,))[0]
         self.outputs["y"][self.wrong[1]] = name == self.wrong[0]
         factors = self._rng.normal(1, self._noise, 2)
@@ -200,7 +202,8 @@ def test_a_wrong_candidate_is_not_used_however_fast_it_is(monkeypatch: pytest.Mo
     """One bit of one token is enough; what is behind the step's tokens is nobody's result."""
     clock: Any = Clock({STANDARD: [10, 10], "a": [8, 8], "b": [1, 1]})
     clock.wrong = ("b", 7)
-    found = select_kernels(clock, [Step({}, t, 1, 1) for t in (1, 7, 8)], seconds=1)
+    found = select_kernels(clock, [Step({}, t, 3, 2) for t in (1, 7, 8)], seconds=1)
+    assert clock.sizes == {(1, 3, 2), (7, 3, 2), (8, 3, 2)}
     assert found.chosen == {"first": ("b", "b", STANDARD), "second": ("b", "b", STANDARD)}
     assert "8 tokens: b is not used, its results differ: a wrong kernel" in found.notes
     assert {(t.tokens, t.candidate) for t in found.trials} == {(1, "a"), (1, "b"), (7, "b")}
