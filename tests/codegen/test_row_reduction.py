@@ -44,6 +44,7 @@ CASES = {
     "rms_norm_bf16_weight": Case(
         lambda x, w: aios.rms_norm(x, w, 1e-6, True), [(("T", 70), f32), ((70,), bf16)]
     ),
+    "vector_norm": Case(lambda x: torch.linalg.vector_norm(x, 2, -1), [(("T", 33), f32)]),
     "head_norm": Case(
         lambda x, w: rms(x.view(-1, 4, 16), w).view(-1, 64), [(("T", 64), f32), ((16,), f32)]
     ),
@@ -145,6 +146,15 @@ def test_nan_stays_in_its_row(built: Any) -> None:
 
 def test_reductions_over_different_dimensions_are_refused() -> None:
     body = trace(lambda x: x.sum(0) + x.sum(1)[:9].sum(), (("T", 9), f32))
+    assert row_reduction.spec_of(body, operands_of(body)) is None
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [lambda x: torch.linalg.vector_norm(x, 1, -1), lambda x: torch.linalg.vector_norm(x, 3, -1)],
+)
+def test_norms_of_other_orders_are_refused(norm: Any) -> None:
+    body = trace(norm, (("T", 33), f32))
     assert row_reduction.spec_of(body, operands_of(body)) is None
 
 
