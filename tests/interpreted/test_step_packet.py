@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from aios_compile.codegen.operand import dim_value
 from aios_compile.codegen.program import TensorEntry
 from aios_compile.codegen.step_packet import LISTS, ROW_INPUTS, known_inputs
+from aios_compile.codegen.step_results import StepResults
 from aios_compile.codegen.triton import prepare_step
 from aios_compile.errors import CodegenError
 from aios_compile.runtime.batch import Batch
@@ -108,3 +109,16 @@ def test_an_input_that_no_packet_holds_is_refused() -> None:
     with pytest.raises(CodegenError, match="no step packet holds the input pixels"):
         prepare_step.spec_of([TensorEntry("pixels", "f32", (3,))], 16, 4)
     assert len(set(known_inputs())) == len(list(known_inputs()))
+
+
+def test_results_lie_one_behind_the_other_the_wide_ones_first() -> None:
+    entries = [
+        TensorEntry("logits", "f32", (4, 99)),
+        TensorEntry("logprobs", "f32", (4,)),
+        TensorEntry("ids", "i64", (4,)),
+        TensorEntry("top_ids", "i64", (4, 20)),
+    ]
+    found = StepResults.of(entries, {})
+    assert found.outputs == (("ids", "i64", 1), ("top_ids", "i64", 20), ("logprobs", "f32", 1))
+    assert found.row_bytes() == 8 + 160 + 4
+    assert found.places(3) == {"ids": 0, "top_ids": 24, "logprobs": 24 + 480}
