@@ -27,14 +27,14 @@ TOLERANCE = 1.25  # of a total that is said aloud: a busy machine is slower
 DEFAULT_BUDGET_SECONDS = 90
 # Groups that need longer.
 BUDGET_SECONDS = {
-    "codegen": 430,
-    "compiled": 310,
-    "foreign": 120,
-    "fuzz": 260,
+    "codegen": 290,
+    "compiled": 230,
+    "foreign": 90,
+    "fuzz": 230,
     "interpreted": 120,
-    "passes": 180,
-    "runtime": 140,
-    "study": 110,
+    "passes": 140,
+    "runtime": 130,
+    "study": 95,
 }
 # These need what most machines lack; they run in `make gpu` or `make nightly`.
 LEFT_OUT = ("gpu", "nightly", "goldens")
