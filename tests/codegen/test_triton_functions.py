@@ -117,6 +117,14 @@ def test_products_and_flags_of_rows(tmp_path: Path) -> None:
     assert torch.equal(got[1], (x > 2).any(1)) and torch.equal(got[2], (x > -2).all(1))
 
 
+def test_a_nan_is_the_largest_and_the_smallest_of_its_row(tmp_path: Path) -> None:
+    x = torch.randn(3, 20)
+    x[1, 4] = x[2, 0] = math.nan
+    got = run(lambda x: (x.amax(1), x.amin(1), x.softmax(1)), tmp_path, x)
+    for mine, eager in zip(got, (x.amax(1), x.amin(1), x.softmax(1)), strict=True):
+        torch.testing.assert_close(mine, eager, equal_nan=True)
+
+
 def test_rounding_to_decimals(tmp_path: Path) -> None:
     x = torch.randn(50) * 100
     got = run(lambda x: (x.round(decimals=2), x.round(decimals=-1)), tmp_path, x)
@@ -145,7 +153,7 @@ def test_functions_compile_for_cards(target: str, tmp_path: Path) -> None:
         return (*ones, *(op(x, y) for op in two), *(op(i, j) for op in two), torch.atan2(x, y))
 
     body = trace(all_of, ((64,), f32), ((64,), f32), ((64,), i64), ((64,), i64))
-    rows = trace(lambda x: (x.prod(1), (x > 2).any(1)), ((5, 37), f32))
+    rows = trace(lambda x: (x.prod(1), (x > 2).any(1), x.amax(1)), ((5, 37), f32))
     specs = (
         pointwise.spec_of(body, operands_of(body)),
         row_reduction.spec_of(rows, operands_of(rows)),

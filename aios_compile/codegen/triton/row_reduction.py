@@ -25,6 +25,7 @@ START = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}
 START["prod"] = "1"
 RUNTIME_BLOCKS = (256, 1024, 4096, 16384, 65536)
 WHOLE_START = {"sum": "0", "prod": "1", "max": str(-(2**63)), "min": str(2**63 - 1)}
+MADE = {"prod": "product_of", "max": "largest_of", "min": "smallest_of"}  # functions.py.txt
 FLAG_START = {"max": "0", "min": "1"}
 
 spec_of = row_reduction.spec_of
@@ -79,7 +80,9 @@ def _reduced(leaf: Reduction, value: str) -> str:
     given = f"tl.where(mask, {value}, {starts[kind]})"
     if flags:
         given = f"{given}.to(tl.int32)"
-    text = f"product_of({given})" if kind == "prod" else f"tl.{leaf.kind}({given}, 0)"
+    functions = MADE if leaf.value.dtype in FLOATS else {"prod": MADE["prod"]}
+    function = functions.get(leaf.kind)
+    text = f"{function}({given})" if function else f"tl.{leaf.kind}({given}, 0)"
     return f"({text} != 0)" if flags and leaf.kind == kind else text
 
 
