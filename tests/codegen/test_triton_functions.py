@@ -125,6 +125,18 @@ def test_a_nan_is_the_largest_and_the_smallest_of_its_row(tmp_path: Path) -> Non
         torch.testing.assert_close(mine, eager, equal_nan=True)
 
 
+def test_a_flag_of_a_number_meets_flags_of_a_row(tmp_path: Path) -> None:
+    """Found by number 102 of the fuzzer's programs on Triton."""
+    x, y = torch.randn(40), torch.randn(())
+
+    def all_of(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        ops = torch.bitwise_xor, torch.bitwise_and, torch.bitwise_or
+        return tuple(op(x > 0.1, y < 0.5) for op in ops)
+
+    for got, want in zip(run(all_of, tmp_path, x, y), all_of(x, y), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_rounding_to_decimals(tmp_path: Path) -> None:
     x = torch.randn(50) * 100
     got = run(lambda x: (x.round(decimals=2), x.round(decimals=-1)), tmp_path, x)

@@ -20,6 +20,7 @@ from aios_compile.codegen.expression import (
     Load,
     Printer,
     Size,
+    strip_parentheses,
     walk,
 )
 from aios_compile.codegen.linear_index import Linear
@@ -87,6 +88,10 @@ class Triton:
         return f"{name} = {text}"
 
     def call(self, call: Call, texts: Sequence[str]) -> str:
+        if call.op in ("and", "or", "xor") and call.dtype == "bool":
+            # as numbers: the interpreter takes a scalar comparison beside a block for a float
+            left, right = (f"tl.cast({strip_parentheses(t)}, tl.int32)" for t in texts)
+            return f"(({left} {INFIX[call.op]} {right}) != 0)"
         if call.op in INFIX:
             return f"({texts[0]} {INFIX[call.op]} {texts[1]})"
         if call.op == "cast":
