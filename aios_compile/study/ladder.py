@@ -94,7 +94,11 @@ def climb(
         form = CompileOptions(quantization="int8").quantization_format()
         quantised = replace(subject, options=replace(subject.options, quantization=form))
         try:
+            plain = _cost(subject, options.disable_passes, len(request.ids))
             cost = _cost(quantised, options.disable_passes, len(request.ids))
+            if cost == plain:
+                yield Rung("int8 weights: no matrix has rows of whole groups of 32", 0.0)
+                return
             with load(given | {"quantization": "int8"}) as model:
                 yield _compiled("int8 weights", model, request, 1, cost, oracle)
         except AiosError as error:
