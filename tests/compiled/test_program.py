@@ -102,7 +102,7 @@ def test_fewer_threads_when_more_measure_slower(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
 
     def timed(every: float, one: float) -> Any:
-        def time_step(self: CompiledModel) -> float:
+        def time_step(self: CompiledModel, seconds: float = 1.0) -> float:
             assert self.runner is not None
             return every if self.runner.num_threads > 1 else one
 
