@@ -31,7 +31,7 @@ def hold(file: Path, key: str, binaries: Iterable[Binary]) -> None:
         text = "\n".join(f"{k} = {v}" for k, v in sorted(kept.items()))
         file.write_text(f"{COMPILER}\n{text}\n")
     elif rows:
-        assert used == own
+        assert used == own, sorted(used.items() ^ own.items())
 
 
 def _variant(binary: Binary) -> str:
