@@ -225,14 +225,11 @@ def _other_tokenizer(where: str, options: CompileOptions) -> Tokenizer:
     return Tokenizer.load(path) if gguf is None else GgufCheckpoint.open(gguf).load_tokenizer()
 
 
-def _asked_tokenizer(options: CompileOptions) -> Tokenizer | None:
-    return None if options.tokenizer is None else _other_tokenizer(options.tokenizer, options)
-
-
-def _tokenizer(folder: Checkpoint, options: CompileOptions) -> Tokenizer | None:
+def _tokenizer(folder: Checkpoint | None, options: CompileOptions) -> Tokenizer | None:
+    """Return the one that the options name, else the folder's, if there are a folder and one."""
     if options.tokenizer is not None:
         return _other_tokenizer(options.tokenizer, options)
-    return folder.load_tokenizer() if folder.has_tokenizer() else None
+    return folder.load_tokenizer() if folder is not None and folder.has_tokenizer() else None
 
 
 def _open_module(model: Any, options: CompileOptions) -> ModelSource:
@@ -268,7 +265,7 @@ def _open_module(model: Any, options: CompileOptions) -> ModelSource:
         flat=None,
         max_model_len=int(length or 4096),
         model_eos_ids=eos,
-        load_tokenizer=lambda: _asked_tokenizer(options),
+        load_tokenizer=lambda: _tokenizer(None, options),
     )
 
 

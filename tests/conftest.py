@@ -54,16 +54,16 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Point the artefact cache at a folder of this run, shared by its workers."""
-    os.environ["AIOS_CACHE_DIR"] = str(_shared(tmp_path_factory) / "aios-cache")
+    os.environ["AIOS_CACHE_DIR"] = str(shared_folder(tmp_path_factory) / "aios-cache")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_prelude(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Precompile the kernels' header once a run and set of flags, wherever objects go."""
-    build.precompile = precompile_once(_shared(tmp_path_factory) / "preludes")
+    build.precompile = precompile_once(shared_folder(tmp_path_factory) / "preludes")
 
 
-def _shared(factory: pytest.TempPathFactory) -> Path:
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
     """Return the folder of this run, the same in all its workers."""
     base = factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base

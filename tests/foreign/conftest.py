@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 import aios_compile
 from aios_compile import CompiledModel
+from tests.conftest import shared_folder
 from tests.quick_builds import build_quickly
 
 OPTIONS = {
@@ -26,9 +26,7 @@ OPTIONS = {
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run's cache: its workers share their objects."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        return tmp_path_factory.getbasetemp().parent / "foreign-cache"
-    return tmp_path_factory.mktemp("cache")
+    return shared_folder(tmp_path_factory) / "foreign-cache"
 
 
 @pytest.fixture

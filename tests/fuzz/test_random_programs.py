@@ -14,6 +14,7 @@ import pytest
 
 from aios_compile.study.fuzz.campaign import run_campaign
 from aios_compile.study.fuzz.report import rare
+from tests.conftest import shared_folder
 from tests.fuzz.parts import write_part
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
@@ -27,12 +28,10 @@ def test_compiled_equals_eager(
     part: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Parts can run side by side: each takes every fourth example."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     tally = run_campaign(
         range(FIRST + part, FIRST + EXAMPLES, PARTS),
         seed=SEED,
-        objects=shared / "fuzz-objects",
+        objects=shared_folder(tmp_path_factory) / "fuzz-objects",
         say=print,
         scripts=Path(os.environ.get("FUZZ_REPORT", tmp_path)) / "failures",
     )
