@@ -36,7 +36,7 @@ def build_quickly(patch: pytest.MonkeyPatch) -> None:
     shipped = build.build_objects
 
     def quick(*args: Any, **keywords: Any) -> Any:
-        return shipped(*args, **{**keywords, "extra_flags": flags})
+        return shipped(*args, **{**keywords, "extra_flags": flags, "many_programs": True})
 
     patch.setattr(build, "build_objects", quick)
     patch.setenv("AIOS_CACHE_DIR", os.environ["AIOS_CACHE_DIR"].removesuffix(OWN) + OWN)

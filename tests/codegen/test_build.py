@@ -231,15 +231,22 @@ def test_kernels_are_clean_under_address_and_undefined_sanitizers(
     assert "heap-buffer-overflow" in run_all().stderr
 
 
-def test_the_precompiled_prelude_changes_no_object(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("many_programs", [False, True])
+def test_precompiled_headers_change_no_object(
+    many_programs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "precompile", precompiled.precompile)  # not the run's one prelude
-    text = '#include "prelude.h"\nextern "C" float twice(float x) { return 2 * x; }\n'
-    (quick,) = build.build_objects([("twice", text)], tmp_path / "quick", build.Target.host())
-    made = list((tmp_path / "quick").glob("prelude-*/prelude.h.gch"))
-    assert len(made) == ("clang" not in build.find_compiler().version)
-    monkeypatch.setattr(build, "precompile", lambda *_: [])
-    (slow,) = build.build_objects([("twice", text)], tmp_path / "slow", build.Target.host())
-    assert not list((tmp_path / "slow").glob("prelude-*"))
-    assert quick.read_bytes() == slow.read_bytes()
+    text = '#include "prelude.h"\n'
+    if many_programs:
+        text += '#include "runtime.h"\nvoid run_step(aios::Worker*, const Run*) {}\n'
+    text += 'extern "C" float twice(float x) { return 2 * x; }\n'
+    folders = tmp_path / "quick", tmp_path / "slow"
+    made = []
+    for folder in folders:
+        made += build.build_objects(
+            [("twice", text)], folder, build.Target.host(), many_programs=many_programs
+        )
+        monkeypatch.setattr(build, "precompile", lambda *_: [])
+    found = [len(list(folder.glob("prelude-*/prelude.h.gch"))) for folder in folders]
+    assert found == [int("clang" not in build.find_compiler().version), 0]
+    assert made[0].read_bytes() == made[1].read_bytes()

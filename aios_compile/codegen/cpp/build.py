@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aios_compile import env
-from aios_compile.codegen.cpp.precompiled import PRELUDE, precompile
+from aios_compile.codegen.cpp.precompiled import PRELUDE, PROGRAM, precompile
 from aios_compile.codegen.source import KernelSource
 from aios_compile.errors import BuildError
 
@@ -211,12 +211,14 @@ def build_objects(
     jobs: int | None = None,
     on_progress: Progress | None = None,
     extra_flags: Sequence[str] = (),
+    many_programs: bool = False,
 ) -> list[Path]:
     """Compile each source to an object in `folder`, in parallel; return them in source order.
 
     `sources` are KernelSources or (name, text) pairs. `jobs` defaults to the number of
     processors. `on_progress(done, total, name)` is called in the caller's thread. `extra_flags` are
-    for sanitizer builds. Raises BuildError that names the kernel and quotes the compiler.
+    for sanitizer builds. `many_programs`: these flags build many, so that to precompile what their
+    steps include pays. Raises BuildError that names the kernel and quotes the compiler.
     """
     pairs = [(s.name, s.text) if isinstance(s, KernelSource) else s for s in sources]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -224,10 +226,13 @@ def build_objects(
     objects = [folder / f"{object_key(text, target, extra_flags)}.o" for _, text in pairs]
     missing = {path: pair for path, pair in zip(objects, pairs) if not path.exists()}
     done = len(pairs) - len(missing)
-    includes = _includes(folder, target, tuple(extra_flags)) if missing else []
+    chosen = {path: _headers(text, many_programs) for path, (_, text) in missing.items()}
+    includes = {h: _includes(folder, target, tuple(extra_flags), h) for h in chosen.values()}
     with ThreadPoolExecutor(max(1, jobs or os.cpu_count() or 1)) as pool:
         futures = {
-            pool.submit(_compile, name, text, path, target, tuple(extra_flags), includes): name
+            pool.submit(
+                _compile, name, text, path, target, tuple(extra_flags), includes[chosen[path]]
+            ): name
             for path, (name, text) in missing.items()
         }
         try:
@@ -242,11 +247,18 @@ def build_objects(
     return objects
 
 
-def _includes(folder: Path, target: Target, extra_flags: tuple[str, ...]) -> list[str]:
-    """Return the include folders' arguments, that of the precompiled prelude first."""
+def _headers(text: str, many_programs: bool) -> tuple[str, ...]:
+    """Return the headers that are precompiled for a source."""
+    return PROGRAM if many_programs and '#include "runtime.h"' in text else (PRELUDE,)
+
+
+def _includes(
+    folder: Path, target: Target, extra_flags: tuple[str, ...], names: tuple[str, ...]
+) -> list[str]:
+    """Return the include folders' arguments, that of the precompiled headers first."""
     compiler, flags = find_compiler(target).path, compile_flags(target, extra_flags)
-    header, key = HEADER_FOLDER / PRELUDE, headers_text()
-    ready = precompile(folder, header, compiler, _toolchain(target), flags, key, _run)
+    headers, key = [HEADER_FOLDER / name for name in names], headers_text()
+    ready = precompile(folder, headers, compiler, _toolchain(target), flags, key, _run)
     return [*ready, "-I", str(HEADER_FOLDER)]
 
 

@@ -125,7 +125,9 @@ def compile_graph(
     program = lower(module, emitted, full, {}, plan_memory)
     step = emit_step(program, tuple(emitted.sources))
     text, target = one_source(tuple(emitted.sources), step), build.Target.host()
-    built = build.build_objects([text], objects, target, extra_flags=extra_flags)
+    built = build.build_objects(
+        [text], objects, target, extra_flags=extra_flags, many_programs=True
+    )
     memory = _Memory()
     pack_weights(program, module, lambda name: module.tensors[name], memory)
     with tempfile.TemporaryDirectory(prefix="aios-graph-") as folder:
