@@ -10,6 +10,7 @@ is timed, disassembled or inspected; at night everything.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,29 @@ def quick_flags() -> tuple[str, ...]:
     return () if "NIGHTLY" in os.environ else QUICK
 
 
+def quick_link_flags(target: build.Target | None = None) -> tuple[str, ...]:
+    """Return the flag for gold where it is there: 0.03 s a library, GNU ld takes 0.08 s."""
+    there = shutil.which("ld.gold") and not (target and target.foreign)
+    return ("-fuse-ld=gold",) if there and "NIGHTLY" not in os.environ else ()
+
+
 def build_quickly(patch: pytest.MonkeyPatch) -> None:
     """Compile models with QUICK until the patch is undone; not at night.
 
     Artefacts do not know of it: they go to a cache of their own.
     """
     flags = quick_flags()
-    shipped = build.build_objects
+    build_objects, link = build.build_objects, build.link
 
     def quick(*args: Any, **keywords: Any) -> Any:
-        return shipped(*args, **{**keywords, "extra_flags": flags, "many_programs": True})
+        given = {**keywords, "extra_flags": flags, "many_programs": True}
+        return build_objects(*args, **given)
+
+    def quick_link(objects: Any, out_path: Path, target: Any = None, extra_flags: Any = ()) -> Path:
+        return link(objects, out_path, target, (*extra_flags, *quick_link_flags(target)))
 
     patch.setattr(build, "build_objects", quick)
+    patch.setattr(build, "link", quick_link)
     patch.setenv("AIOS_CACHE_DIR", os.environ["AIOS_CACHE_DIR"].removesuffix(OWN) + OWN)
 
 

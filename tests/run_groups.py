@@ -5,6 +5,7 @@ has a line `group run skipped` for each: a test that vanished, or is skipped now
 
     python tests/run_groups.py                    all groups
     python tests/run_groups.py codegen runtime    some of them
+    python tests/run_groups.py --types            and mypy --strict beside them
     python tests/run_groups.py --update-counts    pin what was counted
 """
 
@@ -16,7 +17,8 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,11 +137,40 @@ def write_counts(counts: dict[str, tuple[int, int]]) -> None:
     COUNTS.write_text("\n".join([head, *rows]) + "\n")
 
 
+@contextmanager
+def type_check(
+    command: Sequence[str] = ("-m", "mypy", "--strict"),
+) -> Iterator[Callable[[], bool]]:
+    """Run mypy --strict beside what is done inside: it has one core's work, and tests leave gaps.
+
+    Gives a function that waits for its end, prints what it wrote, and returns whether it found no
+    mistake: so that its lines do not stand between the tests'.
+    """
+
+    def finish() -> bool:
+        status = process.wait()
+        output.seek(0)
+        print(f"\nmypy --strict: {output.read().strip()}")
+        if status:
+            print(f"TYPES ARE WRONG, or were not checked: mypy --strict ended with {status}")
+        return not status
+
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        given = [sys.executable, *command]
+        process = subprocess.Popen(given, cwd=TESTS.parent, stdout=output, stderr=output)
+        try:
+            yield finish
+        finally:
+            process.kill()
+            process.wait()
+
+
 def main() -> int:
     """Run the groups that were asked for; return the exit status."""
     parser = argparse.ArgumentParser(description="Run the tests group by group.")
     parser.add_argument("groups", nargs="*", help="names of groups; none runs all")
     parser.add_argument("--workers", type=int, default=1, help="processes in each group")
+    parser.add_argument("--types", action="store_true", help="check the types beside the tests")
     parser.add_argument("--update-counts", action="store_true", help="pin what was counted")
     chosen = parser.parse_args()
     known, pinned = groups(), read_counts()
@@ -147,8 +178,11 @@ def main() -> int:
     if unknown:
         parser.error(f"no group {', '.join(unknown)}; the groups are {', '.join(known)}")
     wanted = {name: known[name] for name in chosen.groups or known}
-    begin = time.monotonic()
-    results, held = run(wanted, chosen.workers)
+    begin, typed = time.monotonic(), True
+    with type_check() if chosen.types else nullcontext() as check_types:
+        results, held = run(wanted, chosen.workers)
+        if check_types is not None:
+            typed = check_types()
     seconds = time.monotonic() - begin
     if chosen.update_counts:
         kept = {name: count for name, count in pinned.items() if name in known}
@@ -158,7 +192,7 @@ def main() -> int:
     print(total_line(seconds, chosen.workers))
     if not held:
         print("pytest was interrupted or broke: see above")
-    return 0 if good and held else 1
+    return 0 if good and held and typed else 1
 
 
 def total_line(seconds: float, workers: int) -> str:

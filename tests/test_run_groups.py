@@ -6,7 +6,15 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from tests.run_groups import TOTAL_SECONDS, Result, count, groups, summarise, total_line
+from tests.run_groups import (
+    TOTAL_SECONDS,
+    Result,
+    count,
+    groups,
+    summarise,
+    total_line,
+    type_check,
+)
 
 REPORT = """<testsuites><testsuite>
   <testcase classname="tests.test_cache" name="a" time="0.5" />
@@ -42,3 +50,17 @@ def test_a_run_far_over_its_budget_says_so() -> None:
     assert "OVER" not in total_line(1.2 * TOTAL_SECONDS, 2)
     assert "OVER BUDGET, 140% of it" in total_line(1.4 * TOTAL_SECONDS, 2)
     assert "OVER" in total_line(0.7 * TOTAL_SECONDS, 4)
+
+
+def test_wrong_types_are_shown_after_the_tests_and_fail(capfd: pytest.CaptureFixture[str]) -> None:
+    with type_check(("-c", "print('a.py:3: error: int')\nraise SystemExit(1)")) as finish:
+        print("a test's line")
+        assert not finish()
+    lines = capfd.readouterr().out.split("\n")
+    assert lines[:3] == ["a test's line", "", "mypy --strict: a.py:3: error: int"]
+    assert "TYPES ARE WRONG" in lines[3] and "ended with 1" in lines[3]
+    with type_check(("-c", "print('Success')")) as finish:
+        assert finish()
+    assert "WRONG" not in capfd.readouterr().out
+    with type_check(("-c", "import time; time.sleep(60)")):
+        pass  # an interrupted run leaves no process

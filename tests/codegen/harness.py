@@ -21,7 +21,7 @@ from aios_compile.codegen.operand import Operand, dim_value
 from aios_compile.codegen.source import KernelSource
 from aios_compile.ir.symbols import new_fake, new_fake_mode
 from tests.codegen.emulated import EmulatedKernels
-from tests.quick_builds import quick_flags
+from tests.quick_builds import quick_flags, quick_link_flags
 
 torch.set_num_threads(1)
 FOLDER = Path(tempfile.gettempdir()) / f"aios-test-objects-{os.getuid()}"
@@ -77,7 +77,8 @@ class Kernel:
             return
         # Grids of shapes and options are about the text; see quick_builds.py.
         objects = build.build_objects([source], FOLDER, target, jobs=1, extra_flags=quick_flags())
-        self.library = build.load(build.link(objects, objects[0].with_suffix(".so"), target))
+        library = objects[0].with_suffix(".so")
+        self.library = build.load(build.link(objects, library, target, quick_link_flags(target)))
         self.run = getattr(self.library, source.symbol)
         self.items = getattr(self.library, f"{source.symbol}_items")
         self.items.restype = ctypes.c_int64

@@ -20,6 +20,7 @@ from aios_compile.codegen.cpp import build
 from aios_compile.codegen.operand import Operand, dim_value
 from aios_compile.codegen.source import KernelSource
 from aios_compile.ir.symbols import new_fake, new_fake_mode
+from tests.quick_builds import quick_link_flags
 
 assert aios_compile.ir.ops.TABLE
 torch.set_num_threads(1)
@@ -45,7 +46,8 @@ def library(
     target = target or build.Target.host()
     objects = build.build_objects(sources, folder(), target, extra_flags=flags)
     name = f"lib{abs(hash(tuple(objects)))}.so"
-    return build.load(build.link(objects, folder() / name, target, extra_flags=flags))
+    linked = (*flags, *quick_link_flags(target))
+    return build.load(build.link(objects, folder() / name, target, extra_flags=linked))
 
 
 def run(

@@ -8,6 +8,7 @@ import pytest
 
 from tests.compiled.conftest import Load
 from tests.compiled.invariance import check, check_freed_window_pages
+from tests.compiled.test_quantized import DEFAULT_SIZES
 
 EXAMPLE = Path(__file__).parents[2] / "examples/shakespeare"
 PROMPT = [int(t) for t in range(7, 7 + 3 * 43, 3)]  # 43 tokens: two pages of 16 and a part
@@ -16,7 +17,7 @@ PROMPT = [int(t) for t in range(7, 7 + 3 * 43, 3)]  # 43 tokens: two pages of 16
 @pytest.mark.usefixtures("as_shipped")
 def test_logprobs_are_bitwise_the_same_whatever_happens_around(load: Load) -> None:
     """The default sizes, which are those of the benchmarks."""
-    model = load(EXAMPLE, dtype="auto", max_num_seqs=16, max_num_batched_tokens=512, num_threads=1)
+    model = load(EXAMPLE, **DEFAULT_SIZES)
     counts = check(model, PROMPT, 20)
     assert counts["num_cached_tokens"] > 100 and counts["num_preemptions"] > 5
     assert counts["swapped"] > 20

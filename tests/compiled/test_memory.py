@@ -42,6 +42,7 @@ from aios_compile.runtime.memory import PAGE, Region
 from aios_compile.runtime.program_runner import ProgramRunner
 from tests import zoo
 from tests.compiled.conftest import Load
+from tests.quick_builds import build_quickly
 
 NAME = "qwen3_gqa"
 # One step takes all tokens: many tiles of rows, so that kernels read after they have written.
@@ -156,7 +157,15 @@ class Level3:
 
 
 @pytest.fixture(scope="module")
-def level3(zoo_folder: Path) -> Iterator[Level3]:
+def _quick() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AIOS_VERIFY", "0")
+        build_quickly(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def level3(zoo_folder: Path, _quick: None) -> Iterator[Level3]:
     import aios_compile
 
     path = zoo.make(NAME, zoo_folder)

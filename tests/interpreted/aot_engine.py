@@ -1,9 +1,10 @@
 """A whole start on a GPU that is not there: compiled ahead, captured, stepped; what happened.
 
-    python -m tests.interpreted.aot_engine FOLDER [OPTIONS as JSON]    (a process: no interpreter)
+    python -m tests.interpreted.aot_engine FOLDER [PARTS of names]    (a process: no interpreter)
 
 Everything is as on a GPU but for the launches, which go through Triton's own look-up of a compiled
 kernel (`warmup`) and stop there. A kernel that the artefact lacks is compiled by it, and counted.
+With parts of names, modules that have none of them are neither compiled nor looked up.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from aios_compile import api, compiled_model
+from aios_compile.codegen.triton import compile_ahead
 from aios_compile.codegen.triton.binary_cache import Compilations, use
 from aios_compile.runtime import torch_device
 from aios_compile.runtime.torch_device import RecordedGraph, TorchDevice
@@ -58,13 +60,18 @@ class Warm:
         return launch
 
 
+def passed_over(*arguments: Any, **options: Any) -> None:
+    """Stand for a launch of a module that is not looked at."""
+
+
 class NoGpu(TorchDevice):
     """A card whose memory is the host's. Graphs are counted, replays do nothing."""
 
     made: NoGpu
 
-    def __init__(self) -> None:
+    def __init__(self, parts: tuple[str, ...]) -> None:
         super().__init__("cpu")
+        self.parts = parts
         self.compilations = Compilations()
         self.captured = 0
         NoGpu.made = self
@@ -81,6 +88,8 @@ class NoGpu(TorchDevice):
 
     def load(self, path: Path) -> Any:
         module = super().load(path)
+        if not looked_at(path.stem, self.parts):
+            module.launch = passed_over
         for variant in module.VARIANTS:
             for launch in variant["launches"]:
                 launch["kernel"] = Warm(launch["kernel"])
@@ -98,18 +107,33 @@ class NoGpu(TorchDevice):
         pass
 
 
+def looked_at(name: str, parts: tuple[str, ...]) -> bool:
+    return not parts or any(part in name for part in parts)
+
+
+def compile_only(parts: tuple[str, ...]) -> None:
+    """Let modules be compiled ahead whose names have one of the parts."""
+    plain = compile_ahead.compile_ahead
+
+    def some(sources: Any, *rest: Any) -> Any:
+        return plain([s for s in sources if looked_at(s.name, parts)], *rest)
+
+    compile_ahead.compile_ahead = some
+
+
 def main() -> None:
-    folder, options = Path(sys.argv[1]), json.loads((sys.argv + ["{}"])[2])
+    folder, parts = Path(sys.argv[1]), tuple(sys.argv[2:])
+    compile_only(parts)
     knobs.cache.dir = str(folder / "triton-home")  # what is compiled all the same goes here
     driver.set_active(FakeDriver())
     api.require_cuda = torch_device.require_cuda = lambda name: None
     api.card_name = torch_device.card_name = lambda name: CARD
-    compiled_model.open_device = lambda name: NoGpu()  # type: ignore[assignment,return-value]
+    compiled_model.open_device = lambda name: NoGpu(parts)  # type: ignore[assignment,return-value]
     compiled_model.CompiledModel.warm_up = lambda self: None  # type: ignore[method-assign]
     sizes = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 8}
     model = api.load_and_compile(
         str(folder / "model"), device="cuda", progress=False, num_threads=2,
-        cache_dir=str(folder / "cache"), **sizes, **options,
+        cache_dir=str(folder / "cache"), **sizes,
     )  # fmt: skip
     executor: Any = model.engine.executor
     at_start = NoGpu.made.num_compiled

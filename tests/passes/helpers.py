@@ -23,6 +23,20 @@ from aios_compile.passes.context import PassContext, PassOptions
 from aios_compile.study.fuzz.trace_function import FLOATS, SIZES, Annotation, random, trace
 
 torch.set_num_threads(1)
+SMALL = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+# The stem of a class of transformers -> arguments of its config.
+HUGGING_FACE = {
+    "GPT2": {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "GPTNeoX": SMALL,
+    "Llama": {**SMALL, "num_key_value_heads": 2},
+    "Phi": SMALL,
+}
 
 
 @dataclass(frozen=True)
@@ -192,6 +206,21 @@ def _captured(config: str, dtype: torch.dtype) -> IRModule:
     torch.manual_seed(0)
     model = Decoder(ModelConfig.from_dict(json.loads(config)))
     return captured_module(model, dtype, flat=True)
+
+
+def hugging_face(stem: str) -> IRModule:
+    """Return level 1 of a tiny model of transformers, captured once a process: a copy each call."""
+    return snapshot.take(_hugging_face(stem))
+
+
+@functools.cache
+def _hugging_face(stem: str) -> IRModule:
+    import transformers
+
+    config = getattr(transformers, f"{stem}Config")(**HUGGING_FACE[stem])
+    head = "LMHeadModel" if stem == "GPT2" else "ForCausalLM"
+    torch.manual_seed(0)
+    return captured_module(getattr(transformers, stem + head)(config))
 
 
 def captured_module(

@@ -9,7 +9,7 @@ from aios_compile.passes.raise_attention import raise_attention
 from aios_compile.passes.raise_linear import raise_linear
 from aios_compile.passes.raise_rms_norm import raise_rms_norm
 from aios_compile.passes.raise_rope import raise_rope
-from tests.passes.helpers import apply, captured, captured_module, check, evaluate, targets
+from tests.passes.helpers import apply, captured, check, evaluate, hugging_face, targets
 
 LAYOUT = {"view", "permute", "clone", "unsqueeze", "squeeze", "select", "expand", "slice"}
 
@@ -122,17 +122,7 @@ def test_captured_layer_keeps_only_the_views_that_split_and_join_heads():
 
 
 def test_captured_hugging_face_layer():
-    import transformers
-
-    config = transformers.LlamaConfig(
-        vocab_size=101,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    module = captured_module(transformers.LlamaForCausalLM(config))
+    module = hugging_face("Llama")
     before = evaluate(module)
     found = [t for t in targets(raised(module), "layer") if t in LAYOUT]
     assert set(found) == {"view"} and len(found) <= 7

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from aios_compile.passes.raise_layer_norm import raise_layer_norm
-from tests.passes.helpers import apply, captured_module, check, evaluate, targets
+from tests.passes.helpers import apply, check, evaluate, hugging_face, targets
 
 
 def test_native_with_and_without_weights():
@@ -65,16 +65,7 @@ def test_near_miss_not_centred():
 
 
 def test_captured_gpt_neox_layer_has_two():
-    import transformers
-
-    config = transformers.GPTNeoXConfig(
-        vocab_size=101,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    module = captured_module(transformers.GPTNeoXForCausalLM(config))
+    module = hugging_face("GPTNeoX")
     before = evaluate(module)
     assert apply(raise_layer_norm, module).hits == {"layer": 2, "": 1}
     assert torch.allclose(before[0], evaluate(module)[0], atol=1e-9)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from aios_compile.passes.raise_linear import raise_linear
 from aios_compile.passes.widen_activations import widen_activations
-from tests.passes.helpers import apply, captured, captured_module, check, evaluate, targets, trace
+from tests.passes.helpers import apply, captured, check, evaluate, hugging_face, targets, trace
 
 aten = torch.ops.aten
 
@@ -96,10 +96,7 @@ def test_captured_layer_has_seven_and_the_outer_graph_one():
 
 
 def test_captured_gpt2():
-    import transformers
-
-    config = transformers.GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    module = captured_module(transformers.GPT2LMHeadModel(config))
+    module = hugging_face("GPT2")
     before = evaluate(module)
     assert apply(raise_linear, module).hits == {"layer": 4, "": 1}
     assert torch.allclose(before[0], evaluate(module)[0], atol=1e-9)

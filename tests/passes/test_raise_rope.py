@@ -4,7 +4,7 @@
 import torch
 
 from aios_compile.passes.raise_rope import raise_rope
-from tests.passes.helpers import apply, captured, captured_module, check, evaluate, targets
+from tests.passes.helpers import apply, captured, check, evaluate, hugging_face, targets
 
 
 def rotate_half(x):
@@ -159,18 +159,8 @@ def test_captured_layer_has_two():
 
 
 def test_captured_hugging_face_layers():
-    import transformers
-
-    sizes = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    llama = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
-    phi = transformers.PhiConfig(**sizes, num_attention_heads=4)
-    neox = transformers.GPTNeoXConfig(**sizes, num_attention_heads=4)
-    for model in (
-        transformers.LlamaForCausalLM(llama),
-        transformers.PhiForCausalLM(phi),
-        transformers.GPTNeoXForCausalLM(neox),
-    ):
-        module = captured_module(model)
+    for stem in ("Llama", "Phi", "GPTNeoX"):
+        module = hugging_face(stem)
         before = evaluate(module)
         assert apply(raise_rope, module).hits["layer"] == 2
         assert torch.allclose(before[0], evaluate(module)[0], atol=1e-9)

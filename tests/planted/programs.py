@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,9 +15,10 @@ from aios_compile.ir.stored_weights import bind_stored_weights
 from aios_compile.passes.context import PassOptions
 from aios_compile.passes.graph_pass import PassFunction, info_of
 from aios_compile.passes.pipeline import STAGES
+from aios_compile.passes.result import PassResult
 from aios_compile.passes.runner import Stage, run_pipeline
-from tests.passes.helpers import captured, captured_module, trace
-from tests.passes.test_rewrite_hits import foreign
+from tests.passes.helpers import captured, trace
+from tests.passes.test_rewrite_hits import captured_foreign
 
 
 def strided(x: "f32[T, 64]", w: "weight f32[128, 32]") -> Any:
@@ -53,11 +54,6 @@ def _traced(function: Callable[..., Any]) -> IRModule:
     return module
 
 
-def _foreign(name: str) -> IRModule:
-    torch.manual_seed(0)
-    return captured_module(foreign(name), flat=False)
-
-
 DYNAMIC = {"rope_scaling": {"type": "dynamic", "factor": 3.0}, "max_position_embeddings": 12}
 PROGRAMS: dict[str, Callable[[], IRModule]] = {
     "qwen3": lambda: captured("qwen3"),
@@ -67,8 +63,8 @@ PROGRAMS: dict[str, Callable[[], IRModule]] = {
     "wide_window": lambda: captured("mistral", sliding_window=48),
     "huge_window": lambda: captured("mistral", sliding_window=512, max_position_embeddings=1024),
     "dynamic": lambda: captured("llama", **DYNAMIC),
-    "layer_norm": lambda: _foreign("neox"),
-    "gemma2": lambda: _foreign("gemma2"),
+    "layer_norm": lambda: captured_foreign("neox"),
+    "gemma2": lambda: captured_foreign("gemma2"),
     "quantised": lambda: captured("qwen3"),
     "triton": lambda: captured("qwen3"),
     "rounded": lambda: captured("qwen3", torch.bfloat16),
@@ -100,28 +96,45 @@ def level_1(name: str) -> IRModule:
     return PROGRAMS[name]()
 
 
-@functools.cache
-def _before(name: str, pass_name: str) -> IRModule:
-    module = snapshot.take(level_1(name))
-    for stage in STAGES:
-        kept = []
-        for function in stage.passes:
-            if info_of(function).name == pass_name:
-                run_pipeline(module, [Stage(module.level, tuple(kept))], options_of(name), verify=0)
-                return module
-            kept.append(function)
-        run_pipeline(
-            module,
-            [Stage(stage.level_after, tuple(kept), stage.analysis)],
-            options_of(name),
-            verify=0,
-        )
-    raise AssertionError(f"no pass {pass_name}")
+class Reached(NamedTuple):
+    """A program before the pass of a number, and what the passes of its stage said so far."""
+
+    number: int
+    module: IRModule
+    results: tuple[PassResult, ...] = ()
+
+
+_REACHED: dict[str, list[Reached]] = {}
 
 
 def before(name: str, pass_name: str) -> IRModule:
-    """Return a program as the pipeline hands it to a pass."""
-    return snapshot.take(_before(name, pass_name))
+    """Return a program as the pipeline hands it to a pass.
+
+    Goes on from the last pass before it that was asked for in this process.
+    """
+    names = [info_of(p).name for stage in STAGES for p in stage.passes]
+    wanted = names.index(pass_name)
+    known = _REACHED.setdefault(name, [Reached(0, level_1(name))])
+    last = max((r for r in known if r.number <= wanted), key=lambda r: r.number)
+    if last.number < wanted:
+        last = _advanced(last, wanted, options_of(name))
+        known.append(last)
+    return snapshot.take(last.module)
+
+
+def _advanced(start: Reached, wanted: int, options: PassOptions) -> Reached:
+    module, results, end = snapshot.take(start.module), start.results, 0
+    for stage in STAGES:
+        begin, end = end, end + len(stage.passes)
+        passes = stage.passes[max(start.number - begin, 0) : max(wanted - begin, 0)]
+        if end <= start.number or not passes:
+            continue
+        results += tuple(run_pipeline(module, [Stage(module.level, passes)], options, verify=0))
+        if end <= wanted:  # the whole stage
+            if stage.analysis is not None:
+                stage.analysis(module, results)
+            module.level, results = stage.level_after, ()
+    return Reached(wanted, module, results)
 
 
 def pass_named(name: str) -> PassFunction:

@@ -45,6 +45,7 @@ from aios_compile.study.bisect_settings import (
 from tests import zoo
 from tests.planted import fuse_plants, programs, raise_plants, rewrite_plants
 from tests.planted.plants import PLANTS
+from tests.quick_builds import build_quickly
 from tests.variants import nightly
 
 assert fuse_plants and raise_plants and rewrite_plants, "they register themselves"
@@ -185,8 +186,9 @@ def broken(name: str, right: str, wrong: str) -> list[ModuleType]:
     ],
 )
 def test_a_planted_emitter_is_found(
-    tmp_path: Path, name: str, right: str, wrong: str, line: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, right: str, wrong: str, line: str
 ) -> None:
+    build_quickly(monkeypatch)
     searched, module = lowered("qwen3")
     found = find_wrong_kernel(searched, module, broken(name, right, wrong), tmp_path)
     assert found.kind == "kernel" and line in found.source_line, found

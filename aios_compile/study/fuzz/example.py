@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -237,12 +238,14 @@ def _check_kept(results: Sequence[PassResult], setup: Setup) -> None:
 def _check_tokens(
     example: Example, level_1: IRModule, compiled: Runnable, outcome: Outcome
 ) -> None:
+    weights = weights_of(level_1)
     for tokens in example.setup.tokens:
-        values = {**example.program.values(tokens, example.setup.seed), **weights_of(level_1)}
+        values = {**example.program.values(tokens, example.setup.seed), **weights}
         free = {n: v for n, v in values.items() if n not in compiled.module.weights}
         wanted = {e.name for e in compiled.program.inputs}
         given = {n: _as_widened(v) for n, v in free.items() if n in wanted}
-        judge(level_1, values, compiled({"T": tokens}, **given), outcome, f"T={tokens}")
+        right = Reference(level_1, values)
+        judge(right, compiled({"T": tokens}, **given), outcome, f"T={tokens}")
 
 
 def weights_of(module: IRModule) -> dict[str, Tensor]:
@@ -256,9 +259,28 @@ def _as_widened(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
+@dataclass
+class Reference:
+    """What eager makes of values by name, in float64 and in float32; parts of it are asked for."""
+
+    level_1: IRModule
+    values: dict[str, Tensor]
+
+    @functools.cached_property
+    def oracle(self) -> list[Tensor]:
+        return run_eager(self.level_1, self.values, torch.float64)
+
+    @functools.cached_property
+    def eager(self) -> list[Tensor]:
+        return run_eager(self.level_1, self.values, torch.float32)
+
+    @functools.cached_property
+    def noise(self) -> list[float]:
+        return second_opinion(self.level_1, self.values, self.oracle)
+
+
 def judge(
-    level_1: IRModule,
-    values: dict[str, Tensor],
+    right: Reference,
     got: Sequence[Tensor],
     outcome: Outcome,
     where: str,
@@ -268,12 +290,12 @@ def judge(
 
     pick: the part of an output (by its index) that `got` has.
     """
-    oracle = [pick(i, v) for i, v in enumerate(run_eager(level_1, values, torch.float64))]
-    eager = [pick(i, v) for i, v in enumerate(run_eager(level_1, values, torch.float32))]
+    oracle = [pick(i, v) for i, v in enumerate(right.oracle)]
+    eager = [pick(i, v) for i, v in enumerate(right.eager)]
     verdicts = compare(oracle, eager, got)
     wrong = [v for v in verdicts if not v.holds]
     if wrong:
-        noise = second_opinion(level_1, values, run_eager(level_1, values, torch.float64))
+        noise = right.noise
         outcome.second = True
         wrong = [v for v in wrong if v.error > FACTOR * noise[v.output]]
     for verdict in wrong:

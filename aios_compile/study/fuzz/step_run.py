@@ -88,16 +88,16 @@ class _Run:
 
     def check_sequences(self, outcome: Outcome) -> None:
         """Hold every chunk against the whole sequence in eager."""
-        from aios_compile.study.fuzz.example import judge, weights_of
+        from aios_compile.study.fuzz.example import Reference, judge, weights_of
 
         weights = weights_of(self.level_1)
+        right = [Reference(self.level_1, {**values, **weights}) for values in self.values]
         for number, step in enumerate(self.plan.steps):
             made, sizes = self.inputs(step)
             got = self.compiled(sizes, **{n: made[n] for n in self.names})
             at = 0
             rows = made["logit_rows"].tolist()
             for chunk in step:
-                values = {**self.values[chunk.sequence], **weights}
                 mine = [r for r in rows if at <= r < at + chunk.count]
                 parts = [
                     self._rows(i, v, at, chunk, mine, rows) for i, v in enumerate(got[: self.count])
@@ -105,7 +105,7 @@ class _Run:
                 where = f"step {number}, sequence {chunk.sequence} from {chunk.begin}"
                 local = [r - at + chunk.begin for r in mine]
                 pick = functools.partial(self._wanted, chunk, local)
-                judge(self.level_1, values, parts, outcome, where, pick)
+                judge(right[chunk.sequence], parts, outcome, where, pick)
                 at += chunk.count
             if self.example.setup.sampled:
                 self._check_sampled(got, made, number)
