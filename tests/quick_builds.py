@@ -3,8 +3,8 @@
 The generated text leaves a compiler no choice that shows: no product is fused with a sum, and none
 is reordered, unless the text says so. So quick builds have the bits of the shipped ones, which
 tests/compiled/test_batches.py holds them to. As shipped are in `make test`: that model, the example
-in bf16 and in int4 with its speculation and servers, what tests/codegen/kernels.py builds, and what
-is timed, disassembled or inspected; at night everything.
+in bf16 and in int4 with its perplexity, speculation and servers, what tests/codegen/kernels.py
+builds, and what is timed, disassembled or inspected; at night everything.
 """
 
 from __future__ import annotations

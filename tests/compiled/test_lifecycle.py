@@ -187,7 +187,7 @@ def test_close_frees_everything(load: Load) -> None:
 
 
 def test_a_module_in_memory(zoo_folder: Path, load: Load) -> None:
-    path = zoo.make("qwen3_tied", zoo_folder)
+    path = zoo.make("llama_tied", zoo_folder)
     module, ids = zoo.decoder(path), zoo.token_ids(path)
     with torch.no_grad():
         expected = module(torch.tensor(ids), torch.arange(len(ids)))
@@ -198,5 +198,5 @@ def test_a_module_in_memory(zoo_folder: Path, load: Load) -> None:
         folder = model.artefact_path
         tokens = model.generate([ids[:8]], **GREEDY)[0].outputs[0].token_ids
     assert not folder.exists()
-    from_folder = load("qwen3_tied")
+    from_folder = load("llama_tied")
     assert from_folder.generate([ids[:8]], **GREEDY)[0].outputs[0].token_ids == tokens

@@ -12,7 +12,6 @@ from aios_compile.codegen.cpp import candidates, linear
 from aios_compile.codegen.kernel_choices import FILE, KernelChoices, everywhere
 from tests.compiled.conftest import Load
 
-pytestmark = pytest.mark.usefixtures("as_shipped")
 # An artefact of its own: options that no other test uses.
 OWN = {"max_model_len": 93, "max_num_batched_tokens": 23}
 
@@ -23,6 +22,7 @@ def large_head_only(weight_bytes: int) -> tuple[Any, ...]:
     return candidates.candidates_of(weight_bytes << 10) if large else ()
 
 
+@pytest.mark.usefixtures("as_shipped")
 def test_a_compiled_model_keeps_its_ledger(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "candidates_of", large_head_only)
     monkeypatch.setenv("AIOS_SELECT_KERNELS", "1")

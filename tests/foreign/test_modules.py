@@ -34,7 +34,7 @@ def greedy(model, ids, count):
 
 NIGHTLY = (
     *("spelled", "squared_relu", "odd_activation", "alibi_called", "complex_angles", "flat"),
-    *("no_positions", "one_layer"),
+    *("no_positions", "one_layer", "bool_mask"),
 )
 
 

@@ -1,6 +1,6 @@
 """Random programs on the Triton target, its kernels in the interpreter, against eager.
 
-make test runs 6 of them; FUZZ_TRITON=N runs N (make nightly: 1,000), from number FUZZ_FIRST on.
+make test runs 4 of them; FUZZ_TRITON=N runs N (make nightly: 1,000), from number FUZZ_FIRST on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from aios_compile.study.fuzz.program import Parameter, Program, Statement
 from aios_compile.study.fuzz.report import rare
 from tests.fuzz.parts import write_part
 
-EXAMPLES = int(os.environ.get("FUZZ_TRITON", "6"))
+EXAMPLES = int(os.environ.get("FUZZ_TRITON", "4"))
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 PARTS = 2
