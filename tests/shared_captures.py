@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from aios_compile.capture import capture as capturing
 from aios_compile.ir import snapshot
@@ -24,7 +25,8 @@ def share_captures() -> None:
 
     def shared(model: nn.Module, flat: bool, max_tokens: int) -> IRModule:
         parameters = list(model.parameters())
-        if type(model) is not Decoder or not all(p.is_meta for p in parameters):
+        weightless = all(p.is_meta or isinstance(p, FakeTensor) for p in parameters)
+        if type(model) is not Decoder or not weightless:
             return real(model, flat, max_tokens)
         dtypes = tuple(str(p.dtype) for p in parameters)
         key = (repr(model.config), dtypes, model.training, flat, max_tokens)
