@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from aios_compile.codegen.cpp import pointwise as cpp_pointwise
 from tests.codegen.kernels import operands_of, trace
+from tests.codegen.kernels import run as run_cpp
 from tests.codegen.test_triton_emitters import load
 
 pytest.importorskip("triton")
@@ -87,6 +89,22 @@ def test_functions_of_two_numbers(numbers: tuple[Tensor, Tensor], tmp_path: Path
             unsure = (want.float() != eager) & (want - eager).abs().le(1)
             got, want = got[~unsure], want[~unsure]
         close_in_ulps(got, want, 1.0, name)
+
+
+def test_floor_divide_is_torchs_at_the_borders(tmp_path: Path) -> None:
+    """-1 / inf was NaN; zeros have torch's signs, infinities and huge quotients its values."""
+    values = [0.0, -0.0, 1.0, -1.0, 2.5, -7.0, 1e-30, -3e38, 1e38, math.inf, -math.inf, math.nan]
+    x, y = (t.flatten() for t in torch.meshgrid(*[torch.tensor(values)] * 2, indexing="ij"))
+    want = torch.stack([torch.floor_divide(a, b) for a, b in zip(x, y)])  # one at a time: exact
+    (ours,) = run(lambda x, y: (torch.floor_divide(x, y),), tmp_path, x, y)
+    body = trace(torch.floor_divide, *[(tuple(x.shape), x.dtype)] * 2)
+    spec = cpp_pointwise.spec_of(body, operands_of(body))
+    assert spec is not None
+    run_cpp(cpp_pointwise.emit(spec), [x, y, native := torch.empty_like(x)], {})
+    for got in (ours, native):
+        torch.testing.assert_close(got, want, rtol=2 * ULP, atol=0, equal_nan=True)
+        zeros = want == 0
+        assert torch.equal(got[zeros].signbit(), want[zeros].signbit())
 
 
 def test_functions_of_whole_numbers(tmp_path: Path) -> None:

@@ -282,11 +282,19 @@ AIOS_NOINLINE double python_remainder(double x, double y) {
   double r = __builtin_fmod(x, y);
   return r != 0.0 && (r < 0.0) != (y < 0.0) ? r + y : r;
 }
+// torch's steps, which tell what becomes of infinities and of a zero's sign; in double precision.
+AIOS_NOINLINE double python_floor_divide(double x, double y) {
+  const double r = __builtin_fmod(x, y), ratio = x / y;
+  if (y == 0.0) return ratio;
+  double whole = (x - r) / y;
+  if (r != 0.0 && (r < 0.0) != (y < 0.0)) whole -= 1.0;
+  return whole == 0.0 ? __builtin_copysign(0.0, ratio) : __builtin_rint(whole);
+}
 AIOS_RARE2(pow, __builtin_pow(x, y))
 AIOS_RARE2(atan2, __builtin_atan2(x, y))
 AIOS_RARE2(fmod, __builtin_fmod(x, y))
 AIOS_RARE2(remainder, python_remainder(x, y))
-AIOS_RARE2(floor_divide, y == 0.0 ? x / y : __builtin_floor((x - python_remainder(x, y)) / y + 0.5))
+AIOS_RARE2(floor_divide, python_floor_divide(x, y))
 AIOS_INLINE vf trunc_divide(vf x, vf y) { return trunc(x / y); }
 AIOS_NOINLINE float trunc_divide(float x, float y) { return trunc(x / y); }
 AIOS_RARE(tan, __builtin_tan(x))
