@@ -2,7 +2,7 @@
 
     python -m benchmarks.engine [MODEL | --shape qwen3-0.6b] [--rows bf16,int8,int4]
                                 [--parts scheduler,steps,...] [--variants ours,static,...]
-                                [--rounds 3] [--json FILE]
+                                [--rounds 3] [--json FILE] [--prepare]
 
 64 requests in four groups that share a prefix, mixed lengths, all there at the start. Ours runs
 them 16 at a time (continuous batching), one at a time, and in static batches; with and without the
@@ -14,7 +14,8 @@ while). A step is held against its floor: weights and KV over the bandwidth that
 is read with, or operations over the measured peaks, whichever is longer.
 
 A large model can be measured in pieces, by row, part and variant ("16 at once" is in each, as what
-the others are compared with): FILE keeps what earlier pieces found.
+the others are compared with): FILE keeps what earlier pieces found. --prepare compiles the
+rows' artefacts and writes llama.cpp's files, so that a run on a quiet machine only measures.
 """
 
 from __future__ import annotations
@@ -140,6 +141,17 @@ def requests(folder: Path, row: str, model: Any, args: argparse.Namespace) -> di
     return {"variants": found, "prefix_tokens_saved": shared, "notes": notes}
 
 
+def prepare(folder: Path, row: str, args: argparse.Namespace) -> None:
+    """Make what a measurement of a row loads, and measure nothing."""
+    for config in (None, {"method": "ngram"}):
+        load(folder, row, args, speculative_config=config).close()
+    if "llama" in args.variants:
+        path = Path(args.gguf_folder or folder) / f"{KINDS[row]}.gguf"
+        if not path.exists():
+            write_gguf(folder, path, KINDS[row])
+    print(f"{row} is ready", flush=True)
+
+
 def measure(folder: Path, row: str, args: argparse.Namespace, keep: Keep) -> None:
     """Measure the parts that were asked for of one configuration; each is kept as it is done."""
     if {"steps", "requests"} & args.parts:
@@ -241,6 +253,7 @@ def main() -> None:
     for name in SIZES:
         parser.add_argument("--" + name.replace("_", "-"), type=int)
     parser.add_argument("--json", help="write the result here")
+    parser.add_argument("--prepare", action="store_true", help="compile, convert, measure nothing")
     args = parser.parse_args()
     for name, value in (SMALL_SIZES if args.shape else SIZES).items():
         setattr(args, name, getattr(args, name) or value)
@@ -261,6 +274,10 @@ def main() -> None:
             Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
     print(f"{result['model']}, {args.threads} threads")
+    if args.prepare:
+        for row in args.rows.split(","):
+            prepare(folder, row, args)
+        return
     if "scheduler" in args.parts:
         small, large = (step_us(64) for _ in range(5)), (step_us(1024, num_steps=16) for _ in "123")
         keep("scheduler_us", {"64 running": median(small), "1024 running": median(large)})

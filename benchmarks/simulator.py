@@ -4,7 +4,8 @@
 
 The cost model is fitted to the sweep of `aios bench`; then traces, whose rates and lengths it has
 not seen, are played in real time on the engine and simulated with that model. Each round fits anew,
-as the speed of a machine drifts; medians over the rounds are printed side by side. Real times begin
+to a sweep before its traces and one after them, as the speed of a machine drifts; medians over the
+rounds are printed side by side. Real times begin
 when the engine has the request (as its metrics count; a sleep before it overshoots), and the
 simulated requests come at those times; tokens are there when they are handed out.
 """
@@ -24,7 +25,7 @@ from typing import Any
 import aios_compile
 from aios_compile.runtime.replay import read_records
 from aios_compile.study.bench import bench
-from aios_compile.study.cost_model import CostModel, fit_log
+from aios_compile.study.cost_model import fit_logs
 from aios_compile.study.simulator import Arrival, percentile, simulate, synthetic
 
 Pair = tuple[dict[str, float], dict[str, float]]  # really and simulated
@@ -93,14 +94,13 @@ def play(model: Any, arrivals: list[Arrival]) -> tuple[dict[str, float], list[Ar
     return found, came
 
 
-def fitted(path: Path, args: argparse.Namespace) -> tuple[CostModel, float]:
-    """Return the cost model of `aios bench`, and the tokens a second that 16 sequences decode."""
+def sweep(path: Path, args: argparse.Namespace) -> float:
+    """Log the sweep of `aios bench`; return the tokens a second that 16 sequences decode."""
     with aios_compile.load_and_compile(
         args.model, num_threads=args.threads, decision_log=str(path), progress=False
     ) as model:
-        found = bench(model, rounds=2)
-    speed = next(row.tokens_a_second for row in found.decode if row.num_sequences == 16)
-    return fit_log(path), speed
+        found = bench(model, rounds=1)
+    return next(row.tokens_a_second for row in found.decode if row.num_sequences == 16)
 
 
 def main() -> None:
@@ -114,9 +114,10 @@ def main() -> None:
     logs = Path(tempfile.mkdtemp(prefix="aios-logs-"))
     found: dict[str, list[Pair]] = {name: [] for name in TRACES}
     for turn in range(args.rounds):
-        cost, speed = fitted(logs / f"{turn}.jsonl", args)
-        limits, options, _ = read_records(logs / f"{turn}.jsonl")
-        print(f"{speed:.0f} tokens/s of 16 sequences; {cost}", flush=True)
+        before, after = (logs / f"{turn} {when}.jsonl" for when in ("before", "after"))
+        speed = sweep(before, args)
+        limits, options, _ = read_records(before)
+        played: dict[str, tuple[dict[str, float], list[Arrival]]] = {}
         for seed, (name, spec) in enumerate(TRACES.items()):
             arrivals = trace(spec, args.requests, speed, limits.max_model_len, seed)
             path = logs / f"{turn} {name}.jsonl"  # writing it is part of what was fitted
@@ -124,7 +125,11 @@ def main() -> None:
                 args.model, num_threads=args.threads, decision_log=str(path), progress=False
             ) as model:
                 warm_up(model)
-                really, came = play(model, arrivals)
+                played[name] = play(model, arrivals)
+        later = sweep(after, args)
+        cost = fit_logs([before, after])
+        print(f"{speed:.0f} and {later:.0f} tokens/s of 16 sequences; {cost}", flush=True)
+        for name, (really, came) in played.items():
             found[name].append((really, simulate(came, limits, options, cost).summary()))
     result = {name: compare(pairs) for name, pairs in found.items()}
     for name, row in result.items():

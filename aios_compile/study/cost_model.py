@@ -1,16 +1,20 @@
 """How long a step takes, as a small additive model fitted to the steps of a decision log.
 
 step_us = tokens(T) + row * R + key * K + context * C + page * P + arrival * A + prompt * Q
+          + woken * W
 
 T tokens computed, R logit rows, P pages copied or swapped, A requests with Q prompt tokens that
-arrived while it ran. Attention reads K keys, once for all queries of a chunk, and multiplies C
-pairs of a query and a key that it sees: a prompt's tokens share what a decode reads for itself, so
-that a pair of a decode costs several times one of a prompt. tokens(T) rises from knot to knot in
-straight lines: kernels work in tiles of 4 and 16 tokens, a few tokens are bound by bytes and many
-by arithmetic, so one slope for all lengths is off by a third somewhere.
+arrived while it ran; W is 1 for a step of an engine that slept before it: its threads wake up, and
+other programs have had the caches. Attention reads K keys, once for all queries of a chunk, and
+multiplies C pairs of a query and a key that it sees: a prompt's tokens share what a decode reads
+for itself, so that a pair of a decode costs several times one of a prompt. tokens(T) rises from
+knot to knot in straight lines: kernels work in tiles of 4 and 16 tokens, a few tokens are bound by
+bytes and many by arithmetic, so one slope for all lengths is off by a third somewhere.
 
 The log has the time of every event, so nothing else is measured: a step lasts from its Schedule to
-the next one, or to its Commit when nothing was left to do. How far single steps are off is kept as
+the next one, or to its Commit when nothing was left to do. What follows the Commit (text, metrics,
+the log) is a time of its own, after + after_row * R: tokens are there before it, and of a short
+step it is a fifth, of a long prompt nothing. How far single steps are off is kept as
 quantiles, from which a simulation draws; steps far off (another process had the core) are stalls,
 which come at random as often as they came: percentiles of a machine with neighbours need both.
 """
@@ -34,7 +38,7 @@ from aios_compile.runtime.replay import read_records
 from aios_compile.runtime.schedule_state import Plan, SchedulerState
 from aios_compile.runtime.scheduler import advance
 
-VERSION = 3
+VERSION = 4
 LEAST_STEPS = 20
 NUM_TRIMS = 3  # rounds in which steps far off (another process had the core) are left out
 TRIM_AT = 4.0  # times the median deviation
@@ -44,18 +48,19 @@ LAST_TILE = KNOTS.index(17)  # past it a slope without steps is the one before
 PRIOR = 8.0  # how many steps that counts as
 QUANTILES = 41
 LISTS = ("tokens_us", "noise", "stalls_us")
-SLOPES = ("row_us", "key_us", "context_us", "page_us", "arrival_us", "prompt_us")
+SLOPES = ("row_us", "key_us", "context_us", "page_us", "arrival_us", "prompt_us", "woken_us")
+MOST_AFTER = 0.9  # of a step's time
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Microseconds. Written as JSON: {"version": 3, "tokens_us": [...], ...}.
+    """Microseconds. Written as JSON: {"version": 4, "tokens_us": [...], ...}.
 
     tokens_us: what a step of KNOTS[i] tokens takes more than one of KNOTS[i - 1], without its rows
-    and attention. commit_share: of a step's time, when its tokens are there. wake_us: from a
-    request's submission to the step of an engine that slept. noise: quantiles of the time of a step
-    over its expectation, with mean 1. stalls_a_second: how many steps were far off, and stalls_us:
-    quantiles of how far.
+    and attention. after_us, after_row_us: of a step's time what passes when its tokens are there.
+    wake_us: from a request's submission to the step of an engine that slept. noise: quantiles of
+    the time of a step over its expectation, with mean 1. stalls_a_second: how many steps were far
+    off, and stalls_us: quantiles of how far.
     """
 
     tokens_us: tuple[float, ...]
@@ -65,7 +70,9 @@ class CostModel:
     page_us: float = 0.0
     arrival_us: float = 0.0
     prompt_us: float = 0.0
-    commit_share: float = 1.0
+    woken_us: float = 0.0
+    after_us: float = 0.0
+    after_row_us: float = 0.0
     wake_us: float = 0.0
     noise: tuple[float, ...] = (1.0,)
     stalls_us: tuple[float, ...] = (0.0,)
@@ -76,16 +83,18 @@ class CostModel:
     def __post_init__(self) -> None:
         assert len(self.tokens_us) == len(KNOTS), f"{len(KNOTS)} knots"
 
-    def __call__(self, plan: Plan) -> float:
+    def __call__(self, plan: Plan, woken: bool = False) -> float:
         """Return the microseconds that a plan's step takes, without arrivals."""
-        return float(np.dot(features(plan), self.coefficients))
+        return float(np.dot(features(plan, woken=woken), self.coefficients))
 
-    def drawn(self, plan: Plan, rng: random.Random) -> float:
-        """Return the same with noise, and a stall now and then."""
-        micros = self(plan) * rng.choice(self.noise)
+    def drawn(self, plan: Plan, rng: random.Random, woken: bool) -> tuple[float, float]:
+        """Return until when its tokens are there, and the whole, with noise and maybe a stall."""
+        expected, noise = self(plan, woken), rng.choice(self.noise)
+        after = min(self.after_us + self.after_row_us * plan.num_rows, MOST_AFTER * expected)
+        micros = expected * noise
         if rng.random() * 1e6 < self.stalls_a_second * micros:
             micros += rng.choice(self.stalls_us)
-        return micros
+        return micros - after * noise, micros
 
     def arrival(self, num_prompt_tokens: int) -> float:
         """Return what taking in a request costs the engine's thread."""
@@ -127,8 +136,10 @@ class CostModel:
             raise LogError(f"{path}: not a cost model: {error!r}") from error
 
 
-def features(plan: Plan, num_arrived: int = 0, num_prompt_tokens: int = 0) -> tuple[float, ...]:
-    """Return how far each rise between knots is climbed, then R, K, C, P, A, Q."""
+def features(
+    plan: Plan, num_arrived: int = 0, num_prompt_tokens: int = 0, woken: bool = False
+) -> tuple[float, ...]:
+    """Return how far each rise between knots is climbed, then R, K, C, P, A, Q, W."""
     keys = sum(c.start + c.num_tokens for c in plan.chunks)
     pairs = sum(c.num_tokens * (c.start + (c.num_tokens + 1) / 2) for c in plan.chunks)
     pages = len(plan.copies) + len(plan.swap_outs) + len(plan.swap_ins)
@@ -140,6 +151,7 @@ def features(plan: Plan, num_arrived: int = 0, num_prompt_tokens: int = 0) -> tu
         pages,
         num_arrived,
         num_prompt_tokens,
+        float(woken),
     )
 
 
@@ -158,23 +170,24 @@ class _Steps:
 
     rows: list[tuple[float, ...]] = field(default_factory=list)
     times_us: list[float] = field(default_factory=list)
-    commit_shares: list[float] = field(default_factory=list)
+    afters: list[tuple[int, int]] = field(default_factory=list)  # (R, us) without arrivals
     wakes_us: list[float] = field(default_factory=list)
 
 
 def _read_steps(path: Path) -> _Steps:
     limits, options, events = read_records(path)
     state, found = SchedulerState.empty(limits, options, b"fit"), _Steps()
-    step: tuple[Plan, int] | None = None  # that has not ended
-    committed_us, arrived = 0, [0, 0]
+    step: tuple[Plan, int, bool] | None = None  # that has not ended; whether the engine slept
+    committed_us, arrived = 0, (0, 0)
     submitted_us: int | None = None  # by the request that woke the engine
 
     def end(now_us: int) -> None:
         assert step is not None
-        plan, start_us = step
-        found.rows.append(features(plan, *arrived))
+        plan, start_us, woken = step
+        found.rows.append(features(plan, *arrived, woken))
         found.times_us.append(now_us - start_us)
-        found.commit_shares.append((committed_us - start_us) / max(1, now_us - start_us))
+        if not arrived[0] and now_us > committed_us:
+            found.afters.append((plan.num_rows, now_us - committed_us))
 
     for logged in events:
         event, now_us = logged.event, logged.now_us
@@ -183,15 +196,15 @@ def _read_steps(path: Path) -> _Steps:
                 end(now_us)
             elif submitted_us is not None:
                 found.wakes_us.append(now_us - submitted_us)
-            submitted_us, arrived = None, [0, 0]
+            submitted_us, arrived = None, (0, 0)
         elif isinstance(event, Arrive):
             if step is not None:
-                arrived = [arrived[0] + 1, arrived[1] + event.num_prompt_tokens]
+                arrived = arrived[0] + 1, arrived[1] + event.num_prompt_tokens
             elif submitted_us is None:
                 submitted_us = event.submitted_us
         plan = advance(state, event, now_us)
         if isinstance(event, Schedule):
-            step = plan, now_us
+            step = plan, now_us, step is None
         elif isinstance(event, Commit):
             committed_us = now_us
             if not state.has_work and step is not None:
@@ -212,12 +225,13 @@ def fit_logs(paths: Sequence[Path]) -> CostModel:
     if len(times) < LEAST_STEPS:
         where = ", ".join(map(str, paths))
         raise LogError(f"{where}: {len(times)} steps, expected at least {LEAST_STEPS} to fit")
-    shares = [share for each in steps for share in each.commit_shares]
+    after_us, after_row_us = _line([pair for each in steps for pair in each.afters])
     wakes = [wake for each in steps for wake in each.wakes_us]
     return fit(
         [row for each in steps for row in each.rows],
         times,
-        commit_share=float(np.median(shares)),
+        after_us=after_us,
+        after_row_us=after_row_us,
         wake_us=float(np.median(wakes)) if wakes else 0.0,
     )
 
@@ -225,7 +239,8 @@ def fit_logs(paths: Sequence[Path]) -> CostModel:
 def fit(
     rows: Sequence[Sequence[float]],
     times: Sequence[float],
-    commit_share: float = 1.0,
+    after_us: float = 0.0,
+    after_row_us: float = 0.0,
     wake_us: float = 0.0,
 ) -> CostModel:
     """Least squares of the relative error, without negative costs and without far-off steps."""
@@ -248,7 +263,8 @@ def fit(
     return CostModel(
         tokens_us=tuple(found[: len(KNOTS)].tolist()),
         **dict(zip(SLOPES, found[len(KNOTS) :].tolist())),
-        commit_share=commit_share,
+        after_us=after_us,
+        after_row_us=after_row_us,
         wake_us=wake_us,
         noise=tuple((noise / noise.mean()).tolist()),
         stalls_us=tuple(_quantiles(late).tolist()) if len(late) else (0.0,),
@@ -256,6 +272,16 @@ def fit(
         num_steps=len(y),
         median_error=error,
     )
+
+
+def _line(pairs: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """Return (a, b) of y = a + b * x, neither negative, without what is far above the median."""
+    if not pairs:
+        return 0.0, 0.0
+    x, y = np.array(pairs, np.float64).T
+    kept = y <= TRIM_AT * np.median(y)
+    found = _non_negative(np.stack([np.ones(int(kept.sum())), x[kept]], 1), y[kept])
+    return float(found[0]), float(found[1])
 
 
 def _prior(width: int, token_us: float) -> NDArray[np.float64]:

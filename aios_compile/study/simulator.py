@@ -82,6 +82,7 @@ def simulate(
             run.step()
         else:
             run.now_us = arrivals[run.next_arrival].at_us + cost.wake_us
+            run.is_woken = True
     run.result.duration_us = run.now_us - (arrivals[0].at_us if arrivals else 0.0)
     return run.result
 
@@ -92,6 +93,7 @@ class _Run:
         self.result = Simulation()
         self.now_us = arrivals[0].at_us if arrivals else 0.0
         self.next_arrival = 0
+        self.is_woken = True  # it slept before the next step
         self.is_busy = False  # a step ended just now: what arrived meanwhile delays the next one
         self.random = random.Random(0)
         self.num_given: dict[int, int] = {}
@@ -118,8 +120,8 @@ class _Run:
 
     def step(self) -> None:
         plan = advance(self.state, Schedule(), int(self.now_us))
-        taken_us = self.cost.drawn(plan, self.random)
-        given_us = self.now_us + taken_us * self.cost.commit_share
+        until_us, taken_us = self.cost.drawn(plan, self.random, self.is_woken)
+        given_us, self.is_woken = self.now_us + until_us, False
         self.now_us += taken_us
         sampled: list[tuple[int, ...]] = []
         finished: list[tuple[int, str]] = []

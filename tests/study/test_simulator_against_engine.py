@@ -21,6 +21,8 @@ from tests.runtime.test_overhead import NullExecutor
 LIMITS = Limits(128, 8, 32, 40, 200, 16, 512, 1000)
 OPTIONS = SchedulerOptions(chunked_prefill_size=32)
 WAKE_US, ARRIVAL_US = 150, 60
+WOKEN_US = 700  # the first step after a sleep takes so much more
+AFTER_US, AFTER_ROW_US = 250, 12  # after the tokens of a step are there
 
 
 class ClockedExecutor(NullExecutor):
@@ -35,12 +37,15 @@ class ClockedExecutor(NullExecutor):
         self.streams: list[Any] = []
         self.times: list[list[float]] = []
         self.engine: Engine | None = None
+        self.has_slept, self.num_rows = True, 0
 
     def step(self, batch: Batch) -> Any:
         tokens = batch.num_tokens
         micros = 400 + 70 * 4 * -(-min(tokens, 16) // 4) + 45 * tokens + 8 * batch.num_rows
         # attention: pairs, and keys that each sequence reads once (most of it in decodes)
         micros += 0.03 * float(batch.positions.sum()) + 0.2 * float(batch.context_lengths.sum())
+        micros += WOKEN_US * self.has_slept
+        self.has_slept, self.num_rows = False, batch.num_rows
         self.move(self.now_us + micros * self.rng.uniform(0.9, 1.1))
         return super().step(batch)
 
@@ -76,10 +81,14 @@ def play(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             core, plain = engine._core, engine._core._take_commands
 
             def take() -> bool:
+                if executor.num_rows:  # a step has ended; the arrivals of that time are in already
+                    executor.move(executor.now_us + AFTER_US + AFTER_ROW_US * executor.num_rows)
+                    executor.num_rows = 0
                 is_idle = not core.state.has_work and not core.inbox.has_news
                 if is_idle and executor.arrivals:
                     executor.move(executor.arrivals[0].at_us)
                     executor.now_us += WAKE_US  # the thread wakes up
+                    executor.has_slept = True
                 before = len(core.requests)
                 taken = plain()
                 executor.now_us += ARRIVAL_US * (len(core.requests) - before)
