@@ -229,10 +229,7 @@ class CompileOptions:
 
     def threads(self) -> int:
         """Return the number of threads: the option, or every core that this process may use."""
-        if self.num_threads is not None:
-            return self.num_threads
-        affinity = getattr(os, "sched_getaffinity", None)
-        return len(affinity(0)) if affinity else os.cpu_count() or 1
+        return env.num_cores() if self.num_threads is None else self.num_threads
 
     def resolve_sizes(self, model_max_len: int) -> ResolvedSizes:
         """Return the sizes of a step for a model that knows `model_max_len` positions.

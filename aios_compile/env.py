@@ -60,12 +60,25 @@ SELECT_KERNELS = Variable(
     "seconds in which the C++ target times candidates of large linears, in steps of one token, "
     "when a model is compiled; 0: the standard ones",
 )
+OVERLAP = Variable(
+    "AIOS_OVERLAP",
+    "1",
+    "1: the C++ target runs a decode step while the host takes in the one before and prepares the "
+    "next, where a core is left for the host (fewer threads than cores) and a few timed steps show "
+    "a gain; 2: always; 0: never",
+)
 CXX = Variable("AIOS_CXX", "", "C++ compiler; default c++, then g++, then clang++")
 
 VARIABLES = (
     *(DEBUG, DUMP, DISABLE, BISECT, VERIFY, EAGER, CACHE_DIR, CACHE_LIMIT),
-    *(HUGE_WEIGHTS, SELECT_KERNELS, CXX),
+    *(HUGE_WEIGHTS, SELECT_KERNELS, OVERLAP, CXX),
 )
+
+
+def num_cores() -> int:
+    """Return the cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def markdown() -> str:

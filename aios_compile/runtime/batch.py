@@ -152,6 +152,46 @@ class Executor(Protocol):
         ...
 
 
+class BegunStep(Protocol):
+    """A step that was begun: it runs after the one before it, or waits for its turn."""
+
+    micros: float  # that it took; once it has ended
+
+    def leave_out(self) -> bool:
+        """Return whether it will not run: its turn had not come, and now never does."""
+        ...
+
+    def make_sure(self) -> bool:
+        """Return whether it runs whatever holds it back from now on: False, it was left out."""
+        ...
+
+    def wait(self) -> StepResult | None:
+        """Wait for its end; None: it was left out. The result is valid until the next but one."""
+        ...
+
+
+class OverlappingExecutor(Executor, Protocol):
+    """An Executor whose steps run while the host does something else; two at most are begun.
+
+    `step`, page copies and swaps wait until none of those runs. overlap: "never", "always", or
+    "measured" where it may pay; it may change between steps.
+    """
+
+    overlap: str
+
+    def begin(
+        self, batch: Batch, sources: Ints | None = None, hold: NDArray[np.int32] | None = None
+    ) -> BegunStep:
+        """Begin a step without wanted logits, behind the one that runs if any; return at once.
+
+        sources: [T] the row of the step before that samples token i, -1 where token_ids has it: ids
+        go from step to step on the device. The batch stays as it is until the step has ended. hold:
+        one number; if it is not 0 when the step's turn comes, the step is left out (a device that
+        queues work ahead cannot look, and runs it).
+        """
+        ...
+
+
 class SwappingExecutor(Executor, Protocol):
     """An Executor with a second pool of pages, in host memory; its page 0 is not used."""
 

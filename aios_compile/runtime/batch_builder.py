@@ -94,15 +94,50 @@ class BatchBuilder:
             self._steady = _Steady.of(sampled, [states[c.sequence_id] for c in plan.chunks])
         return self._views(padded, num, row)
 
+    def build_next(
+        self,
+        sequences: Seq[Sequence],
+        states: Seq[SequenceState],
+        starts: Seq[int],
+        new_pages: Mapping[int, int],
+    ) -> Batch:
+        """Return the batch of one decode each, before the tokens at `starts` are known: 0.
+
+        new_pages: by row the page that its sequence does not have yet. The rows are plain: nothing
+        about their sampling depends on the tokens that are not known.
+        """
+        ids = [state.sequence_id for state in states]
+        if self._steady is None or self._steady.ids != ids:
+            self._steady = self._settle(sequences, states)
+        self._token_ids[: len(ids)] = 0
+        return self._move_on(self._steady, starts, new_pages)
+
+    def _settle(self, sequences: Seq[Sequence], states: Seq[SequenceState]) -> _Steady:
+        """Write what a batch of one sampled token a sequence keeps as it moves on."""
+        num = len(states)
+        rows = [SampledRow(i, sequence) for i, sequence in enumerate(sequences)]
+        for s, state in enumerate(states):
+            self._write_page_table(s, state)
+        self._query_starts[: num + 1] = self._counting[: num + 1]
+        self._logit_rows[:num] = self._counting[:num]
+        padded = num if self.limits.unfolds else self.limits.padded_tokens(num)
+        self._pad(num, padded)
+        self._rows.write(rows, [])
+        self._views(padded, num, num)
+        return _Steady(rows, list(states))
+
     def _build_steady(self, steady: _Steady, plan: Plan) -> Batch:
         """Return the batch of the same sequences one token later: a few arrays at once.
 
         Row i is still chunk i, and padding, query starts and logit rows are as they were.
         """
-        num, size = len(plan.chunks), self.limits.page_size
         starts = [chunk[1] for chunk in plan.chunks]
         pairs = zip(steady.sequences, starts)
-        self._token_ids[:num] = [sequence.tokens[start] for sequence, start in pairs]
+        self._token_ids[: len(starts)] = [sequence.tokens[start] for sequence, start in pairs]
+        return self._move_on(steady, starts, {})
+
+    def _move_on(self, steady: _Steady, starts: Seq[int], new_pages: Mapping[int, int]) -> Batch:
+        num, size = len(starts), self.limits.page_size
         places = self._context_lengths[:num]  # until 1 is added
         places[:] = starts
         marks = [(state.page_epoch, len(state.pages)) for state in steady.states]
@@ -110,6 +145,8 @@ class BatchBuilder:
             steady.marks = marks
             for s, state in enumerate(steady.states):
                 self._write_page_table(s, state)
+        for s, page in new_pages.items():
+            self._page_tables[s, starts[s] // size] = page
         if not self.limits.unfolds:
             self._positions[:num] = places
             pages, offsets = np.divmod(places, size)

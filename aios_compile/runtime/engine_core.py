@@ -24,11 +24,13 @@ from aios_compile.runtime.events import (
     Event,
     Expire,
     MemoryPressure,
+    Preempt,
     Schedule,
     event_record,
 )
 from aios_compile.runtime.health import Pulse, now_us
 from aios_compile.runtime.inbox import Inbox
+from aios_compile.runtime.look_ahead import LookAhead, Running
 from aios_compile.runtime.metrics import MetricsSnapshot
 from aios_compile.runtime.output_text import Tokenizer
 from aios_compile.runtime.page_moves import PageMover, TokenCost
@@ -73,6 +75,8 @@ class EngineCore:
         self.sequences: dict[int, Sequence] = {}
         self.closed = threading.Event()
         self._builder = BatchBuilder(executor.limits)
+        self._last_end: float | None = None  # of the step before, unless the engine slept since
+        self._ahead = LookAhead(executor, self._builder, self.inbox.hold, self.stats)
         self._committer = Committer(executor.limits, tokenizer)
 
     def run(self) -> None:
@@ -90,16 +94,24 @@ class EngineCore:
             self._shut_down(failure)
 
     def step(self) -> None:
-        """Do one step of the batch."""
+        """Do one step of the batch, and begin the next one if it is known."""
         start = time.perf_counter()
         self.pulse.begin()
         plan = self._schedule()
-        batch = self._builder.build(plan, self.sequences, self.state.sequences, self._drafts)
-        result = self._execute(plan, batch)
+        running = self._ahead.take(plan, self.state.sequences)
+        if running is None:
+            batch = self._builder.build(plan, self.sequences, self.state.sequences, self._drafts)
+        else:
+            batch = running.batch
+        result = self._execute(plan, batch, running)
         if result is not None:
             self._commit(plan, batch, result)
         self.pulse.end(passed=result is not None)
-        step_us = (time.perf_counter() - start) * 1e6
+        end = time.perf_counter()
+        step_us = (end - start) * 1e6
+        if self._last_end is not None and (running is not None or not self._ahead.is_begun):
+            self._ahead.measure(plan, running is not None, (end - self._last_end) * 1e6)
+        self._last_end = end
         self.stats.step_us += step_us
         if self._token_cost is not None and (event := self._token_cost.observe(plan, step_us)):
             self._advance(event)
@@ -126,17 +138,42 @@ class EngineCore:
             if state.samples and state.num_tokens - state.num_computed == 1:
                 yield self.sequences[state.sequence_id]
 
-    def _execute(self, plan: Plan, batch: Batch) -> StepResult | None:
-        """Run the batch; if the executor raises, its requests end with EngineError."""
+    def _execute(self, plan: Plan, batch: Batch, running: Running | None) -> StepResult | None:
+        """Run the batch; if the executor raises, its requests end with EngineError.
+
+        running: its step, if it was begun ahead.
+        """
         start = time.perf_counter()
         try:
-            self._pages.move(plan)
-            return self.executor.step(batch)
+            if running is None:
+                self._pages.move(plan)
+            if self._foresees(plan):
+                running = running or self._ahead.begin(batch)
+                self._ahead.begin_guess(self.sequences)
+            if running is None:
+                result = self.executor.step(batch)
+                self.stats.executor_us += (time.perf_counter() - start) * 1e6
+                return result
+            return self._result_of(running)
         except Exception as error:  # noqa: BLE001 - one bad step must not take the engine down
+            self._ahead.abandon(running)
             self._fail_batch(plan, error)
             return None
-        finally:
-            self.stats.executor_us += (time.perf_counter() - start) * 1e6
+
+    def _result_of(self, running: Running) -> StepResult:
+        result = running.step.wait()
+        assert result is not None, "a step was left out that nothing held back"
+        self.stats.executor_us += running.step.micros
+        return result
+
+    def _foresees(self, plan: Plan) -> bool:
+        """Return whether what follows a plan is known, and guess it."""
+        if not self._ahead.is_on or self.speculator is not None or self.inbox.has_news:
+            return False
+        if self._next_deadline_us != SchedulerState.NEVER_US and now_us() >= self._next_deadline_us:
+            return False
+        most = self.executor.limits.max_model_len
+        return self._ahead.guess(plan, self.state, self.sequences, most)
 
     def _commit(self, plan: Plan, batch: Batch, result: StepResult) -> None:
         states = self.state.sequences
@@ -170,7 +207,10 @@ class EngineCore:
     def _take_commands(self) -> bool:
         """Apply what callers left; sleep when there is nothing to do. False: close."""
         has_work = self.state.has_work
-        if has_work and not self.inbox.has_news:
+        if not has_work:
+            self._ahead.drop()
+            self._last_end = None
+        elif not self.inbox.has_news or self._ahead.must_go_on():
             return True  # the hot path takes no lock
         commands = self.inbox.take(may_wait=not has_work)
         for request in commands.arrived:
@@ -183,7 +223,7 @@ class EngineCore:
 
     def _expire(self) -> None:
         """End the requests whose deadline has passed."""
-        if now_us() < self._next_deadline_us:
+        if now_us() < self._next_deadline_us or self._ahead.must_go_on():
             return
         for request_id in self._advance(Expire()).expired:
             request = self.requests[request_id]
@@ -233,8 +273,8 @@ class EngineCore:
 
     def _finish(self, request: Request, error: Exception | None) -> None:
         del self.requests[request.request_id]
-        for sequence in request.sequences:
-            del self.sequences[sequence.sequence_id]
+        for sequence in request.sequences:  # unknown yet if its submission was interrupted
+            self.sequences.pop(sequence.sequence_id, None)
             if self.speculator is not None:
                 self.speculator.forget(sequence.sequence_id)
         if request.started_us is None:
@@ -255,6 +295,8 @@ class EngineCore:
         at_us = now_us()
         if self.log.records_events:
             self.log.event(event_record(event, at_us), self.state.in_flight_ids)
+        if isinstance(event, (Preempt, MemoryPressure)):
+            self._ahead.drop()  # pages move at once
         plan = advance(self.state, event, at_us)
         self.log.extend(plan.decisions)
         if plan.swap_outs and not isinstance(event, Schedule):
@@ -285,6 +327,7 @@ class EngineCore:
         self.sequences.clear()
         self.log.close()
         try:
+            self._ahead.drop()
             self.executor.close()
         finally:
             self.closed.set()

@@ -14,7 +14,8 @@ class EngineStats:
     """Counters since the engine started. executor_us is the part of step_us inside the executor.
 
     num_tokens were computed; num_cached_tokens were not, because the prefix cache had them, and
-    num_prompt_tokens are those of all sequences that could look there.
+    num_prompt_tokens are those of all sequences that could look there. num_steps_ahead were begun
+    while the one before ran; num_steps_in_vain, which count as no steps, were begun so and dropped.
     """
 
     num_steps: int = 0
@@ -24,6 +25,8 @@ class EngineStats:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_evictions: int = 0
+    num_steps_ahead: int = 0
+    num_steps_in_vain: int = 0
     step_us: float = 0.0
     executor_us: float = 0.0
 
@@ -44,6 +47,8 @@ def counters(stats: EngineStats, drafts: SpeculationStats) -> tuple[Family, ...]
     looked_up, drafted = stats.num_prompt_tokens, drafts.num_draft_tokens
     return (
         counter("steps_total", "steps of the batch", stats.num_steps),
+        counter("steps_ahead_total", "begun while the one before ran", stats.num_steps_ahead),
+        counter("steps_in_vain_total", "begun so and dropped", stats.num_steps_in_vain),
         counter("step_tokens_total", "tokens computed by steps", stats.num_tokens),
         counter("step_seconds_total", "time in steps", stats.step_us / 1e6),
         counter("executor_seconds_total", "time in kernels", stats.executor_us / 1e6),

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from aios_compile.errors import EngineClosedError, QueueFullError
 from aios_compile.runtime.health import now_us
 from aios_compile.runtime.request import Request
@@ -35,6 +37,8 @@ class Inbox:
     def __init__(self, seed: int, retry_after_s: Callable[[int], int]) -> None:
         self.requests: dict[int, Request] = {}  # added by submit, removed by the engine's thread
         self.is_closing = False  # written under _wake
+        # [1], not 0 when there is news: steps that are begun ahead look at it, on their device
+        self.hold = np.zeros(1, np.int32)
         self._seed = seed
         self._retry_after_s = retry_after_s
         # reentrant: the garbage collector may drop (abort) a stream anywhere
@@ -84,18 +88,21 @@ class Inbox:
                 self._next_sequence += len(request.sequences)
                 self.requests[request.request_id] = request
             self._arrived += requests
+            self.hold[0] = 1
             self._wake.notify()
 
     def abort(self, requests: list[Request]) -> None:
         """End requests with "abort"; those that have ended already stay as they are."""
         with self._wake:
             self._aborted.extend(requests)
+            self.hold[0] = 1
             self._wake.notify()
 
     def hold_back(self, num_pages: int) -> None:
         """Let the scheduler do without so many pages from the next step on."""
         with self._wake:
             self._held_back = num_pages
+            self.hold[0] = 1
             self._wake.notify()
 
     def request_close(self, reason: str | None = None) -> None:
@@ -103,6 +110,7 @@ class Inbox:
         with self._wake:
             self.is_closing = True
             self._close_reason = reason or self._close_reason
+            self.hold[0] = 1
             self._wake.notify()
 
     # ---- the engine thread
@@ -115,6 +123,7 @@ class Inbox:
             arrived, self._arrived = self._arrived, []
             aborted, self._aborted = list(self._aborted), deque()
             held_back, self._held_back = self._held_back, None
+            self.hold[0] = 0
             return Commands(arrived, aborted, held_back, self.is_closing)
 
     def left_queue(self) -> None:

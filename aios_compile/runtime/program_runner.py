@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from aios_compile.codegen.kernel_choices import NO_CHOICES, KernelChoices
 from aios_compile.codegen.operand import BYTES, dim_value
-from aios_compile.codegen.program import Program, Ref, TensorEntry
+from aios_compile.codegen.program import Program, TensorEntry
 from aios_compile.errors import EngineClosedError, EngineError
 from aios_compile.runtime.memory import Region
+from aios_compile.runtime.step_slot import Begun, StepSlot, StepTables
 
 SPINS = 20_000  # about a millisecond of pause instructions; 50 us parked at every barrier
 NUMPY_DTYPES = {
@@ -28,23 +29,6 @@ NUMPY_DTYPES = {
 }  # fmt: skip
 Pointers = NDArray[np.uint64]
 Longs = NDArray[np.int64]
-
-
-class _Sizes(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("T", "S", "R", "P")]
-
-
-class _Run(ctypes.Structure):
-    _fields_ = [
-        ("n", _Sizes),
-        ("arena", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p),
-        ("states", ctypes.c_void_p),
-        ("inputs", ctypes.c_void_p),
-        ("rows", ctypes.c_void_p),
-        ("choices", ctypes.c_void_p),
-        ("nanoseconds", ctypes.c_void_p),
-    ]
 
 
 def state_page_bytes(program: Program) -> list[int]:
@@ -93,14 +77,12 @@ class ProgramRunner:
         self._weights: Pointers = np.array(
             [weights[w.name].ctypes.data for w in program.weights], np.uint64
         )
-        self._inputs: Pointers = np.zeros(max(1, len(program.inputs)), np.uint64)
-        self._bound: list[Any] = [None] * len(program.inputs)
-        self._row_uses: dict[int, list[tuple[int, int]]] = {}
-        self._rows = self._resolve_rows()
-        self._run = self._new_run(page_table_width)
+        tables = StepTables(self._arena.address, self._weights, self._states)
+        # one for `run` and, with another one, for `begin`: a step may wait while one runs
+        self._slots = [StepSlot(program, tables, page_table_width) for _ in range(2)]
         self.outputs = {o.name: self._output_view(o) for o in program.outputs}
         self._bind_library()
-        self._pool = 0
+        self._pool = self._line = self._num_begun = 0
         self.num_threads = 0
         self.set_num_threads(num_threads)
 
@@ -113,44 +95,30 @@ class ProgramRunner:
         lib.pool_step.restype = None
         lib.pool_free.argtypes = [ctypes.c_void_p]
         lib.pool_free.restype = None
+        lib.line_new.restype = ctypes.c_void_p
+        lib.line_new.argtypes = lib.line_free.argtypes = [ctypes.c_void_p]
+        lib.line_free.restype = None
+        lib.line_begin.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        lib.line_leave_out.argtypes = lib.line_make_sure.argtypes = [ctypes.c_void_p]
+        lib.line_wait.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
         lib.step_num_counters.restype = ctypes.c_int64
 
     def set_num_threads(self, num_threads: int) -> None:
-        """Replace the thread pool. Not while a step runs."""
-        if self._pool:
-            self._library.pool_free(self._pool)
+        """Replace the thread pool, once no step runs."""
+        self._free_pool()
         counters = self._library.step_num_counters()
         self._pool = self._library.pool_new(num_threads, SPINS, counters)
         if not self._pool:
             raise EngineError(f"cannot start a pool of {num_threads} threads")
         self.num_threads = self._library.pool_size(self._pool)
 
-    def _resolve_rows(self) -> Pointers:
-        refs = [ref for f in self.program.functions for row in f.rows for ref in row]
-        for i, ref in enumerate(refs):
-            if ref.space == "input":
-                assert isinstance(ref.shift, int)
-                self._row_uses.setdefault(ref.index, []).append((i, ref.shift))
-        return np.array([self._address(ref) for ref in refs] or [0], np.uint64)
-
-    def _address(self, ref: Ref) -> int:
-        assert isinstance(ref.shift, int), "argument rows have constant offsets"
-        if ref.space == "arena":
-            return self._arena.address + ref.index + ref.shift
-        if ref.space == "input":
-            return 0  # bound by the first step
-        table = {"weight": self._weights, "state": self._states}[ref.space]
-        return int(table[ref.index]) + ref.shift
-
-    def _new_run(self, page_table_width: int) -> _Run:
-        run = _Run()
-        run.n.P = page_table_width
-        run.arena = self._arena.address
-        run.weights = self._weights.ctypes.data
-        run.states = self._states.ctypes.data
-        run.inputs = self._inputs.ctypes.data
-        run.rows = self._rows.ctypes.data
-        return run
+    def _free_pool(self) -> None:
+        if self._line:
+            self.settle()
+            self._library.line_free(self._line)
+        if self._pool:
+            self._library.pool_free(self._pool)
+        self._line = self._pool = 0
 
     def _output_view(self, entry: TensorEntry) -> NDArray[Any]:
         """Return the whole planned buffer of an output, for its largest shape."""
@@ -164,6 +132,43 @@ class ProgramRunner:
         self, inputs: Mapping[str, NDArray[Any]], num_tokens: int, num_seqs: int, num_rows: int
     ) -> None:
         """Run the program once; results are in `outputs` (whole buffers) until the next run."""
+        self.settle()
+        slot = self._slots[0]
+        self._prepare(slot, inputs, num_tokens, num_seqs, num_rows)
+        self._library.pool_step(self._pool, slot.run_address)
+
+    def begin(
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        num_tokens: int,
+        num_seqs: int,
+        num_rows: int,
+        sources: Longs | None = None,
+        hold: NDArray[np.int32] | None = None,
+    ) -> Begun:
+        """Begin a run behind the one that runs, if any, and return at once; see StepSlot.
+
+        At most two are begun and not waited for. Of the inputs only token_ids may be written, by
+        the step: those that sources takes from what the run before samples.
+        """
+        if not self._line:
+            self._line = self._library.line_new(self._pool)
+            if not self._line:
+                raise EngineError("cannot start the thread that runs steps")
+        slot = self._slots[self._num_begun % 2]
+        assert slot.is_over, "three steps at once"
+        self._prepare(slot, inputs, num_tokens, num_seqs, num_rows)
+        self._num_begun += 1
+        return slot.begin(self._library, self._line, self.outputs, sources, hold)
+
+    def _prepare(
+        self,
+        slot: StepSlot,
+        inputs: Mapping[str, NDArray[Any]],
+        num_tokens: int,
+        num_seqs: int,
+        num_rows: int,
+    ) -> None:
         if self._pid != os.getpid():
             raise EngineClosedError(
                 "the model belongs to the parent process", advice="load it again after the fork"
@@ -172,16 +177,19 @@ class ProgramRunner:
             raise EngineClosedError("the model is closed")
         if self._guarded:
             self._arena.poison()
-        sizes = self._run.n
-        sizes.T, sizes.S, sizes.R = num_tokens, num_seqs, num_rows
         bucket = bisect_left(self._buckets, num_tokens)
-        self._run.choices = self._choices.ctypes.data + bucket * self._choices.shape[1]
-        for i, entry in enumerate(self.program.inputs):
-            array = inputs[entry.name]
-            if array is not self._bound[i]:
-                assert array.flags.c_contiguous, f"{entry.name} is not contiguous"
-                self._bind_input(i, array)
-        self._library.pool_step(self._pool, ctypes.byref(self._run))
+        choices = self._choices.ctypes.data + bucket * self._choices.shape[1]
+        slot.bind(inputs, (num_tokens, num_seqs, num_rows), choices)
+
+    @property
+    def can_begin(self) -> bool:
+        """Return whether steps can be begun: the program samples, and no test poisons its arena."""
+        return "sampled_ids" in self.outputs and not self._guarded
+
+    def settle(self) -> None:
+        """Wait until no step runs that was begun."""
+        for slot in self._slots:
+            slot.settle()
 
     def choose(self, choices: KernelChoices) -> None:
         """Use other candidates from the next run on."""
@@ -193,25 +201,19 @@ class ProgramRunner:
         The time is that of a kernel's phases, from barrier to barrier.
         """
         self._keep["nanoseconds"] = nanoseconds
-        self._run.nanoseconds = None if nanoseconds is None else nanoseconds.ctypes.data
-
-    def _bind_input(self, index: int, array: NDArray[Any]) -> None:
-        """Point the tables at an input's memory (once, unless the runtime moves it)."""
-        self._bound[index] = array
-        address = array.__array_interface__["data"][0]
-        if address != self._inputs[index]:
-            self._inputs[index] = address
-            for row, shift in self._row_uses.get(index, ()):
-                self._rows[row] = address + shift
+        for slot in self._slots:
+            slot.run.nanoseconds = None if nanoseconds is None else nanoseconds.ctypes.data
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages (source, target) in all layers, in the order given."""
+        self.settle()
         for base, size in zip(self._states, self._page_bytes):
             for source, target in pairs:
                 ctypes.memmove(int(base) + target * size, int(base) + source * size, size)
 
     def swap_out(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages (page, host page) to the host's pool; a host page has all layers."""
+        self.settle()
         stride = sum(self._page_bytes)
         for page, host_page in pairs:
             place = self._host.address + host_page * stride
@@ -221,6 +223,7 @@ class ProgramRunner:
 
     def swap_in(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages (host page, page) back."""
+        self.settle()
         stride = sum(self._page_bytes)
         for host_page, page in pairs:
             place = self._host.address + host_page * stride
@@ -230,6 +233,7 @@ class ProgramRunner:
 
     def poison_pages(self, pages: Sequence[int]) -> None:
         """Fill pages with NaN bytes in all layers (tests: freed pages must never be read)."""
+        self.settle()
         for base, size in zip(self._states, self._page_bytes):
             for page in pages:
                 ctypes.memset(int(base) + page * size, 0xFF, size)
@@ -240,9 +244,9 @@ class ProgramRunner:
             return
         self._closed = True
         if self._pid == os.getpid():
-            self._library.pool_free(self._pool)
+            self._free_pool()
         self.outputs.clear()
-        self._bound.clear()
+        self._slots.clear()
         self._keep.clear()
         self._arena.close()
         self._kv.close()

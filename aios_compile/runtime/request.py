@@ -84,6 +84,8 @@ class Sequence:
             self.penalties is None and params.logprobs is None
             and params.min_tokens == 0 and not params.stop
         )  # fmt: skip
+        # how its next token is sampled depends on the ones before through the logits alone
+        self.is_foreseeable = self.penalties is None and not self.has_changing_bias
         self.end_ids = admitted.eos_token_ids | admitted.stop_token_ids
         self.most_tokens = self.num_prompt_tokens + admitted.max_tokens
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,12 @@ def load(
 ) -> Iterator[Load]:
     """Return a function that loads a zoo model by name (or a folder), closed after the test.
 
-    Passes are not certified again (they have their own tests) unless a test sets AIOS_VERIFY.
+    Passes are not certified again (they have their own tests) unless a test sets AIOS_VERIFY. Steps
+    are begun ahead on every machine, also where it does not pay.
     """
     monkeypatch.setenv("AIOS_VERIFY", "0")
+    if "AIOS_OVERLAP" not in os.environ:
+        monkeypatch.setenv("AIOS_OVERLAP", "2")
     if "as_shipped" not in request.fixturenames:
         build_quickly(monkeypatch)
     loaded: list[aios_compile.CompiledModel] = []

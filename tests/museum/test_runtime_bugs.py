@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aios_compile.errors import EngineError
-from aios_compile.runtime import block_manager, engine_core, preemption
+from aios_compile.runtime import block_manager, engine_core, look_ahead, preemption
 from aios_compile.runtime.batch_builder import BatchBuilder
 from aios_compile.runtime.events import Abort, Arrive, Schedule
 from aios_compile.runtime.kv_cache import PagePool
@@ -83,14 +83,24 @@ def test_a_page_that_joins_between_equal_batches_is_not_seen(
     unharmed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is kept from step to step must notice that a decode went on to another page."""
-    plain = BatchBuilder._build_steady
+    plain = BatchBuilder._move_on
 
-    def build(self: BatchBuilder, steady: Any, plan: Any) -> Any:
+    def move_on(self: BatchBuilder, steady: Any, *args: Any) -> Any:
         steady.marks = [(state.page_epoch, len(state.pages)) for state in steady.states]
-        return plain(self, steady, plan)
+        return plain(self, steady, *args)
 
-    monkeypatch.setattr(BatchBuilder, "_build_steady", build)
+    monkeypatch.setattr(BatchBuilder, "_move_on", move_on)
     expect_caught(unharmed)
+
+
+def test_a_step_that_was_begun_ahead_is_taken_for_another_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Asynchronous scheduling: rows of sequences that have ended meanwhile shift the others'."""
+    ends = {"eos_token_ids": [5, 19]}  # which nobody foresees
+    expected = answers(**ends)
+    monkeypatch.setattr(look_ahead, "_is", lambda plan, guess, states: True)
+    expect_caught(expected, **ends)
 
 
 def test_chunk_off_by_one_at_a_page_boundary(

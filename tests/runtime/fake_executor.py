@@ -7,6 +7,7 @@ the positions tells which. `logits_after` is the same model without pages, batch
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -119,7 +120,12 @@ def _choose(x: NDArray[np.float64], batch: Batch, row: int) -> int:
 
 
 class FakeExecutor:
-    """Executor of the fake model. `free_pages` (set by tests) names pages to poison each step."""
+    """Executor of the fake model. `free_pages` (set by tests) names pages to poison each step.
+
+    Steps that are begun run at random moments that a device could choose, as late as at their end.
+    """
+
+    overlap = "always"
 
     def __init__(self, limits: Limits, window: int | None = None) -> None:
         self.limits = limits
@@ -135,10 +141,14 @@ class FakeExecutor:
         self.on_read: Callable[[int, NDArray[np.int64]], None] = lambda s, slots: None
         self.num_steps = 0
         self.num_closed = 0
+        self.begun: list[FakeStep] = []  # that have not ended
+        self.random = random.Random(0)
+        self.last_ids = np.zeros(0, np.int64)
         self.step_seconds = 0.0
         self.max_rows = 0
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self.settle()
         pages = self.tokens.reshape(-1, self.limits.page_size)
         positions = self.positions.reshape(-1, self.limits.page_size)
         for source, target in pairs:
@@ -146,6 +156,7 @@ class FakeExecutor:
             pages[target], positions[target] = pages[source], positions[source]
 
     def swap_out(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self.settle()
         size = self.limits.page_size
         for page, host_page in pairs:
             assert page != 0 and host_page != 0, "the trash page was swapped"
@@ -153,6 +164,7 @@ class FakeExecutor:
             self.host[host_page] = (self.tokens[here].copy(), self.positions[here].copy())
 
     def swap_in(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self.settle()
         size = self.limits.page_size
         for host_page, page in pairs:
             here = slice(page * size, (page + 1) * size)
@@ -166,7 +178,27 @@ class FakeExecutor:
             here = slice(page * self.limits.page_size, (page + 1) * self.limits.page_size)
             self.tokens[here] = self.positions[here] = POISON
 
+    def begin(
+        self,
+        batch: Batch,
+        sources: NDArray[np.int64] | None = None,
+        hold: NDArray[np.int32] | None = None,
+    ) -> FakeStep:
+        self.begun.append(FakeStep(self, batch, sources, hold))
+        assert len(self.begun) <= 2, "three steps at once"
+        if self.random.random() < 0.3:
+            self.begun[0].take_turn()
+        return self.begun[-1]
+
+    def settle(self) -> None:
+        while self.begun:
+            self.begun[0].end()
+
     def step(self, batch: Batch) -> StepResult:
+        self.settle()
+        return self._step(batch)
+
+    def _step(self, batch: Batch) -> StepResult:
         self.num_steps += 1
         self.poison(self.free_pages())
         self.before_step(batch)
@@ -176,7 +208,9 @@ class FakeExecutor:
         self.positions[batch.slots] = batch.positions
         logits = self._logits(batch)
         self.after_logits(batch, logits)
-        return self._sample(batch, logits)
+        result = self._sample(batch, logits)
+        self.last_ids = result.sampled_ids
+        return result
 
     def _check_sizes(self, batch: Batch) -> None:
         most, real = self.limits, int(batch.query_starts[-1])
@@ -242,6 +276,66 @@ class FakeExecutor:
                     top,
                 )
         return result
+
+
+class FakeStep:
+    """A step that was begun: its turn comes when the one before has ended, or somewhat later."""
+
+    def __init__(self, executor: FakeExecutor, batch: Batch, sources: Any, hold: Any) -> None:
+        self._executor, self._batch, self._sources, self._hold = executor, batch, sources, hold
+        self._had_turn = self._has_ended = self._is_left_out = False
+        self._result: StepResult | None = None
+        self._error: Exception | None = None
+        self.micros = 1.0
+
+    def take_turn(self) -> None:
+        if self._had_turn or self._is_left_out:
+            return
+        self._had_turn = True
+        self._is_left_out = self._hold is not None and bool(self._hold[0])
+        if self._executor.random.random() < 0.5:
+            self._run()
+
+    def _run(self) -> None:
+        if self._is_left_out or self._result is not None or self._error is not None:
+            return
+        if self._sources is not None:
+            taken = self._sources >= 0
+            ids = self._executor.last_ids[self._sources[taken]]
+            self._batch.token_ids[taken] = ids
+        try:
+            self._result = self._executor._step(self._batch)
+        except Exception as error:  # noqa: BLE001 - for whoever waits
+            self._error = error
+
+    def leave_out(self) -> bool:
+        if not self._had_turn:
+            self._is_left_out = True
+        return self._is_left_out
+
+    def make_sure(self) -> bool:
+        self._hold = None
+        return not self._is_left_out
+
+    def end(self) -> None:
+        if self._has_ended:
+            return
+        before = self._executor.begun
+        while before[0] is not self:
+            before[0].end()
+        if not self._is_left_out:
+            self.take_turn()
+            self._run()
+        before.pop(0)
+        self._has_ended = True
+        if before and self._executor.random.random() < 0.8:
+            before[0].take_turn()
+
+    def wait(self) -> StepResult | None:
+        self.end()
+        if self._error is not None:
+            raise self._error
+        return self._result
 
 
 class FakeTokenizer:

@@ -19,7 +19,7 @@ from aios_compile.runtime.decisions import DecisionLog
 from aios_compile.runtime.engine_core import EngineCore
 from aios_compile.runtime.events import Preempt
 from aios_compile.runtime.request import Request
-from aios_compile.runtime.schedule_state import SchedulerOptions
+from aios_compile.runtime.schedule_state import Plan, SchedulerOptions
 from aios_compile.runtime.scheduler import replay
 from aios_compile.sampling_params import SamplingParams
 from tests.runtime.fake_executor import FakeExecutor, greedy, limits
@@ -60,6 +60,7 @@ class TenantExecutor(FakeExecutor):
         super().__init__(core_limits)
         self.owners = np.full(len(self.tokens), -1)
         self.host_owners: dict[int, Any] = {}
+        self.tenants_of: dict[int, list[int]] = {}  # of a batch's sequences, by its buffers
         self.tenants: list[int] = []  # of the sequences of this step
         self.on_read = self.check_owner
         self.num_reads = 0
@@ -71,11 +72,12 @@ class TenantExecutor(FakeExecutor):
         self.num_reads += len(slots)
         assert np.all(self.owners[slots] == self.tenants[s]), "a foreign read"
 
-    def step(self, batch: Batch) -> Any:
+    def _step(self, batch: Batch) -> Any:
+        self.tenants = self.tenants_of[batch.token_ids.ctypes.data]
         for s, tenant in enumerate(self.tenants):
             own = slice(batch.query_starts[s], batch.query_starts[s + 1])
             self.owners[batch.slots[own]] = tenant
-        return super().step(batch)
+        return super()._step(batch)
 
     def copy_pages(self, pairs: Any) -> None:
         super().copy_pages(pairs)
@@ -99,14 +101,21 @@ def test_random_trace() -> None:
     core = EngineCore(executor, None, seed=1, log=DecisionLog(), options=options)
     executor.free_pages = lambda: list(core.state.pool.free)
 
-    build = core._builder.build
+    def noting(build: Any) -> Any:
+        def noted(first: Any, *others: Any) -> Batch:
+            batch: Batch = build(first, *others)
+            is_plan = isinstance(first, Plan)  # else a guess: sequences, and their states
+            ids = core.state.in_flight_ids
+            states = [core.state.sequences[i] for i in ids] if is_plan else others[0]
+            place = batch.token_ids.ctypes.data
+            executor.tenants_of[place] = [int(state.tenant or 0) for state in states]
+            return batch
 
-    def noting(*arguments: Any) -> Batch:
-        states = [core.state.sequences[i] for i in core.state.in_flight_ids]
-        executor.tenants = [int(state.tenant or 0) for state in states]
-        return build(*arguments)
+        return noted
 
-    core._builder.build = noting  # type: ignore[method-assign]
+    for builder in core._ahead._builders:
+        builder.build = noting(builder.build)  # type: ignore[method-assign]
+        builder.build_next = noting(builder.build_next)  # type: ignore[method-assign]
     admission = Admission(executor.limits, None, frozenset())
     alive: list[Request] = []
     num_done = 0
@@ -128,6 +137,7 @@ def test_random_trace() -> None:
             alive.remove(request)
             num_done += _check(request)
     assert num_done > NUM_STEPS // 15 and core.stats.num_preemptions > 100
+    assert core.stats.num_steps_ahead > 100 and core.stats.num_steps_in_vain > 10
     assert core.stats.num_cached_tokens > 1000 and executor.num_reads > 10 * NUM_STEPS
     assert core.state.pool.num_free == core.state.pool.num_pages - 1
     core.inbox.request_close()

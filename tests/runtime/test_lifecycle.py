@@ -18,6 +18,7 @@ import pytest
 
 from aios_compile.errors import EngineClosedError, EngineError
 from aios_compile.runtime.engine import Engine
+from aios_compile.sampling_params import SamplingParams
 from tests.runtime.conftest import MakeEngine
 from tests.runtime.fake_executor import FakeExecutor, FakeTokenizer, greedy, limits
 
@@ -329,3 +330,16 @@ import aios_compile.runtime.engine
 assert "tokenizers" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=30)
+
+
+def test_an_abort_of_what_was_interrupted_while_it_was_submitted(make_engine: MakeEngine) -> None:
+    """Ctrl-C between two statements of `submit`: numbered and registered, never handed over."""
+    engine = make_engine()
+    core = engine._core
+    request = engine._request([1, 2], SamplingParams(max_tokens=2), "")
+    with core.inbox._wake:
+        request.number(900, 900, 0, 0)
+        core.inbox.requests[900] = request
+    core.inbox.abort([request])
+    outputs = engine.generate([[1, 2, 3]], temperature=0, max_tokens=4)
+    assert outputs[0].outputs[0].token_ids == greedy([1, 2, 3], 4) and 900 not in core.requests

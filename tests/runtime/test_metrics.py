@@ -49,7 +49,7 @@ def test_the_text_is_the_exposition_format() -> None:
 
 def test_requests_are_counted_and_timed(make_engine: MakeEngine) -> None:
     engine = make_engine(num_pages=10, max_num_seqs=4)
-    fake(engine).step_seconds = 0.002
+    fake(engine).step_seconds, fake(engine).overlap = 0.002, "never"  # it sleeps in two at once
     outputs = engine.generate([[1, 2, 3, 4, 5]] * 6, temperature=0, max_tokens=12)
     m = engine.metrics()
     assert m.value("prompt_tokens_total") == 30 and m.value("generation_tokens_total") == 72

@@ -62,13 +62,31 @@ constexpr long QUIET_SPINS = 1000; /* about 50 us: longer than most phases of a 
 constexpr long YIELD_EVERY = 64;
 constexpr int MAX_WORKERS = 256;
 
+/* Wait until *word is no longer `now`: spin, spin and yield, sleep. `when_late` is called once, as
+ * the quiet spins are over. Who changes the word wakes the sleepers, if there are any. */
+template <class Late>
+static inline void await(std::atomic<int> *word, int now, std::atomic<int> *sleepers, long spins,
+                         Late when_late) {
+    for (long i = 0; i < spins; i++) {
+        if (word->load(std::memory_order_acquire) != now) return;
+        if (i == QUIET_SPINS) when_late();
+        if (i >= QUIET_SPINS && i % YIELD_EVERY == 0)
+            sched_yield(); /* on a busy machine another worker may be waiting for this core */
+        else
+            pause_once();
+    }
+    sleepers->fetch_add(1);
+    while (word->load() == now) park(word, now);
+    sleepers->fetch_sub(1);
+}
+
 /* Which core each worker was seen on. On a busy machine Linux may leave two workers on one core
  * (the one that wakes another draws it near), where they wait for each other by turns. With four
  * other programs on four cores a token of the bundled model took 0.88 ms, and 0.36 ms since waiting
  * workers step aside (means of three runs by turns). */
 struct Places {
     struct alignas(64) Core { std::atomic<int> number{-1}; };
-    Core cores[MAX_WORKERS];
+    Core cores[MAX_WORKERS + 1]; /* the last: of the thread that begins steps (step_line.h) */
 
     void note(int id) {
 #if defined(__linux__)
@@ -89,6 +107,9 @@ struct Places {
             shared = shared || (i != id && core == here);
             if (core >= 0 && core < CPU_SETSIZE) CPU_CLR(core, &others);
         }
+        const int host = cores[MAX_WORKERS].number.load(std::memory_order_relaxed);
+        shared = shared || host == here;
+        if (host >= 0 && host < CPU_SETSIZE) CPU_CLR(host, &others);
         if (!shared || !CPU_COUNT(&others)) return;
         sched_setaffinity(0, sizeof others, &others);   /* moves at once */
         sched_setaffinity(0, sizeof allowed, &allowed); /* and is as free as before */
@@ -121,17 +142,7 @@ struct Barrier {
             if (sleepers.load()) wake(&phase);
             return;
         }
-        for (long i = 0; i < spins; i++) {
-            if (phase.load(std::memory_order_acquire) != now) return;
-            if (i == QUIET_SPINS) places.step_aside(id, num_workers);
-            if (i >= QUIET_SPINS && i % YIELD_EVERY == 0)
-                sched_yield(); /* on a busy machine the other worker may be waiting for this core */
-            else
-                pause_once();
-        }
-        sleepers.fetch_add(1);
-        while (phase.load() == now) park(&phase, now);
-        sleepers.fetch_sub(1);
+        await(&phase, now, &sleepers, spins, [&] { places.step_aside(id, num_workers); });
     }
 };
 

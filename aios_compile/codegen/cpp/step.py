@@ -15,7 +15,7 @@ HEAD = """\
 /* The step: {launches} launches, {barriers} barriers for one pass over the model.
    Each phase's kernels share the workers; a barrier follows each phase. */
 #include "prelude.h"
-#include "runtime.h"
+#include "step_line.h"
 
 extern "C" {{
 {declarations}

@@ -1,0 +1,59 @@
+"""Whether steps are begun ahead, by what it is worth here and now: decided by the clock.
+
+Beginning a step ahead saves the host's time and costs a hand-over between two threads. With a core
+for each that is a clear gain; beside other programs the second thread may wait for a core, and a
+small step then takes twice as long. So a few steps are timed each way, and the better way is kept
+for a while. Sizes are judged apart: large steps gain where small ones lose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import median
+
+TRIAL_STEPS = 8  # each way
+KEPT_STEPS = 240  # so that at most one step in 30 is a trial of the worse way
+LEAST_GAIN = 0.99
+
+
+@dataclass
+class _Size:
+    """Batches of about one size. choice: what is kept now, None while it is tried."""
+
+    ahead_us: list[float] = field(default_factory=list)
+    plain_us: list[float] = field(default_factory=list)
+    choice: bool | None = None
+    num_left: int = 0  # steps until the next trial
+
+
+class OverlapGovernor:
+    """Decides for each number of sequences, in powers of two."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, _Size] = {}
+
+    def wants(self, num_sequences: int) -> bool:
+        """Return whether the step after the present one is to be begun ahead."""
+        size = self._of(num_sequences)
+        if size.choice is not None:
+            return size.choice
+        return len(size.plain_us) >= TRIAL_STEPS
+
+    def measure(self, num_sequences: int, was_ahead: bool, micros: float) -> None:
+        """Take in the time from the end of one decode step to the end of the next."""
+        size = self._of(num_sequences)
+        if size.choice is not None:
+            size.num_left -= 1
+            if size.num_left <= 0:
+                size.choice = None
+            return
+        times = size.ahead_us if was_ahead else size.plain_us
+        if len(times) < TRIAL_STEPS:
+            times.append(micros)
+        if min(len(size.ahead_us), len(size.plain_us)) == TRIAL_STEPS:
+            size.choice = median(size.ahead_us) < LEAST_GAIN * median(size.plain_us)
+            size.num_left = KEPT_STEPS
+            size.ahead_us, size.plain_us = [], []
+
+    def _of(self, num_sequences: int) -> _Size:
+        return self._sizes.setdefault(num_sequences.bit_length(), _Size())
