@@ -73,6 +73,7 @@ def compile_model(
     with progress.stage("capture"):
         model = source.build()
         module = capture(model, flat=source.flat, max_tokens=sizes.max_num_batched_tokens)
+        sizes = within(module, sizes, options)
         dumper.level("captured", module)
         weights = RandomWeights.of(module, options.seed)
         if env.VERIFY.get_int(0, 2):
@@ -140,6 +141,26 @@ def compile_model(
         source.tokenizer.save(folder)
     writer.finish()
     return Compiled(module, program)
+
+
+def within(module: IRModule, sizes: ResolvedSizes, options: CompileOptions) -> ResolvedSizes:
+    """Return the sizes of a step, no longer than the model's own limit.
+
+    Raises ConfigError where an option asks for more.
+    """
+    if module.length_limit is None:
+        return sizes
+    limit, line = module.length_limit
+    for name in ("max_model_len", "max_num_batched_tokens"):
+        given = getattr(options, name)
+        if given is not None and given > limit:
+            raise ConfigError(
+                f"{name}={given} is out of range: expected at most the {limit} tokens that the "
+                "model's code takes",
+                source_line=line,
+            )
+    tokens = min(sizes.max_num_batched_tokens, limit)
+    return ResolvedSizes(min(sizes.max_model_len, limit), min(sizes.max_num_seqs, tokens), tokens)
 
 
 def measure_weights(

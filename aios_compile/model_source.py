@@ -245,6 +245,9 @@ def _open_module(model: Any, options: CompileOptions) -> ModelSource:
             f"dtype={options.dtype!r} with an nn.Module",
             advice=f"call model.to(torch.{options.dtype})",
         )
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if isinstance(model, nn.DataParallel):
+        model = model.module
     config = getattr(model, "config", None)
     length = getattr(config, "max_position_embeddings", None) or getattr(
         config, "n_positions", None
@@ -254,6 +257,13 @@ def _open_module(model: Any, options: CompileOptions) -> ModelSource:
     meta = [name for name, p in state.items() if p.is_meta]
     if meta:
         raise ConfigError(f"the module's parameter {meta[0]} has no values (it is on meta)")
+    wide = [name for name, p in state.items() if p.dtype in (torch.float64, torch.complex128)]
+    if wide:
+        raise ConfigError(
+            f"the module's parameter {wide[0]} is {str(state[wide[0]].dtype)[6:]}, expected "
+            "float32, float16 or bfloat16",
+            advice="call model.float()",
+        )
 
     def read(name: str) -> torch.Tensor:
         return state[name].detach()

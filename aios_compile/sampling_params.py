@@ -94,7 +94,7 @@ class SamplingParams:
         values = {field.name: given[field.name] for field in fields(SamplingParams)}
         values |= resolve_aliases(aliases)
         for name, value in values.items():
-            object.__setattr__(self, name, _CHECKS[name](name, value))
+            object.__setattr__(self, name, _checked(name, value))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _out_of_range("min_tokens", self.min_tokens, f"0 to max_tokens={self.max_tokens}")
 
@@ -276,6 +276,24 @@ def _seed(name: str, value: Any) -> int | None:
     return None if seed in (None, -1) else int(seed)
 
 
+def _checked(name: str, value: Any) -> Any:
+    """Return the value of a field as it is kept; what has another type altogether is refused."""
+    try:
+        return _CHECKS[name](name, value)
+    except RequestError:
+        raise
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        expected = _KINDS.get(name, "a number")
+        raise _out_of_range(name, value, expected) from None
+
+
+_KINDS = {
+    "stop": "a text, or a list of texts",
+    "bad_words": "a text, or a list of texts",
+    "stop_token_ids": "a list of token ids",
+    "allowed_token_ids": "a list of token ids, or None to allow all",
+    "logit_bias": "a mapping of token ids to numbers from -100 to 100",
+}
 _CHECKS: dict[str, Any] = {
     "n": _integer(1, MAX_N),
     "max_tokens": _integer(1, none=True),

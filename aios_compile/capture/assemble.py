@@ -262,6 +262,12 @@ def _check_provenance(module: IRModule) -> None:
                     f"the model calls {node.target}, an operator outside of PyTorch's core",
                     source_line=provenance.source_line(node) or None,
                 )
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                raise CaptureError(
+                    "the model draws random numbers",
+                    source_line=provenance.source_line(node) or None,
+                    advice="F.dropout needs training=self.training",
+                )
             _check_value(node)
             if node.target is aten._local_scalar_dense.default:
                 raise CaptureError(

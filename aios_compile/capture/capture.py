@@ -8,12 +8,14 @@ bound to parameter names by identity, so that the module may live on the meta de
 from __future__ import annotations
 
 import contextlib
+import inspect
 import operator
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +23,16 @@ from torch import fx, nn
 
 from aios_compile.capture import foreign, regions, torch_private
 from aios_compile.capture.assemble import assemble
+from aios_compile.capture.length_limit import guard_limits, line_of, table_limits
 from aios_compile.capture.size_bounds import decide_bounds
 from aios_compile.errors import CaptureError, UnsupportedModelError
-from aios_compile.ir import ops
-from aios_compile.ir.module import IRModule
-from aios_compile.ir.symbols import adopt_size
+from aios_compile.ir import ops, provenance
+from aios_compile.ir.module import IRModule, outputs
+from aios_compile.ir.symbols import adopt_size, new_size
 
 IN_PLACE = ("setitem", *(f"i{op}" for op in ("add", "sub", "mul", "truediv", "pow", "and", "or")))
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
-_OWN = str(Path(__file__).parents[1])
+_LIBRARIES = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 CLAMPS = ("clamp_", "clamp_min_", "clamp_max_", "clip_")
 TRACE_SIZES = (37, 41, 43, 47, 53, 59, 61, 67, 71, 73)  # primes: no multiple of a tile or a head
 
@@ -38,9 +41,10 @@ def capture(model: nn.Module, *, flat: bool | None = None, max_tokens: int = 819
     """Return level 1 of `model`, whose forward(input_ids, position_ids) gives logits.
 
     flat: token ids are [T] (True), [1, T] (False), or whichever the module takes (None, [1, T]
-    first). max_tokens: the largest T that will run; a guard below it is an error. Raises
-    CaptureError with the model's source line when the forward does not capture as one graph.
+    first). max_tokens: the largest T that will run, unless the module's length_limit is less.
+    Raises CaptureError with the model's source line when the forward does not capture as one graph.
     """
+    _check_signature(model)
     with foreign.evaluating(model):
         try:
             return _capture(model, flat is True, max_tokens)
@@ -63,8 +67,10 @@ def _capture(model: nn.Module, flat: bool, max_tokens: int) -> IRModule:
             graph_input = torch_private.full_graph(
                 wrapped, {"input_ids": ids, "position_ids": positions, **kwargs}
             )
-        outer, examples = graph_input.graph_module, graph_input.example_inputs
-        examples = _drop_unused(outer, examples)
+        outer = getattr(graph_input, "graph_module", None)
+        if outer is None or not outer.graph.output_node().all_input_nodes:
+            raise CaptureError("forward computes no tensor, expected the logits")
+        examples = _drop_unused(outer, graph_input.example_inputs)
         holders = [n for n in outer.graph.nodes if n.op == "placeholder"]
         fakes = [n.meta["example_value"] for n in holders]
         mode = next(f.fake_mode for f in fakes if hasattr(f, "fake_mode"))
@@ -72,11 +78,45 @@ def _capture(model: nn.Module, flat: bool, max_tokens: int) -> IRModule:
         with _captured_errors():
             keep_composites(outer)
             decide_bounds([outer, *_children(outer)], max_tokens)
-            lowered = torch_private.lower(outer, fakes, mode)
-    _check_guards(mode, max_tokens)
+            with mock.patch.object(F, "scaled_dot_product_attention", _sdpa):  # within others
+                lowered = torch_private.lower(outer, fakes, mode)
+    limits = guard_limits(mode, max_tokens, _sizes(model))
     names = _names(wrapped)
     bindings = [_binding(h, e, names) for h, e in zip(holders, examples)]
-    return assemble(outer, lowered, bindings, list(lists))
+    module = assemble(outer, lowered, bindings, list(lists))
+    _check_logits(module)
+    module.length_limit = min((*limits, *table_limits(module)), default=None)
+    return module
+
+
+def _check_signature(model: nn.Module) -> None:
+    """Refuse a forward that cannot be called with input_ids and position_ids."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("a scripted module has no Python code left", advice="pass the module")
+    parameters = inspect.signature(model.forward).parameters
+    try:
+        inspect.signature(model.forward).bind(input_ids=None, position_ids=None)
+    except TypeError:
+        raise CaptureError(
+            f"forward of {type(model).__name__} takes ({', '.join(parameters)}), expected "
+            "(input_ids, position_ids)",
+            advice="wrap it in an nn.Module with that forward",
+        ) from None
+
+
+def _check_logits(module: IRModule) -> None:
+    """Refuse what is no matrix of floats [T, vocabulary]."""
+    node = outputs(module.root.graph)[0]
+    value = node.meta["val"]
+    tokens = new_size(module.mode, "T").node.expr
+    rows = value.shape[0] if value.dim() == 2 else 0
+    if not value.is_floating_point() or isinstance(rows, int) or rows.node.expr != tokens:
+        sizes = ", ".join("T" if str(s) == str(tokens) else str(s) for s in value.shape)
+        raise CaptureError(
+            f"forward returns {value.dtype} [{sizes}], expected float logits [T, vocabulary] of "
+            "all T tokens",
+            source_line=provenance.source_line(node) or None,
+        )
 
 
 def _drop_unused(outer: fx.GraphModule, examples: Sequence[Any]) -> list[Any]:
@@ -105,9 +145,13 @@ def _has_effect(node: fx.Node) -> bool:
 
 def _trace_size(model: nn.Module) -> int:
     """Return a token count that equals no size of the model, so that none is taken for T."""
-    sizes = {s for _, p in model.named_parameters() for s in p.shape}
-    sizes |= {s for _, b in model.named_buffers() for s in b.shape}
+    sizes = _sizes(model)
     return next(n for n in TRACE_SIZES if all(s % n for s in sizes if s))
+
+
+def _sizes(model: nn.Module) -> set[int]:
+    """Return every size of the model's parameters and buffers."""
+    return {s for x in (*model.parameters(), *model.buffers()) for s in x.shape}
 
 
 @contextlib.contextmanager
@@ -134,7 +178,7 @@ def _frame_in(error: Exception) -> str | None:
     if not frames:  # an operation that fails on fake tensors: the stack is beside the message
         stack = getattr(error, "real_stack", None) or ()
         frames = [(f.filename, str(f.lineno), f.name, f.line or "") for f in stack]
-    frames = [f for f in frames if not f[0].startswith(_OWN)] or frames
+    frames = [f for f in frames if not f[0].startswith(_LIBRARIES)] or frames
     if not frames:
         return None
     path, line, function, text = frames[-1]
@@ -149,7 +193,7 @@ def _adopt_token_count(mode: Any, holders: list[fx.Node], fakes: list[Any]) -> N
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                 symbols[str(size.node.expr)] = size
     if not symbols:
-        lines = [_line_of(guard.sloc) for guard in mode.shape_env.guards]
+        lines = [line_of(guard.sloc) for guard in mode.shape_env.guards]
         raise CaptureError(
             "the model fixes the token count while it runs",
             source_line=next((line for line in reversed(lines) if line), None),
@@ -216,26 +260,6 @@ def _sdpa(
 
 def _children(module: fx.GraphModule) -> list[fx.GraphModule]:
     return [child for _, child in module.named_children() if isinstance(child, fx.GraphModule)]
-
-
-def _check_guards(mode: Any, max_tokens: int) -> None:
-    """Allow only upper bounds on T that no step can reach."""
-    for guard in mode.shape_env.guards:
-        expr = guard.expr
-        symbols = expr.free_symbols
-        holds = [bool(expr.subs(dict.fromkeys(symbols, t))) for t in (2, 3, 16, 17, 64, max_tokens)]
-        if not all(holds):
-            raise CaptureError(
-                f"the model specialises on the token count: {expr}",
-                source_line=_line_of(getattr(guard, "sloc", None)),
-                advice="remove the branch on the sequence length, or lower max_num_batched_tokens",
-            )
-
-
-def _line_of(place: Any) -> str | None:
-    """Return the model line of a guard."""
-    text, _, where = (getattr(place, "maybe_user_loc", None) or "").rpartition("  # ")
-    return f"{where}: {text}" if where else None
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from aios_compile.capture import torch_private
 
@@ -20,6 +21,8 @@ def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
         inside = any(path.startswith(f"{outer}.") for outer in found)
         if inside or not isinstance(module, nn.ModuleList):
             continue
+        if isinstance(module, parametrize.ParametrizationList):
+            continue  # how one weight is computed
         if len({type(child) for child in module}) == 1:
             found[path] = module
     return found

@@ -25,6 +25,8 @@ from torch.fx import traceback as fx_traceback
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from aios_compile.capture.decompositions import OWN, conv1d
+
 try:  # torch 2.13
     from torch._dynamo.variables import invoke_subgraph
 except ImportError:  # torch 2.11: it has no reuse that could fail
@@ -49,7 +51,8 @@ def compile_region(function: Callable[..., Any], max_entries: int) -> Callable[.
 
 @contextlib.contextmanager
 def capture_settings() -> Iterator[None]:
-    """Dynamo's settings while capturing: symbolic token count, constant floats, no inlining."""
+    """Dynamo's settings while capturing: symbolic token count, constant floats, no inlining; whole
+    encoder layers as the operators that they are made of."""
     wanted = {
         "specialize_float": True,
         "assume_static_by_default": False,
@@ -57,8 +60,21 @@ def capture_settings() -> Iterator[None]:
     }
     known = {k: v for k, v in wanted.items() if hasattr(dynamo.config, k)}
     settings, lazy = dynamo.config.patch(known), _use_lazy_graph_module(True)
-    with torch.no_grad(), settings, lazy, get_metrics_context(), dynamo_timed("aios_capture"):
-        yield
+    causal = mock.patch.object(torch.nn.modules.transformer, "_detect_is_causal_mask", _is_causal)
+    convolution = mock.patch.object(torch.nn.functional, "conv1d", conv1d)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        times = dynamo_timed("aios_capture")
+        with torch.no_grad(), settings, lazy, causal, convolution, get_metrics_context(), times:
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _is_causal(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """Believe the caller of an nn.TransformerEncoder; torch compares the mask's values."""
+    return is_causal is True
 
 
 def lazy_graph_module(owner: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
@@ -115,32 +131,8 @@ def decompositions() -> dict[Any, Any]:
         kept = schema is not None and schema.name.removeprefix("aten::") in KEPT
         if kept or (schema is not None and schema.is_mutable):
             del table[overload]
-    table[torch.ops.aten.cumsum.default] = _cumsum
-    table[torch.ops.aten.copy.default] = _copy
-    table[torch.ops.aten.max.default] = lambda x: x.reshape(-1).amax(0)
-    table[torch.ops.aten.min.default] = lambda x: x.reshape(-1).amin(0)
+    table.update(OWN)
     return table
-
-
-def _copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    """Return what x holds after x.copy_(source)."""
-    return source.to(x.dtype).expand(x.shape).clone()
-
-
-def _cumsum(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Sum up along a dimension as a product with a triangle of ones: there is no scan kernel.
-
-    T * T products for a cumulative sum over tokens; whole numbers are exact up to 2**24.
-    """
-    result = dtype or (x.dtype if x.is_floating_point() else torch.int64)
-    if x.dim() == 0:
-        return x.to(result)
-    size = x.shape[dim]
-    row = torch.arange(size, device=x.device)
-    ones = (row[:, None] >= row[None]).to(torch.float32)
-    wide = x.to(torch.float32).movedim(dim, -1)
-    flat = torch.mm(wide.reshape(-1, size), ones.t())
-    return flat.reshape(wide.shape).movedim(-1, dim).to(result)
 
 
 def lower(graph_module: fx.GraphModule, fakes: list[Any], mode: Any) -> fx.GraphModule:

@@ -257,7 +257,8 @@ def _pad(reader: Reader, node: fx.Node, at: Coordinates) -> Expr:
     source: Any = _args(node)[0]
     pads: Any = _args(node)[1]
     dtype = dtype_of(node.meta["val"])
-    fill = Const(_arg(node, 2, "value", 0), dtype)
+    value = _arg(node, 2, "value", 0)
+    fill = Const(value if node.meta["val"].is_floating_point() else int(value), dtype)
     sizes, moved, inside = shape_of(source), list(at), None
     for step in range(len(pads) // 2):
         dim, before = len(at) - 1 - step, _dim(pads[2 * step])

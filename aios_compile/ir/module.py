@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -106,6 +106,13 @@ class Recipe:
         return show(self.graph.output_node().args[0])
 
 
+class LengthLimit(NamedTuple):
+    """The most tokens that a sequence may have, and the model's line that says so."""
+
+    num_tokens: int
+    source_line: str
+
+
 @dataclass
 class IRModule:
     """One level of the program. `root` owns the regions; the tables bind its placeholders.
@@ -116,6 +123,7 @@ class IRModule:
     of the same tensor (tied weights). tensors: values that are known already (buffers, and
     tensors that the code made while it was traced). not_generatable: why a batch of sequences would
     give wrong logits (tokens mix outside attention, see passes/token_mixing.py), or "".
+    length_limit: how long a sequence may be (a table of positions ends), None for any length.
     """
 
     root: fx.GraphModule
@@ -127,6 +135,7 @@ class IRModule:
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     not_generatable: str = ""
+    length_limit: LengthLimit | None = None
 
     @property
     def mode(self) -> FakeTensorMode:

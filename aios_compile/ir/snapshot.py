@@ -25,6 +25,7 @@ def take(module: IRModule) -> IRModule:
         dict(module.aliases),
         dict(module.tensors),
         module.not_generatable,
+        module.length_limit,
     )
 
 

@@ -81,7 +81,7 @@ def _check_graph(module: IRModule, region: str, graph_module: fx.GraphModule) ->
             _check_call(module, graph_module, node, region)
         elif node.op != "placeholder":
             raise fail(f"{node.op} is not allowed in a program", node, region)
-        if module.level is Level.KERNELS and module.states:
+        if module.level is Level.KERNELS and module.states and not module.not_generatable:
             _check_size(module, node, region)
 
 

@@ -27,6 +27,7 @@ from aios_compile.passes.raise_expert_linear import raise_expert_linear
 from aios_compile.passes.raise_gated_mlp import raise_gated_mlp
 from aios_compile.passes.raise_layer_norm import raise_layer_norm
 from aios_compile.passes.raise_linear import raise_linear
+from aios_compile.passes.raise_positions import raise_positions
 from aios_compile.passes.raise_rms_norm import raise_rms_norm
 from aios_compile.passes.raise_rope import raise_rope
 from aios_compile.passes.raise_sequence_lengths import raise_sequence_lengths
@@ -50,6 +51,7 @@ RAISE = Stage(
         raise_attention,  # after rope: what is left between rope and scores is layout
         raise_gated_mlp,
         raise_sequence_lengths,
+        raise_positions,  # after attention, whose masks count tokens too
         eliminate_views,  # last: the raised ops dictate the layouts, most transposes cancel
     ),
     note_token_mixing,  # now that attention is one op: what else mixes tokens

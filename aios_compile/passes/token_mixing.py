@@ -70,6 +70,8 @@ REDUCTIONS = (
     aten.mean.dim,
     aten.amax.default,
     aten.amin.default,
+    aten.linalg_vector_norm.default,
+    aten.prod.dim_int,
     aten.var.correction,
     aten.var_mean.correction,
     aten.argmax.default,
@@ -92,7 +94,12 @@ SCATTERS = (
     aten.scatter_add.default,
     aten.slice_scatter.default,
 )
-DIM_ARGUMENT = {aten.topk.default: 2, aten.split_with_sizes.default: 2, aten.split.Tensor: 2}
+DIM_ARGUMENT = {
+    aten.linalg_vector_norm.default: 2,
+    aten.topk.default: 2,
+    aten.split_with_sizes.default: 2,
+    aten.split.Tensor: 2,
+}
 
 
 def note_token_mixing(module: IRModule, results: Sequence[PassResult]) -> None:
@@ -151,12 +158,23 @@ def _token_dims(node: Any, symbols: set[str]) -> list[int]:
 
 
 def _mixes(node: Any, symbols: set[str]) -> bool:
+    if _counts(node, symbols):
+        return True
     inputs = [n for n in node.all_input_nodes if _token_dims(n, symbols)]
     if len(_token_dims(node, symbols)) > 1:
         return not any(len(_token_dims(n, symbols)) > 1 for n in inputs) or not _keeps(
             node, symbols
         )
     return bool(inputs) and not _keeps(node, symbols)
+
+
+def _counts(node: Any, symbols: set[str]) -> bool:
+    """Return whether a node numbers the tokens of a step, or cuts a table to as many rows."""
+    if not is_call(node, aten.arange.default, aten.arange.start_step, aten.slice.Tensor):
+        return False
+    return bool(_token_dims(node, symbols)) and not any(
+        _token_dims(n, symbols) for n in node.all_input_nodes
+    )
 
 
 def _keeps(node: Any, symbols: set[str]) -> bool:

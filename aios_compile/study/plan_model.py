@@ -14,7 +14,7 @@ from aios_compile.codegen.cpp.build import Target
 from aios_compile.codegen.emit_kernels import Emitted
 from aios_compile.codegen.program import Program
 from aios_compile.codegen.targets import emit, lower_for
-from aios_compile.compiler import limits_of, pass_options, settings_of, tuning_for
+from aios_compile.compiler import limits_of, pass_options, settings_of, tuning_for, within
 from aios_compile.config import CompileOptions
 from aios_compile.ir import snapshot
 from aios_compile.ir.module import IRModule
@@ -64,6 +64,7 @@ def plan_model(
     sizes = options.resolve_sizes(source.max_model_len)
     model = source.build()
     captured = capture(model, flat=source.flat, max_tokens=sizes.max_num_batched_tokens)
+    sizes = within(captured, sizes, options)
     module = snapshot.take(captured)
     results = run_pipeline(
         module,

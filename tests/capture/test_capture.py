@@ -1,16 +1,22 @@
 """What capture accepts, what it refuses by line, and that it leaves nothing behind."""
 
 import copy
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from aios_compile.capture.capture import capture
 from aios_compile.capture.compare import compare_with_eager
 from aios_compile.errors import CaptureError, UnsupportedModelError
+from aios_compile.passes.raise_attention import raise_attention
+from aios_compile.passes.token_mixing import mixing_nodes
 from tests.foreign import families, modules
 from tests.foreign.modules import Model, blocks, causal
+from tests.passes.helpers import apply
+from tests.variants import nightly
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +80,113 @@ def test_no_logits():
     model = modules.build(lambda: Tuple(blocks(causal)))
     with pytest.raises(CaptureError, match="returns a dict, expected the logits"):
         compare_with_eager(model, capture(model))
+
+
+class Ending(Model):
+    """What `end` makes of the logits."""
+
+    def __init__(self, end):
+        super().__init__(blocks(causal, 1))
+        self.end = end
+
+    def forward(self, input_ids, position_ids):
+        return self.end(super().forward(input_ids, position_ids))
+
+
+class OtherNames(Model):
+    def forward(self, ids, place):
+        return super().forward(ids, place)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: Ending(lambda y: y[:, -1:]),
+            r"float32 \[1, 61\], expected.*[^\0]*test_capture.py",
+        ),
+        (lambda: Ending(lambda y: y[:, -1]), r"float32 \[1, 61\], expected float logits"),
+        (lambda: Ending(lambda y: y.long()), r"int64 \[T, 61\], expected float logits"),
+        (lambda: Ending(lambda y: None), "forward computes no tensor"),
+        (lambda: Ending(lambda y: F.dropout(y)), r"random numbers[^\0]*test_capture.py.*dropout"),
+        (lambda: OtherNames(blocks(causal, 1)), r"takes \(ids, place\), expected \(input_ids"),
+    ],
+)
+def test_what_is_no_logits(make, message):
+    with pytest.raises(CaptureError, match=message):
+        capture(modules.build(make))
+
+
+class Before(Model):
+    """Something that torch's core operators do not have, before the blocks; [1, T, D]."""
+
+    def __init__(self, before):
+        super().__init__(blocks(causal, 1))
+        self.before = before
+
+    def forward(self, input_ids, position_ids):
+        x = F.embedding(input_ids, self.head.weight)
+        x = x + self.before(x)
+        return self.head(self.norm(self.blocks[0](x, position_ids)))
+
+
+class OverChannels(nn.Module):
+    """A module that wants [N, C, T]; tokens that padding added are cut off."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+
+
+class Rolled(nn.Module):
+    def forward(self, x):
+        return x.roll(1, 1) + x.roll(-1, 1) + x.roll(3, 2)
+
+
+class PyTorchsAttention(nn.Module):
+    """nn.MultiheadAttention, and nn.TransformerEncoder, whose quick paths are single operators."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 24, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        y = self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+        return self.encoder(x, mask=mask) + self.encoder(x, mask=mask, is_causal=True) + y
+
+
+def weight_normed():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)), nn.Tanh())
+
+
+@pytest.mark.parametrize(
+    "make, mixes",
+    [
+        (lambda: OverChannels(nn.Conv1d(32, 32, 3, padding=4, dilation=2, groups=4)), True),
+        (PyTorchsAttention, False),
+        *nightly(
+            (lambda: OverChannels(nn.Conv1d(32, 32, 3, padding=2, groups=32)), True),
+            (lambda: OverChannels(nn.GroupNorm(4, 32)), True),
+            (lambda: OverChannels(nn.BatchNorm1d(32)), False),
+            (Rolled, True),
+            (weight_normed, False),
+        ),
+    ],
+)
+def test_modules_of_pytorch(make, mixes):
+    """Captured equals eager; attention within a module of PyTorch is attention."""
+    torch.manual_seed(0)
+    model = modules.build(lambda: Before(make()))
+    module = capture(model, flat=False)
+    compare_with_eager(model, module)
+    apply(raise_attention, module)
+    assert bool(mixing_nodes(module)) == mixes
 
 
 def test_nothing_is_left_behind():
@@ -185,3 +298,43 @@ def test_refusal_inside_the_adapter():
     model.model.layers[0].self_attn.is_causal = False
     with pytest.raises(UnsupportedModelError, match="tokens that see later ones"):
         capture(model)
+
+
+class Counted(Model):
+    """nanoGPT's positions: it counts the tokens itself."""
+
+    def forward(self, input_ids, position_ids):
+        place = torch.arange(input_ids.shape[1])
+        return super().forward(input_ids, place)
+
+
+class FirstRows(Model):
+    """The first rows of a table of 90, one further; and a branch that a sequence of 520 takes."""
+
+    def __init__(self, blocks):
+        super().__init__(blocks, learned=False)
+        self.table = nn.Parameter(torch.zeros(1, 90, modules.HIDDEN))
+
+    def forward(self, input_ids, position_ids):
+        tokens = input_ids.shape[1]
+        logits = super().forward(input_ids, position_ids)
+        row = self.table[:, 1 : tokens + 1].sum(-1, keepdim=True)
+        return logits + row if tokens < 520 else logits
+
+
+@pytest.mark.parametrize(
+    "make, limit, line",
+    [
+        (lambda: Counted(blocks(causal)), 96, "modules.py:.*self.positions"),
+        (lambda: FirstRows(blocks(causal, 1)), 89, "test_capture.py:.*self.table"),
+        *nightly(
+            (lambda: Model(blocks(causal)), 96, "modules.py:.*self.positions"),
+            (lambda: Model(blocks(causal), learned=False), None, None),
+        ),
+    ],
+)
+def test_tables_and_branches_limit_the_length(make, limit, line):
+    module = capture(modules.build(make), flat=False, max_tokens=512)
+    found = module.length_limit
+    assert (found and found.num_tokens) == limit
+    assert line is None or re.search(line, found.source_line)

@@ -211,6 +211,21 @@ class Shared(Model):
         return self.head(self.norm(x))
 
 
+class Counted(Model):
+    """nanoGPT's way: it counts the tokens itself, and takes the first rows of a second table."""
+
+    def __init__(self, blocks) -> None:
+        super().__init__(blocks)
+        self.table = nn.Parameter(torch.zeros(1, 90, HIDDEN))
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        tokens = input_ids.shape[1]
+        x = self.embed(input_ids) + self.positions(torch.arange(tokens)) + self.table[:, :tokens]
+        for block in self.blocks:
+            x = block(x, position_ids)
+        return self.head(self.norm(x))
+
+
 def causal() -> nn.Module:
     return Called("causal")
 
@@ -233,6 +248,7 @@ GENERATABLE = {
     "complex_table": lambda: Model(blocks(lambda: Turned(True))),
     "complex_angles": lambda: Model(blocks(lambda: Turned(False))),
     "flat": lambda: Flat(Model(blocks(causal))),
+    "counted": lambda: Counted(blocks(causal)),
 }
 CALLABLE = {
     "running_mean": (lambda: Model(blocks(MeanOfPast)), "cumsum"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aios_compile.errors import PromptTooLongError, RequestError, UnsupportedModelError
+from aios_compile.errors import ConfigError, PromptTooLongError, RequestError, UnsupportedModelError
 from tests.foreign import modules
 from tests.foreign.modules import CALLABLE, GENERATABLE, Alibi, Called, Model, blocks, build, causal
 from tests.variants import nightly
@@ -43,7 +43,7 @@ NIGHTLY = (
 )
 def test_generatable(name, compiled):
     model = build(GENERATABLE[name])
-    with compiled(model, max_num_batched_tokens=24) as found:
+    with compiled(model, max_num_batched_tokens=24, max_model_len=90) as found:
         check_logits(model, found)
         prompt = torch.tensor([5, 9, 2, 44])
         result = found.generate(prompt.tolist(), max_tokens=8, temperature=0, ignore_eos=True)
@@ -74,6 +74,18 @@ def test_another_bias_given_to_sdpa(compiled):
 def test_attention_in_both_directions(compiled):
     model = build(lambda: Model(blocks(lambda: Called("bidirectional"))))
     with pytest.raises(UnsupportedModelError, match=r"later ones.*modules.py:"):
+        compiled(model)
+
+
+def test_a_model_is_as_long_as_its_tables(compiled):
+    model = build(GENERATABLE["counted"])
+    sizes = {"max_model_len": None, "max_num_batched_tokens": None}
+    with compiled(model, **sizes) as found:
+        assert (found.limits.max_model_len, found.limits.max_num_batched_tokens) == (90, 90)
+        check_logits(model, found, (90,))
+        with pytest.raises(PromptTooLongError, match="at most 90"):
+            found(torch.zeros(91, dtype=torch.long))
+    with pytest.raises(ConfigError, match=r"max_model_len=96.*90 tokens[^\0]*modules.py:"):
         compiled(model)
 
 

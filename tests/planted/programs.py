@@ -30,6 +30,11 @@ def parts(x: "f32[T, 64]") -> Any:
     return y[:, 32:], x
 
 
+def counted(x: "f32[T, 16]", table: "weight f32[64, 16]") -> Any:
+    tokens = x.shape[0]
+    return x * table[:tokens] * torch.arange(1, tokens + 1)[:, None]
+
+
 def experts(x: "f32[T, 48]", w: "weight f32[4, 80, 48]") -> Any:
     chosen = torch.topk(x[:, :4], 1).indices[:, 0]
     return torch.bmm(w[chosen], x[:, :, None]).squeeze(-1)
@@ -74,6 +79,7 @@ PROGRAMS: dict[str, Callable[[], IRModule]] = {
     "stored": _stored,
     "strided": lambda: _traced(strided),
     "parts": lambda: _traced(parts),
+    "counted": lambda: _traced(counted),
 }
 
 

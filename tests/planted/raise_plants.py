@@ -282,6 +282,31 @@ def length_for_position(graph: fx.Graph, context: PassContext) -> int:
     return len(positions.replace_all_uses_with(length))
 
 
+@plant("raise_positions", "counted")
+def row_after_the_position(graph: fx.Graph, context: PassContext) -> int:
+    node = calls(graph, aten.index_select.default)[0]
+    positions: Any = node.args[2]
+    with graph.inserting_before(node):
+        new = context.call(graph, aten.add.Tensor, positions, 1, source=[node])
+    return set_argument([node], 2, lambda _: new)
+
+
+@plant("raise_positions", "counted")
+def row_of_the_token_before_the_last(graph: fx.Graph, context: PassContext) -> int:
+    node = calls(graph, aten.index_select.default)[0]
+    positions: Any = node.args[2]
+    with graph.inserting_before(node):
+        new = context.call(graph, aten.flip.default, positions, [0], source=[node])
+    return set_argument([node], 2, lambda _: new)
+
+
+@plant("raise_positions", "counted")
+def counted_from_zero(graph: fx.Graph, context: PassContext) -> int:
+    """Forget that arange(1, T + 1) begins at one."""
+    node = next(n for n in calls(graph, aten.add.Tensor) if n.args[1] == 1)
+    return len(node.replace_all_uses_with(node.args[0]))
+
+
 @plant("eliminate_views", "layer_norm")
 def pieces_of_a_split_swapped(graph: fx.Graph, context: PassContext) -> int:
     """Take queries for keys after a split has moved above a transpose."""

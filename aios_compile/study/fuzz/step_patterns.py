@@ -80,6 +80,22 @@ def scaled(x: "f32[T, D]", positions: "input i64[T]"):
     return torch.mul(x, torch.unsqueeze(torch.cos(angle), -1))
 """,
     ),
+    "raise_positions": (
+        """
+def counted(x: "f32[T, D]"):
+    place = torch.div(torch.arange(x.size(0)), 9.0)
+    return torch.mul(x, torch.unsqueeze(torch.cos(place), -1))
+""",
+        """
+def numbered(x: "f32[T, D]", positions: "input i64[T]"):
+    place = torch.sub(torch.arange(1, x.size(0) + 1), positions)
+    return torch.mul(x, torch.unsqueeze(torch.mul(place, 0.5), -1))
+""",
+        """
+def first_rows(x: "f32[T, D]", w: "weight f32[64, D]"):
+    return torch.add(x, torch.narrow(w, 0, 0, x.size(0)))
+""",
+    ),
     "page_attention": (CALLED, WINDOW),
     "gather_last_tokens": (
         """
