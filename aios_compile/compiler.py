@@ -16,6 +16,7 @@ import torch
 from aios_compile import env
 from aios_compile.capture.capture import capture
 from aios_compile.capture.compare import compare_with_eager
+from aios_compile.capture.regions import layer_lists
 from aios_compile.codegen import artefact, overrides
 from aios_compile.codegen.artefact import ArtefactWriter
 from aios_compile.codegen.cpp import build
@@ -129,7 +130,7 @@ def compile_model(
                 library.result()
     told = measured.remarks() if measured is not None else []
     told += [*remarks(program, quantized), *kv_remarks(program)]
-    notes = [*edits, *told, *source.notes]
+    notes = [*edits, *told, *source.notes, *unshared_layers(model, module)]
     _write_texts(writer, program, emitted.sources, step, results, notes)
     if quantized:
         writer.write_json(artefact.QUANTIZATION, [asdict(w) for w in quantized])
@@ -141,6 +142,12 @@ def compile_model(
         source.tokenizer.save(folder)
     writer.finish()
     return Compiled(module, program)
+
+
+def unshared_layers(model: torch.nn.Module, module: IRModule) -> list[str]:
+    """Say that layers of one class could not become calls of one region."""
+    lists = [] if module.regions() else list(layer_lists(model))
+    return [f"every layer of {path} is compiled by itself: layers share tensors" for path in lists]
 
 
 def within(module: IRModule, sizes: ResolvedSizes, options: CompileOptions) -> ResolvedSizes:

@@ -248,12 +248,13 @@ def _open_module(model: Any, options: CompileOptions) -> ModelSource:
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if isinstance(model, nn.DataParallel):
         model = model.module
+    module: nn.Module = model
     config = getattr(model, "config", None)
     length = getattr(config, "max_position_embeddings", None) or getattr(
         config, "n_positions", None
     )
     eos = _module_eos(config)
-    state = dict(model.named_parameters(remove_duplicate=False))
+    state = dict(module.named_parameters(remove_duplicate=False))
     meta = [name for name, p in state.items() if p.is_meta]
     if meta:
         raise ConfigError(f"the module's parameter {meta[0]} has no values (it is on meta)")
@@ -269,8 +270,8 @@ def _open_module(model: Any, options: CompileOptions) -> ModelSource:
         return state[name].detach()
 
     return ModelSource(
-        name=type(model).__name__,
-        build=lambda: model,
+        name=type(module).__name__,
+        build=lambda: module,
         read=read,
         flat=None,
         max_model_len=int(length or 4096),

@@ -49,6 +49,8 @@ def capture(model: nn.Module, *, flat: bool | None = None, max_tokens: int = 819
         try:
             return _capture(model, flat is True, max_tokens)
         except CaptureError as error:
+            if "aliasing" in str(error.__cause__):  # a layer gives out what it got, or weight.T
+                return _capture(model, flat is True, max_tokens, whole=True)
             if flat is not None or error.__cause__ is None:  # it ran, and was refused by its graph
                 raise
             with contextlib.suppress(CaptureError):
@@ -56,13 +58,15 @@ def capture(model: nn.Module, *, flat: bool | None = None, max_tokens: int = 819
             raise
 
 
-def _capture(model: nn.Module, flat: bool, max_tokens: int) -> IRModule:
+def _capture(model: nn.Module, flat: bool, max_tokens: int, whole: bool = False) -> IRModule:
+    """Capture with one region a layer class; with `whole` every layer in the outer graph."""
+    marked: Any = contextlib.nullcontext if whole else regions.marked
     size = _trace_size(model)
     ids = torch.zeros(size, dtype=torch.long)
     positions = torch.arange(size)
     if not flat:
         ids, positions = ids[None], positions[None]
-    with foreign.adapted(model) as (wrapped, kwargs), regions.marked(wrapped) as lists:
+    with foreign.adapted(model) as (wrapped, kwargs), marked(wrapped) as lists:
         with _captured_errors(), torch_private.capture_settings():
             graph_input = torch_private.full_graph(
                 wrapped, {"input_ids": ids, "position_ids": positions, **kwargs}
@@ -83,7 +87,7 @@ def _capture(model: nn.Module, flat: bool, max_tokens: int) -> IRModule:
     limits = guard_limits(mode, max_tokens, _sizes(model))
     names = _names(wrapped)
     bindings = [_binding(h, e, names) for h, e in zip(holders, examples)]
-    module = assemble(outer, lowered, bindings, list(lists))
+    module = assemble(outer, lowered, bindings, [] if whole else list(lists))
     _check_logits(module)
     module.length_limit = min((*limits, *table_limits(module)), default=None)
     return module

@@ -114,7 +114,7 @@ def conv1d(
     (pad,), (step,), (out, inner, taps) = pads, steps, weight.shape
     padded = F.pad(input, (pad, pad)) if pad else input
     length = input.shape[2] + 2 * pad - step * (taps - 1)
-    grouped = padded.unflatten(1, (groups, inner))
+    grouped = padded.reshape(input.shape[0], groups, inner, -1)
     kernels = weight.reshape(1, groups, out // groups, inner, taps)
     result: Any = 0.0 if bias is None else bias[:, None]
     for tap in range(taps):

@@ -24,7 +24,7 @@ def counted_from(node: Any, mode: Any) -> int | None:
         return None
     tokens = new_size(mode, "T").node.expr
     if node.target in ARANGES:
-        first, *rest = node.args if len(node.args) > 1 else (0, *node.args)
+        first, *rest = list(node.args) if len(node.args) > 1 else [0, *node.args]
         counts = rest[1:] in ([], [1]) and _is(value.shape[0], tokens)
     elif node.target is aten.slice.Tensor:
         dim, first, step = slice_of(node)
@@ -37,7 +37,8 @@ def counted_from(node: Any, mode: Any) -> int | None:
 
 def slice_of(node: Any) -> tuple[int, Any, int]:
     """Return dim, start and step of an aten.slice."""
-    dim, start, _, step = (*node.args[1:], *(0, None, END, 1)[len(node.args) - 1 :])
+    given: list[Any] = list(node.args[1:])
+    dim, start, _, step = given + [0, None, END, 1][len(given) :]
     return dim, start or 0, step
 
 
