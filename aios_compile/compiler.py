@@ -71,6 +71,8 @@ def compile_model(
     """Compile `source` into the writer's folder. Raises AiosError; the folder is then of no use."""
     sizes = options.resolve_sizes(source.max_model_len)
     dumper = Dumper(writer.folder / "levels")
+    with progress.stage("load"):
+        _ = source.tokenizer  # a damaged one is told before anything is compiled
     with progress.stage("capture"):
         model = source.build()
         module = capture(model, flat=source.flat, max_tokens=sizes.max_num_batched_tokens)

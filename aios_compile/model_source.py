@@ -15,11 +15,12 @@ from aios_compile.checkpoint import hub
 from aios_compile.checkpoint.folder import CheckpointFolder
 from aios_compile.checkpoint.gguf import SUFFIX, GgufCheckpoint, only_gguf
 from aios_compile.checkpoint.tensors import Tensors
-from aios_compile.checkpoint.tokenizer import Tokenizer
+from aios_compile.checkpoint.tokenizer import GENERATION_CONFIG, Tokenizer
 from aios_compile.config import CompileOptions
-from aios_compile.errors import ConfigError
+from aios_compile.errors import CheckpointError, ConfigError, RequestError
 from aios_compile.models.config import ModelConfig
 from aios_compile.models.parameters import parameter_shapes, tied_parameters
+from aios_compile.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -80,6 +81,7 @@ def _open_checkpoint(path: Path, options: CompileOptions) -> ModelSource:
     config = ModelConfig.from_dict(folder.config, str(folder.config_path))
     folder.weights.check(parameter_shapes(config), tied_parameters(config))
     dtype = _storage_dtype(config, folder, options)
+    generation_eos = _check_generation_config(folder, config.vocab_size, path)
 
     def build() -> nn.Module:
         import torch
@@ -110,7 +112,7 @@ def _open_checkpoint(path: Path, options: CompileOptions) -> ModelSource:
         read=read,
         flat=True,
         max_model_len=max_model_len(config),
-        model_eos_ids=(*_generation_eos(folder), *config.eos_token_ids),
+        model_eos_ids=(*generation_eos, *config.eos_token_ids),
         generation_config=folder.generation_config,
         files=tuple(folder.files()),
         load_tokenizer=lambda: _tokenizer(folder, options),
@@ -199,9 +201,24 @@ def max_model_len(config: ModelConfig) -> int:
     return int(config.max_position_embeddings * factor)
 
 
-def _generation_eos(folder: Checkpoint) -> tuple[int, ...]:
-    value = folder.generation_config.get("eos_token_id")
-    return () if value is None else tuple(value) if isinstance(value, list) else (int(value),)
+def _check_generation_config(folder: Checkpoint, vocab_size: int, path: Path) -> tuple[int, ...]:
+    """Return the end tokens of generation_config.json; refuse what no request could use."""
+    ids = _listed(folder.generation_config.get("eos_token_id"))
+    for index in ids:
+        if type(index) is not int or not 0 <= index < vocab_size:
+            raise CheckpointError(
+                f"{path / GENERATION_CONFIG}: eos_token_id is {repr(index)[:40]}, expected a token "
+                f"id below vocab_size {vocab_size}"
+            )
+    try:
+        SamplingParams.defaults_from(folder.generation_config)
+    except RequestError as error:
+        raise CheckpointError(f"{path}/{error.message}") from None
+    return ids
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
 def _storage_dtype(config: ModelConfig, folder: Checkpoint, options: CompileOptions) -> str:
@@ -282,9 +299,8 @@ def _open_module(model: Any, options: CompileOptions) -> ModelSource:
 
 def _module_eos(config: Any) -> tuple[int, ...]:
     """Return a module's end tokens; refuse those that it has no logits for, before the compile."""
-    value, size = getattr(config, "eos_token_id", None), getattr(config, "vocab_size", None)
-    eos = () if value is None else tuple(value) if isinstance(value, list) else (int(value),)
-    wrong = [i for i in eos if size is not None and not 0 <= i < size]
+    eos, size = _listed(getattr(config, "eos_token_id", None)), getattr(config, "vocab_size", None)
+    wrong = [i for i in eos if type(i) is not int or (size is not None and not 0 <= i < size)]
     if wrong:
         raise ConfigError(
             f"eos_token_id {wrong[0]} is out of the module's vocabulary of {size}",

@@ -13,7 +13,9 @@ import pytest
 from aios_compile.checkpoint import hub
 from aios_compile.checkpoint.folder import CheckpointFolder
 from aios_compile.checkpoint.tokenizer import Tokenizer
+from aios_compile.config import CompileOptions
 from aios_compile.errors import CheckpointError
+from aios_compile.model_source import open_source
 from tests import zoo
 
 SHAKESPEARE = Path(__file__).parents[1] / "examples" / "shakespeare"
@@ -49,6 +51,24 @@ BAD_CONFIGS = [
     (b" " * (17 << 20), "larger than"),
     (b'{"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}', "auto_map.*never run"),
 ]
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b'{"eos_token_id": "</s>"}', "eos_token_id is '</s>', expected a token id below"),
+        (b'{"eos_token_id": [[1]]}', r"eos_token_id is \[1\], expected"),
+        (b'{"eos_token_id": 10000}', "eos_token_id is 10000, expected a token id below"),
+        (b'{"temperature": -1}', "generation_config.json: temperature=-1 is out of range"),
+        (b'{"stop": 5}', "generation_config.json: stop=5 is out of range"),
+    ],
+)
+def test_bad_generation_config(content: bytes, reason: str, tmp_path: Path) -> None:
+    """Told when the model is opened, not when it has been compiled."""
+    path = zoo.make("llama_gqa", tmp_path)
+    (path / "generation_config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=reason):
+        open_source(path, CompileOptions())
 
 
 @pytest.mark.parametrize("content, reason", BAD_CONFIGS)
