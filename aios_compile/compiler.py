@@ -149,7 +149,9 @@ def compile_model(
 def unshared_layers(model: torch.nn.Module, module: IRModule) -> list[str]:
     """Say that layers of one class could not become calls of one region."""
     lists = [] if module.regions() else list(layer_lists(model))
-    return [f"every layer of {path} is compiled by itself: layers share tensors" for path in lists]
+    return [
+        f"every layer of {path} is compiled by itself: its layers alias tensors" for path in lists
+    ]
 
 
 def within(module: IRModule, sizes: ResolvedSizes, options: CompileOptions) -> ResolvedSizes:

@@ -23,6 +23,8 @@ def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
             continue
         if isinstance(module, parametrize.ParametrizationList):
             continue  # how one weight is computed
+        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in module):
+            continue  # a region is a layer's forward, and hooks run around it
         if len({type(child) for child in module}) == 1:
             found[path] = module
     return found

@@ -88,7 +88,7 @@ def counted(x: "f32[T, D]"):
 """,
         """
 def numbered(x: "f32[T, D]", positions: "input i64[T]"):
-    place = torch.sub(torch.arange(1, x.size(0) + 1), positions)
+    place = torch.sub(torch.arange(x.size(0)), torch.mul(positions, 2))
     return torch.mul(x, torch.unsqueeze(torch.mul(place, 0.5), -1))
 """,
         """
