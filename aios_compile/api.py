@@ -83,6 +83,8 @@ def compile_into(
     staging: Path, source: ModelSource, options: CompileOptions, progress: Progress, root: Path
 ) -> Any:
     """Fill an artefact folder, return compiler.Compiled; torch is imported here, not before."""
+    with progress.stage("load"):
+        _ = source.tokenizer  # a damaged one is told before anything is compiled
     with progress.stage("import torch"):
         from aios_compile.compiler import compile_model
         from aios_compile.kernel_selection import choose_kernels

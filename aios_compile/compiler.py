@@ -69,12 +69,9 @@ def compile_model(
     cache_root: Path,
 ) -> Compiled:
     """Compile `source` into the writer's folder. Raises AiosError; the folder is then of no use."""
-    sizes = options.resolve_sizes(source.max_model_len)
+    sizes, model = options.resolve_sizes(source.max_model_len), source.build()
     dumper = Dumper(writer.folder / "levels")
-    with progress.stage("load"):
-        _ = source.tokenizer  # a damaged one is told before anything is compiled
     with progress.stage("capture"):
-        model = source.build()
         module = capture(model, flat=source.flat, max_tokens=sizes.max_num_batched_tokens)
         sizes = within(module, sizes, options)
         dumper.level("captured", module)
@@ -124,20 +121,20 @@ def compile_model(
                     writer.write_bytes(name, data)
     else:
         with ThreadPoolExecutor(1) as pool:  # the compiler runs in processes: packing overlaps it
-            texts = (emitted.sources, step)
-            library = pool.submit(_build, *texts, writer.folder, cache_root, progress)
+            given = (emitted.sources, step, writer.folder, cache_root, progress)
+            library = pool.submit(_build, *given)
             with progress.stage("pack"):
                 quantized = pack_weights(program, module, source.read, writer)
             with progress.stage("build"):
                 library.result()
-    told = measured.remarks() if measured is not None else []
-    told += [*remarks(program, quantized), *kv_remarks(program)]
-    notes = [*edits, *told, *source.notes, *unshared_layers(model, module)]
+    told = [] if measured is None else measured.remarks()
+    told += [*remarks(program, quantized), *kv_remarks(program), *source.notes]
+    notes = [*edits, *told, *unshared_layers(model, module)]
     _write_texts(writer, program, emitted.sources, step, results, notes)
     if quantized:
         writer.write_json(artefact.QUANTIZATION, [asdict(w) for w in quantized])
-    rows = kernel_rows(module, emitted, program)
-    writer.write_json(KERNEL_TABLE, [row.as_dict() for row in rows])
+    rows = [row.as_dict() for row in kernel_rows(module, emitted, program)]
+    writer.write_json(KERNEL_TABLE, rows)
     if source.tokenizer is not None:
         folder = writer.folder / artefact.TOKENIZER
         folder.mkdir(mode=0o700)

@@ -151,6 +151,7 @@ def test_shards(tmp_path: Path) -> None:
         ({**both, "c": "three.safetensors"}, "three.safetensors: missing"),
         ({"b": "two.safetensors", "a": "two.safetensors"}, "missing"),
         ({**both, "c": "../x.safetensors"}, "not a plain file name"),
+        ({**both, "c": "\ud800.safetensors"}, "not a plain file name"),
         ({**both, "c": "/etc/x.safetensors"}, "not a plain file name"),
         ({**both, "c": "sub/x.safetensors"}, "not a plain file name"),
         ({**both, "c": "pytorch_model.bin"}, "expected a .safetensors file"),

@@ -19,7 +19,7 @@ def member(folder: Path, name: str) -> Path:
     """
     if not isinstance(name, str) or not name or name != os.path.basename(name) or "\\" in name:
         raise CheckpointError(f"{folder}: {name!r} is not a plain file name in the model folder")
-    if name in (".", "..") or "\0" in name:
+    if name in (".", "..") or not name.isprintable():  # no NUL, no half of a surrogate pair
         raise CheckpointError(f"{folder}: {name!r} is not a plain file name in the model folder")
     path = folder / name
     try:
