@@ -69,9 +69,9 @@ def compile_model(
     cache_root: Path,
 ) -> Compiled:
     """Compile `source` into the writer's folder. Raises AiosError; the folder is then of no use."""
-    sizes, model = options.resolve_sizes(source.max_model_len), source.build()
     dumper = Dumper(writer.folder / "levels")
     with progress.stage("capture"):
+        sizes, model = options.resolve_sizes(source.max_model_len), source.build()
         module = capture(model, flat=source.flat, max_tokens=sizes.max_num_batched_tokens)
         sizes = within(module, sizes, options)
         dumper.level("captured", module)
