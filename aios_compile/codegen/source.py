@@ -35,6 +35,7 @@ class KernelSource:
     `counters`: 32-bit integers, zero before and after each launch, given last (Triton only).
     `finishes`: a second range of items runs behind a barrier: `<symbol>_finish` (C++ only).
     `candidates`: what select_kernels may choose in its place, number 1 first.
+    `emitter`: the file of codegen/triton that made it (Triton only).
     """
 
     name: str
@@ -48,6 +49,7 @@ class KernelSource:
     counters: int = 0
     finishes: bool = False
     candidates: tuple[Candidate, ...] = ()
+    emitter: str = ""
 
     def digest(self) -> str:
         """Return the sha256 of language and text, in hex."""

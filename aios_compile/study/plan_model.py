@@ -15,7 +15,7 @@ from aios_compile.codegen.emit_kernels import Emitted
 from aios_compile.codegen.program import Program
 from aios_compile.codegen.targets import emit, lower_for
 from aios_compile.compiler import limits_of, pass_options, settings_of, tuning_for, within
-from aios_compile.config import CompileOptions
+from aios_compile.config import CompileOptions, ResolvedSizes
 from aios_compile.ir import snapshot
 from aios_compile.ir.module import IRModule
 from aios_compile.ir.refresh import refresh
@@ -61,6 +61,46 @@ def plan_model(
     card: with device="cuda", the GPU that the kernels are made for ("cuda:90"); none is needed.
     cpu: with device="cpu", the instruction set instead of the host's.
     """
+    rewritten = rewrite_model(
+        source, options, verify=verify, stages=stages, disabled=disabled, cpu=cpu
+    )
+    return rewritten.planned_for(card)
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """Levels 1 and 3 of a model and what the passes did: the same for every GPU."""
+
+    captured: IRModule
+    module: IRModule
+    results: tuple[PassResult, ...]
+    source: ModelSource
+    options: CompileOptions
+    sizes: ResolvedSizes
+    cpu: Target | None = None
+
+    def planned_for(self, card: str = "") -> Planned:
+        """Emit the kernels for a card (or for the options' device) and plan the memory."""
+        module, options = self.module, self.options
+        joined, tuning = options.joined_launches(), tuning_for(options, card)
+        emitted = emit(module, options.device, card=card, joined=joined, tuning=tuning)
+        sizes = replace(self.sizes, max_num_seqs=1) if module.not_generatable else self.sizes
+        settings = settings_of(self.source, module, sizes, card, joined)
+        settings |= {"target": self.cpu.name} if self.cpu is not None else {}
+        program = lower_for(module, emitted, limits_of(module, sizes), settings, plan_memory)
+        return Planned(self.captured, module, self.results, emitted, program)
+
+
+def rewrite_model(
+    source: ModelSource,
+    options: CompileOptions,
+    *,
+    verify: int = 0,
+    stages: Sequence[Stage] = STAGES,
+    disabled: Sequence[str] = (),
+    cpu: Target | None = None,
+) -> Rewritten:
+    """Capture a model and run the passes: plan_model before it emits for a card."""
     sizes = options.resolve_sizes(source.max_model_len)
     model = source.build()
     captured = capture(model, flat=source.flat, max_tokens=sizes.max_num_batched_tokens)
@@ -75,15 +115,7 @@ def plan_model(
         seed=options.seed,
     )
     refresh(module)
-    joined = options.joined_launches()
-    tuning = tuning_for(options, card)
-    emitted = emit(module, options.device, card=card, joined=joined, tuning=tuning)
-    if module.not_generatable:
-        sizes = replace(sizes, max_num_seqs=1)
-    settings = settings_of(source, module, sizes, card, joined)
-    settings |= {"target": cpu.name} if cpu is not None else {}
-    program = lower_for(module, emitted, limits_of(module, sizes), settings, plan_memory)
-    return Planned(captured, module, tuple(results), emitted, program)
+    return Rewritten(captured, module, tuple(results), source, options, sizes, cpu)
 
 
 def open_without_weights(model: str | Path | nn.Module, options: CompileOptions) -> ModelSource:

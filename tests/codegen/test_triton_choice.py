@@ -20,7 +20,7 @@ from aios_compile.codegen.triton import (
     quantized_linear,
     resource_report,
 )
-from aios_compile.codegen.triton.cards import card_of
+from aios_compile.codegen.triton.cards import CARDS, card_of
 from aios_compile.codegen.triton.choice import Tuning
 from aios_compile.codegen.triton.configs import Config, Problem
 from aios_compile.codegen.triton.cost_model import cost
@@ -135,6 +135,16 @@ def test_quantised_linears_are_searched_too(emitter, form: str) -> None:
     for most, configs_found in quantized_configs.ranges(PROBLEM, 32, CARD):
         assert len(configs_found) > 1 and len(set(configs_found)) == len(configs_found), most
         assert all(c.split == 1 or c.block_k * c.split <= 1024 for c in configs_found)
+
+
+@pytest.mark.parametrize("target", CARDS)
+def test_a_thread_reads_16_bytes_of_codes(target: str) -> None:
+    """gfx942 read a head's int8 codes 8 bytes a load: its tile had half a strip a thread."""
+    card = CARDS[target]
+    for codes in (16, 32):  # in 16 bytes: int8, int4
+        for most, found in quantized_configs.ranges(PROBLEM, codes, card)[:3]:
+            for c in found:
+                assert c.block_n * c.block_k // codes >= c.num_warps * card.warp, (most, c)
 
 
 @pytest.mark.nightly

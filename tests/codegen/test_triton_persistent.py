@@ -24,7 +24,7 @@ from aios_compile.runtime.torch_device import InterpreterDevice
 from aios_compile.study import gpu_compile
 from aios_compile.study.kernel_table import kernel_rows
 from aios_compile.study.plan_model import Planned
-from tests.codegen.test_triton_compiled import QWEN3
+from tests.codegen.triton_models import QWEN3
 from tests.codegen.triton_modules import load
 
 # what triton 3.7 reports for this model's launch on sm_90 (tests/nightly/test_triton_persistent.py)

@@ -21,11 +21,10 @@ from aios_compile.codegen.triton.cards import CARDS, card_of
 from aios_compile.codegen.triton.compile_ahead import Binary
 from aios_compile.errors import CodegenError
 from aios_compile.study import gpu_compile
-from tests.codegen.test_triton_compiled import QWEN3
 from tests.codegen.test_triton_persistent import REPORT
+from tests.codegen.triton_models import LLAMA_8B, QWEN3
 from tests.codegen.triton_modules import load
 from tests.interpreted.test_ahead_of_time import started
-from tests.nightly.test_triton_models import LLAMA_8B
 
 
 def test_nothing_of_a_persistent_launch_is_compiled_after_ready(tmp_path: Path) -> None:

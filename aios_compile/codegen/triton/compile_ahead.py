@@ -1,10 +1,11 @@
 """Compile Triton modules for a GPU without a GPU, in processes side by side, and say what they use.
 
     binaries = compile_ahead([source, ...], "cuda:90", folder)
-    python -m aios_compile.codegen.triton.compile_ahead MODULE.py cuda:90 OUT    (one module)
+    python -m aios_compile.codegen.triton.compile_ahead cuda:90 OUT MODULE.py...
 
-A process imports the module with the interpreter off, compiles each launch of each variant as if
-every pointer were aligned to 16 bytes, and leaves PTX (or AMD assembly) and the binary in OUT.
+A process imports its modules with the interpreter off, compiles each launch of each variant as if
+every pointer were aligned to 16 bytes, and leaves PTX (or AMD assembly) and the binary in a folder
+of OUT for each. MODULE.py:3 is the third launch alone, counted from nought.
 Registers, stack and spills are read with the cuobjdump of the triton wheel.
 """
 
@@ -16,7 +17,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from aios_compile.codegen.triton.binary_cache import settle_keys
 from aios_compile.codegen.triton.occupancy import Usage
 from aios_compile.errors import CodegenError
 
+REPORT = "binaries.json"
 CACHE = "triton_cache"  # the folder of Triton's cache below that of the modules
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
@@ -69,51 +71,67 @@ def parse_target(name: str) -> Any:
 
 
 def compile_ahead(
-    sources: Sequence[KernelSource], target: str, folder: Path, jobs: int = 2
+    sources: Sequence[KernelSource],
+    target: str,
+    folder: Path,
+    jobs: int = 2,
+    only: Mapping[str, int] | None = None,
 ) -> list[list[Binary]]:
     """Compile every variant of every module; return the binaries of each source, in order.
 
-    Raises CodegenError with the compiler's message when a module does not compile for the target.
+    only: symbol -> number of the one launch of that module to compile. Raises CodegenError with the
+    compiler's message when a module does not compile for the target.
     """
     parse_target(target)
-    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / target.replace(":", "_")
+    for source in sources:
+        (out / source.symbol).mkdir(parents=True, exist_ok=True)
+        (out / source.symbol / REPORT).unlink(missing_ok=True)
+        (folder / f"{source.symbol}.py").write_text(source.text)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = str(Path(__file__).parents[3])
     environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
     environment["TRITON_CACHE_DIR"] = str(folder / CACHE)
 
-    def one(source: KernelSource) -> list[Binary]:
-        module = folder / f"{source.symbol}.py"
-        module.write_text(source.text)
-        out = folder / target.replace(":", "_") / source.symbol
-        command = [sys.executable, "-m", __name__, str(module), target, str(out)]
+    def some(group: Sequence[KernelSource]) -> None:
+        """Compile a process's share: to begin costs it what a launch or two cost."""
+        command = [sys.executable, "-m", __name__, target, str(out)]
+        for source in group:
+            number = (only or {}).get(source.symbol)
+            suffix = "" if number is None else f":{number}"
+            command.append(f"{folder / source.symbol}.py{suffix}")
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
+            failed = next(s.symbol for s in group if not (out / s.symbol / REPORT).exists())
             causes = [x for x in done.stderr.splitlines() if x and not x.startswith(" ")]
             told = " | ".join(causes)[:2000]  # Triton tells the innermost cause first
-            raise CodegenError(f"{source.symbol} does not compile for {target}: {told}")
-        return [Binary(**row) for row in json.loads((out / "binaries.json").read_text())]
+            raise CodegenError(f"{failed} does not compile for {target}: {told}")
 
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(one, sources))
+        groups = [sources[i::jobs] for i in range(min(jobs, len(sources)))]
+        list(pool.map(some, groups))
+    reports = [json.loads((out / s.symbol / REPORT).read_text()) for s in sources]
+    return [[Binary(**row) for row in report] for report in reports]
 
 
-def compile_module(path: Path, target: str, out: Path) -> list[Binary]:
-    """Compile every launch of a module's variants in this process."""
+def compile_module(path: Path, target: str, out: Path, only: int | None = None) -> list[Binary]:
+    """Compile every launch of a module's variants in this process, or the one of that number."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     settle_keys(module)
-    out.mkdir(parents=True, exist_ok=True)
-    binaries: list[Binary] = []
-    for variant in module.VARIANTS:
-        for launch in variant["launches"]:
-            if not hasattr(launch["kernel"], "arg_names"):
-                continue  # a library's product (library_linear.py)
-            name = f"{launch['kernel'].__name__}_{len(binaries)}"
-            binaries.append(_compile(module, launch, variant["most"], target, out / name))
-    return binaries
+    launches = [
+        (launch, variant["most"])
+        for variant in module.VARIANTS
+        for launch in variant["launches"]
+        if hasattr(launch["kernel"], "arg_names")  # not a library's product (library_linear.py)
+    ]
+    return [
+        _compile(module, launch, most, target, out / f"{launch['kernel'].__name__}_{number}")
+        for number, (launch, most) in enumerate(launches)
+        if only in (None, number)
+    ]
 
 
 def _compile(module: Any, launch: Any, most: int | None, target: str, place: Path) -> Binary:
@@ -166,9 +184,13 @@ def _amd_usage(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    path, target, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    binaries = compile_module(path, target, out)
-    (out / "binaries.json").write_text(json.dumps([asdict(b) for b in binaries]))
+    target, out = sys.argv[1], Path(sys.argv[2])
+    for given in sys.argv[3:]:
+        head, _, number = given.rpartition(".py:")
+        path = Path(f"{head}.py" if head else given)
+        own = out / path.stem
+        binaries = compile_module(path, target, own, int(number) if head else None)
+        (own / REPORT).write_text(json.dumps([asdict(b) for b in binaries]))
 
 
 if __name__ == "__main__":

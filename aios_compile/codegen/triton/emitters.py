@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -48,7 +48,8 @@ class ForCard:
         chosen: dict[str, Any] = {"card": self.card} if self.emitter in BY_CARD else {}
         if self.emitter in TUNED:
             chosen["tuning"] = self.tuning
-        source: KernelSource = self.emitter.emit(spec, **chosen)
+        name = self.emitter.__name__.rpartition(".")[2]
+        source: KernelSource = replace(self.emitter.emit(spec, **chosen), emitter=name)
         return with_dependent_launch(source) if self.card.dependent_launch else source
 
 

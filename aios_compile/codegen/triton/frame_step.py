@@ -56,5 +56,5 @@ def _index(emitted: Emitted, source: KernelSource, card: Card) -> int:
     for index, other in enumerate(emitted.sources):
         if other.digest() == source.digest():
             return index
-    emitted.sources.append(source)
+    emitted.sources.append(replace(source, emitter=source.name))
     return len(emitted.sources) - 1

@@ -49,7 +49,10 @@ def ranges(problem: Problem, strip_codes: int, card: Card) -> Ranges:
         Config("tile", tokens, 64, strips * strip_codes, 4, count)
         for strips, count in itertools.product((2, 4), stages)
     ]
-    dots = [[c for c in found if _held(c, halves, problem, card)] for found in few]
+    dots = [
+        [c for c in found if _held(c, halves, problem, card) and loads_strips(c, strip_codes, card)]
+        for found in few
+    ]
     tiles = [c for c in many if _held(c, halves, problem, card)]
     return _of_depth(problem, rows, *dots, tiles)
 
@@ -72,6 +75,11 @@ def float_ranges(problem: Problem, group: int, card: Card) -> Ranges:
     ]
     many = [Config("tile", 64, 64, group, 8, stages) for stages in (2, 3)]
     return _of_depth(problem, rows, *few, many)
+
+
+def loads_strips(c: Config, strip_codes: int, card: Card) -> bool:
+    """Return whether a step has 16 bytes of codes of a stream for each thread: else it reads 8."""
+    return c.block_n * c.block_k // strip_codes >= c.num_warps * card.warp
 
 
 def _held(c: Config, halves: int, p: Problem, card: Card) -> bool:
