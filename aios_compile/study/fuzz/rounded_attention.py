@@ -1,8 +1,8 @@
 """aios.paged_attention over caches of codes, rounding what the Triton kernel rounds.
 
 Queries, and probabilities times the values' scales, meet codes as bfloat16 on the tensor cores
-(codegen/triton/templates/paged_attention.py.txt). Probabilities are relative to the largest score of
-a block of keys: here of all keys, which is the same up to 64 of them (32 in heads wider than 128).
+(codegen/triton/templates/paged_attention.py.txt). Probabilities are relative to the largest score
+of a block of keys: here of all keys, the same up to 64 of them (32 in heads wider than 128).
 """
 
 from __future__ import annotations
