@@ -1,10 +1,12 @@
-"""A tiny model with quantised weights as Triton kernels in the interpreter."""
+"""A tiny model with quantised weights as Triton kernels in the interpreter.
+
+Int8 and int4 against eager are in tests/interpreted/test_whole_model.py.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported
 
@@ -15,27 +17,9 @@ from gguf import GGMLQuantizationType as Kind
 pytest.importorskip("triton")
 
 import aios_compile
-from aios_compile.ir import quantized
 from tests import zoo
 from tests.formats.gguf_files import convert
 from tests.interpreted.harness import assert_close, batch, model
-
-
-def exact_activations(x: torch.Tensor) -> Any:
-    """Stand in for the rounding of activations: the Triton kernels do not round them."""
-    return x, x.new_ones(*x.shape[:-1], x.shape[-1] // quantized.ACTIVATION_GROUP)
-
-
-@pytest.mark.parametrize("form", ["int8", "int4"])
-def test_steps_are_those_of_eager(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized, "quantize_activations", exact_activations)
-    built = model("qwen3_gqa", quantization=form)
-    packed = {entry.packed for entry in built.program.weights}
-    assert any(name.startswith(f"planar.{form}") for name in packed), packed
-    ours, eager = built.executor(), built.eager()
-    for number, sequences in enumerate(([(0, 5), (0, 2)], [(5, 1)])):
-        given = batch(sequences, seed=number)
-        assert_close(ours.step(given), eager.step(given), 2e-4)
 
 
 def test_steps_in_8_bit_floats_are_those_of_eager() -> None:

@@ -31,9 +31,10 @@ FIELDS = (
 def test_steps_in_half_precision_are_those_of_eager(
     name: str, dtype: str, tolerance: float
 ) -> None:
+    from tests.interpreted.harness import model
     from tests.interpreted.test_whole_model import check
 
-    check(name, dtype, tolerance)
+    check(model(name, dtype), tolerance)
 
 
 @pytest.mark.parametrize(
