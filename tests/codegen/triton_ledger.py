@@ -55,7 +55,9 @@ class Kernel:
     @functools.cached_property
     def digest(self) -> str:
         """A digest of all that decides the binaries."""
-        text = re.sub(rf"\b{self.source.symbol}(?=\b|_)", "kernel", without_comments(self.source))
+        text = re.sub(
+            rf"\b{self.source.symbol}(?=\b|_)", "kernel", without_comments(self.source.text)
+        )
         parts = (compiler(), _how_it_is_compiled(), self.target, text)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -164,13 +166,14 @@ def used_by(binary: Binary) -> str:
     return f"{name} {binary.registers} {binary.shared_bytes}"
 
 
-def without_comments(source: KernelSource) -> str:
+@functools.lru_cache(maxsize=512)
+def without_comments(text: str) -> str:
     """Return a module's text without comments (model lines, reasons) and blank lines.
 
     It may import nothing but triton: what else it read would not be in the digest.
     """
-    lines = source.text.split("\n")
-    for token in tokenize.generate_tokens(io.StringIO(source.text).readline):
+    lines = text.split("\n")
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
