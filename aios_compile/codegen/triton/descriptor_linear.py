@@ -5,8 +5,8 @@ rows of tokens side by side); TMA brings blocks of x and w into shared memory wi
 an address computation, and fills with zeros what lies beyond the edges, so that only stores are
 masked. Sums over k are in the order of tile_linear.py. A candidate (Config kind "descriptor"): it
 has been compiled and interpreted, and measured nowhere yet, so that the model does not choose it.
-The loop over tiles is not warp-specialised: with Triton 3.7.1 that leaves the binary for sm_90 as it
-is, and for sm_100 it spilled (24 to 1,176 bytes in six shapes of blocks) or compiled to a trap (two).
+The loop over tiles is not warp-specialised: with Triton 3.7.1 that leaves the binary for sm_90 as
+it is, and for sm_100 it spilled (24 to 1,176 bytes, six shapes) or compiled to a trap (two).
 After Triton's persistent matmul tutorial.
 """
 
