@@ -252,7 +252,7 @@ def test_dropout_of_a_model_in_train_mode():
     assert model.training
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *nightly(torch.float16)])
 def test_half_precision(dtype):
     model = families.build("llama").to(dtype)
     assert compare_with_eager(model, capture(model)) <= 16 * torch.finfo(dtype).eps
@@ -273,6 +273,10 @@ def test_one_region_a_kind():
     assert [len(capture(small(n)).regions()) for n in (1, 3)] == [1, 1]
     kinds = capture(modules.build(modules.GENERATABLE["two_kinds"]))
     assert len(kinds.regions()) == 2
+
+
+@pytest.mark.nightly  # one class in two settings: test_compare.py has a decoder that is so
+def test_one_region_a_setting():
     assert len(capture(families.build("gemma3")).regions()) == 2
 
 

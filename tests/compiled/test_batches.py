@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,12 +112,14 @@ def test_mixed_batches_give_the_answers_of_single_requests(load: Load, expected:
 
 
 def test_quick_builds_have_the_bits_of_the_shipped_ones(
-    load: Load, expected: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load: Load, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other tests build models with less optimisation: see tests/quick_builds.py."""
+    shipped = load(NAME, **WIDE).artefact_path
     build_quickly(monkeypatch)
-    monkeypatch.setenv("AIOS_CACHE_DIR", str(tmp_path))
-    assert alone(load(NAME, **WIDE)) == expected
+    quick = load(NAME, **WIDE)
+    assert quick.artefact_path != shipped
+    assert alone(quick) == expected
 
 
 def test_preemption_is_invisible(load: Load, expected: list[Any]) -> None:

@@ -118,5 +118,5 @@ def test_bad_weights_are_refused_by_name(name: str, tmp_path: Path, load: Load) 
     tensors[name].view(-1)[-1] = float("nan")
     save_file(tensors, str(path / "model.safetensors"))
     with pytest.raises(CheckpointError, match="NaN or infinite") as caught:
-        load(path, quantization="int8")
+        load(path, quantization="uint4_g64_f16_min_f16")
     assert name in str(caught.value)

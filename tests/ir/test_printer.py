@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -16,23 +14,20 @@ from aios_compile.ir.module import IRModule
 from aios_compile.ir.printer import checksums, to_python
 from tests.passes.helpers import captured
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def module() -> IRModule:
     return captured("qwen3")
 
 
-def test_a_printed_level_gives_the_same_checksums(module: IRModule, tmp_path: Path) -> None:
+def test_a_printed_level_gives_the_same_checksums(
+    module: IRModule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process; tests/study/test_study.py runs such files in one of their own."""
     path = tmp_path / "level.py"
     path.write_text(to_python(module, "A level.", seed=3))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(path)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == checksums(module, seed=3)
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out.splitlines() == checksums(module, seed=3)
     assert checksums(module, seed=3) != checksums(module, seed=4)
 
 
