@@ -7,8 +7,10 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from tests.run_groups import (
+    BUDGET_SECONDS,
     TOTAL_SECONDS,
     Result,
+    budget_of,
     count,
     groups,
     summarise,
@@ -43,6 +45,12 @@ def test_cases_are_counted_by_group(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_folder_of_tests_is_a_group() -> None:
     assert {"unit", "codegen", "compiled", "foreign", "runtime"} <= set(groups())
+
+
+def test_the_budgets_fit_the_whole() -> None:
+    """Two workers share the groups; their start takes half a minute."""
+    assert set(BUDGET_SECONDS) <= set(groups())
+    assert sum(budget_of(name) for name in groups()) / 2 + 30 <= TOTAL_SECONDS
 
 
 def test_a_run_far_over_its_budget_says_so() -> None:

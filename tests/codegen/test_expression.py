@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -69,7 +70,7 @@ def samples(name: str, dtype: torch.dtype) -> list[tuple[Callable[..., Any], lis
     if dtype not in info.supported_dtypes("cpu"):
         return []
     found = []
-    for sample in list(info.sample_inputs("cpu", dtype, requires_grad=False))[:3]:
+    for sample in itertools.islice(info.sample_inputs("cpu", dtype, requires_grad=False), 3):
         flat, spec = tree_flatten((sample.input, sample.args, sample.kwargs))
         places = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
         tensors = [flat[i] for i in places]
