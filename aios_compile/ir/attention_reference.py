@@ -115,6 +115,21 @@ def attention(
     return attend(q, k, v, mask, scale, softcap, sinks, bias)
 
 
+def can_round(codes: bool, width: int, v_width: int) -> bool:
+    """Return whether heads of these widths can be attended to with `rounded`: whole vectors of dot
+    products, and sums of 16-bit queries times codes below 2^31.
+    """
+    if codes:
+        return width % 4 == 0 and width <= 512 and v_width % 64 == 0
+    return width % 2 == 0 and v_width % 16 == 0
+
+
+def in_16_bits(q: Tensor) -> Tensor:
+    """Round q[T, H, D] to whole numbers of max|q| / 32512 of its head: 256 * 127."""
+    scales = q.abs().amax(-1, keepdim=True) / 32512
+    return torch.where(scales > 0, torch.round(q / scales) * scales, 0)
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -130,7 +145,10 @@ def paged_attention(
     alibi: list[float] | None = None,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    rounded: bool = False,
 ) -> Tensor:
+    if rounded and q.dtype != torch.float64:
+        q = q.to(torch.bfloat16).to(q.dtype) if k_scales is None else in_16_bits(q)
     page_size = v_cache.shape[2]
     out = q.new_zeros(*q.shape[:-1], v_cache.shape[-1])
     for s, length in enumerate(context_lengths.tolist()):

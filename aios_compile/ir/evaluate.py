@@ -18,6 +18,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MATMULS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.matmul.default)
 LINEAR = torch.ops.aios.linear.default
 BF16_LINEAR = torch.ops.aios.bf16_linear.default
+PAGED_ATTENTION = torch.ops.aios.paged_attention.default
 QUANTIZED_LINEAR = torch.ops.aios.quantized_linear.default
 QUANTIZED_EMBEDDING = torch.ops.aios.quantized_embedding.default
 HALVES = (torch.bfloat16, torch.float16)
@@ -47,11 +48,11 @@ def call(
     slower on a CPU without bf16 instructions, and their sums are float32 as well. A loop of its
     own, because fx.Interpreter takes longer a node than small tensors do. widened: gives the
     float32 copy of a half precision weight, to save the cast in each linear, and, called with a
-    format, of quantised rows: these linears, and those of bf16 activations, then have exact
-    activations, so that rounding them cannot hide a pass's mistake. observe: is told the result of
-    every call of a region or kernel in this graph. exact_halves: use PyTorch's own half precision
-    matmuls all the same. watch: is told the value of every node of this graph and of its regions,
-    as they are computed.
+    format, of quantised rows: these linears, those of bf16 activations, and attention, then have
+    exact activations, so that rounding them cannot hide a pass's mistake. observe: is told the
+    result of every call of a region or kernel in this graph. exact_halves: use PyTorch's own half
+    precision matmuls all the same. watch: is told the value of every node of this graph and of its
+    regions, as they are computed.
     """
     assert isinstance(graph_module, fx.GraphModule)
     given = iter(arguments)
@@ -90,6 +91,10 @@ def call(
                 env[node] = _dequantized_linear(widened, *args, **read(node.kwargs))
             elif widened and node.target is BF16_LINEAR:
                 env[node] = LINEAR(*args, **read(node.kwargs))
+            elif widened and node.target is PAGED_ATTENTION:
+                env[node] = _apply(
+                    node, args, {**read(node.kwargs), "rounded": False}, computed_in, exact_halves
+                )
             else:
                 env[node] = _apply(node, args, read(node.kwargs), computed_in, exact_halves)
         if watch:

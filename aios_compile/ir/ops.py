@@ -231,11 +231,14 @@ OPS: tuple[Op, ...] = (
     Op(
         "paged_attention",
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor query_starts, Tensor context_lengths, "
-        f"Tensor page_tables, {_MASK}, Tensor? k_scales=None, Tensor? v_scales=None) -> Tensor",
+        f"Tensor page_tables, {_MASK}, Tensor? k_scales=None, Tensor? v_scales=None, "
+        "bool rounded=False) -> Tensor",
         attention_reference.paged_attention,
         _fake_paged_attention,
         "causal attention of a flat batch over pages: k_cache[N, G, D, page], v_cache[N, G, page, "
-        "Dv]; the keys of this step are in the caches already; codes have scales[N, G, page]",
+        "Dv]; the keys of this step are in the caches already; codes have scales[N, G, page]; "
+        "rounded: q and the probabilities are rounded for dot products, to bf16 or, over codes, to "
+        "16 bits under a scale (q of a head of a token; in float64 they stay exact)",
     ),
     Op(
         "kv_write",

@@ -34,6 +34,7 @@ def spec_of(heads, kv_heads, width, v_width, dtype, sinks=False, page=PAGE, page
             q, k_cache, v_cache, starts, lengths, tables, 0.3,
             options.get("window"), options.get("softcap"), options.get("chunk"),
             rest[0] if sinks else None, options.get("alibi"), *(rest[-2:] if codes else ()),
+            **({"rounded": True} if options.get("rounded") else {}),
         )  # fmt: skip
 
     def plain(q, k_cache, v_cache, starts, lengths, tables):
@@ -166,14 +167,44 @@ def test_masks_softcap_sinks(options):
     torch.testing.assert_close(batch.run(built, sinks), expected, atol=2e-5, rtol=2e-5)
 
 
+# The rounded products of a step: error of a probability in bf16; of 16 bits under a scale.
+ROUNDED = {torch.bfloat16: 2.0**-8, torch.int8: 5e-5}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.bfloat16, {}), (torch.int8, {"window": 20, "softcap": 2.0, "sinks": True}),
+     *nightly((torch.bfloat16, {"page": 32, "window": 19}), (torch.int8, {"page": 32}))],
+    ids=str,
+)  # fmt: skip
+def test_rounded_products_on_all_targets(dtype, options):
+    """Within what rounding may change; the text for processors without dot products agrees."""
+    shape, sinks = (6, 2, 36, 64), options.get("sinks", False)
+    batch = Batch(MIXED, *shape, dtype, page=options.get("page", PAGE))
+    got = {}
+    for name in ("avx512bf16", "avx2", "portable"):
+        if build.Target.named(name).vector_bytes > build.Target.host().vector_bytes:
+            continue
+        if name == "avx512bf16" and not build.Target.host().bf16_dot:
+            continue
+        spec, built = kernel(*shape, dtype, name, rounded=True, **options)
+        assert spec.products.name == ("codes" if dtype == torch.int8 else "pairs")
+        expected = paged_attention.reference(spec, *batch.arguments(sinks))
+        got[name] = batch.run(built, sinks)
+        assert (got[name] - expected).abs().max() < ROUNDED[dtype]
+        torch.testing.assert_close(got[name], got[next(iter(got))], atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{}, {"window": 19}, {"dtype": torch.int8, "window": 19},
-     *nightly({"chunk": 24}, {"alibi": SLOPES}, {"dtype": torch.float8_e4m3fn, "window": 19})],
+    [{}, {"window": 19}, {"dtype": torch.int8, "window": 19}, {"rounded": True},
+     {"dtype": torch.int8, "rounded": True},
+     *nightly({"chunk": 24}, {"alibi": SLOPES}, {"dtype": torch.float8_e4m3fn, "window": 19},
+              {"rounded": True, "window": 19})],
     ids=str,
 )  # fmt: skip
 def test_a_row_does_not_depend_on_batch_chunk_or_split(options):
-    shape = (4, 2, 24, 40)
+    shape = (4, 2, 24, 64 if options.get("rounded") else 40)
     options = {"dtype": torch.bfloat16, **options}
     _, built = kernel(*shape, **options)
     batch = Batch(MIXED, *shape, options["dtype"])
@@ -197,12 +228,14 @@ LONG = ((1, 1300), (3, 514), (1, 40), (2, 1025))  # several spans of 512 tokens,
 @pytest.mark.parametrize(
     "options",
     [{}, {"dtype": torch.int8, "sinks": True},
-     *nightly({"window": 530}, {"chunk": 600}, {"sinks": True}, {"page": 32}, {"alibi": SLOPES})],
+     *nightly({"dtype": torch.bfloat16, "rounded": True}, {"dtype": torch.int8, "rounded": True},
+              {"window": 530}, {"chunk": 600}, {"sinks": True}, {"page": 32}, {"alibi": SLOPES})],
     ids=str,
 )  # fmt: skip
 def test_long_contexts_are_shared_out_by_spans(options):
     """A few tokens: their spans go side by side. The same bits as in a step of many tokens."""
-    shape, sinks = (4, 2, 24, 40), options.get("sinks", False)
+    rounded, sinks = options.get("rounded", False), options.get("sinks", False)
+    shape = (4, 2, 24, 64 if rounded else 40)
     pages = 96 * PAGE // options.get("page", PAGE)
     options = {"dtype": torch.float32, **options}
     spec, built = kernel(*shape, pages=pages, **options)
@@ -210,14 +243,18 @@ def test_long_contexts_are_shared_out_by_spans(options):
     batch = Batch(LONG, *shape, options["dtype"], page=options.get("page", PAGE), pages=pages)
     few = batch.run(built, sinks)
     expected = paged_attention.reference(spec, *batch.arguments(sinks))
-    torch.testing.assert_close(few, expected, atol=2e-5, rtol=2e-5)
+    near = ROUNDED[options["dtype"]] if rounded else 2e-5
+    torch.testing.assert_close(few, expected, atol=near, rtol=2e-5)
     for splits in (2, 5, 40):
         assert torch.equal(few, batch.run(built, sinks, splits=splits))
     rows = len(few)  # then padding, so that the step has more tokens than are shared out
     row = batch.q.stride(0)
     padded = torch.zeros(rows + 20, row)
     padded[:rows, : batch.q[0].numel()] = batch.q.reshape(rows, -1)
-    batch.q, batch.shape = padded.as_strided((rows + 20, 4, 24), (row, 24, 1)), (rows + 20, 4, 40)
+    batch.q, batch.shape = (
+        padded.as_strided((rows + 20, 4, 24), (row, 24, 1)),
+        (rows + 20, *shape[::3]),
+    )
     many = batch.run(built, sinks, splits=3)
     assert torch.equal(many[:rows], few) and not many[rows:].any()
 

@@ -128,9 +128,10 @@ def add_attention(jobs):
         sizes = {"T": batch.shape[0], "S": 5, "R": 1, "P": 6}
         source = paged_attention.emit(spec)
         jobs.add(source, sizes, inputs, [list(batch.shape)], poison=dtype == torch.float32)
-    shape, pages = (4, 2, 24, 40), 96
-    for dtype in (torch.bfloat16, torch.int8):
-        spec = test_paged_attention.spec_of(*shape, dtype, pages=pages)
+    pages = 96
+    for dtype, rounded in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.int8, True)):
+        shape = (4, 2, 24, 64 if rounded else 40)
+        spec = test_paged_attention.spec_of(*shape, dtype, pages=pages, rounded=rounded)
         batch = test_paged_attention.Batch(test_paged_attention.LONG, *shape, dtype, pages=pages)
         inputs, sizes = batch.arguments(), {"T": batch.shape[0], "S": 4, "R": 1, "P": pages}
         inputs[0] = torch.randn((batch.shape[0] - 1) * 8 * 24 + 4 * 24)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from aios_compile.ir.module import IRModule
-from aios_compile.passes.context import PassOptions
+from aios_compile.passes.context import PassContext, PassOptions
 from aios_compile.passes.result import PassResult
 from aios_compile.passes.round_activations import round_activations
 from aios_compile.passes.runner import Stage, run_pipeline
@@ -67,3 +67,35 @@ def test_the_reference_rounds_to_nearest_even_and_float64_stays_exact() -> None:
     assert torch.equal(got, torch.tensor([[1.0, 1.0 + 2.0**-6, 2.0**-130]]))
     assert torch.equal(aios.bf16_linear(x.double(), w.double()), x.double())
     assert aios.bf16_linear(x, w, torch.ones(3))[0, 0] == 2.0
+
+
+def attentions(
+    q: "f32[T, 4, 32]",
+    starts: "input i64[3]",
+    lengths: "input i64[2]",
+    tables: "input i64[2, 8]",
+    k: "input bf16[64, 2, 32, 16]",
+    v: "input bf16[64, 2, 16, 32]",
+    narrow: "input bf16[64, 2, 16, 24]",
+    single: "input f32[64, 2, 32, 16]",
+    values: "input f32[64, 2, 16, 32]",
+) -> Any:
+    rest = (starts, lengths, tables, 0.25)
+    caches = ((k, v), (k, narrow), (single, values))
+    return (
+        *(aios.paged_attention(q, *pair, *rest) for pair in caches),
+        k,
+        v,
+        narrow,
+        single,
+        values,
+    )
+
+
+def test_attention_over_bf16_is_marked_where_heads_fill_vectors() -> None:
+    module = helpers.trace(attentions)
+    context = PassContext(module, options=PassOptions("cpp", bf16_dot=True))
+    assert round_activations(module.root.graph, context) == 1
+    assert ["attention with heads of 32 and 24" in r.reason for r in context.refusals] == [True]
+    found = module.root.graph.find_nodes(op="call_function", target=aios.paged_attention.default)
+    assert [node.kwargs.get("rounded", False) for node in found] == [True, False, False]

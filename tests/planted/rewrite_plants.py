@@ -345,6 +345,12 @@ def rounded_before_the_norm(graph: fx.Graph, context: PassContext) -> int:
     return set_argument(normed[:1], 0, lambda norm: norm.args[0])
 
 
+@plant("round_activations", "rounded")
+def rounded_query_scaled(graph: fx.Graph, context: PassContext) -> int:
+    """Likewise of what attention rounds."""
+    return _scale_inputs(graph, context, PAGED, 1.001)
+
+
 @plant("keep_quantized_weights", "stored")
 def one_matrix_for_two(graph: fx.Graph, context: PassContext) -> int:
     """Share what was made for the first weight with the second."""

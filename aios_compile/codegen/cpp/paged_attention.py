@@ -5,6 +5,9 @@ v_cache[N, Hkv, page, Dv] in float32, bf16, f16, or int8 or e4m3, then with k_sc
 f32[N, Hkv, page], which multiply scores and probabilities (the codes become floats as they are);
 query_starts i64[S+1], context_lengths i64[S], page_tables i64[S, P], sinks f32[H] (optional),
 out[T, H, Dv] float32. Sums in float32.
+With `rounded` the products run on the processor's dot products: over bf16, q and the probabilities
+are rounded to bf16 (vdpbf16ps: twice the FMA peak, half the instructions a byte); over int8 codes
+they become whole numbers of 16 bits under a scale, multiplied as two bytes (vpdpbusd), exactly.
 Visible: causal; window w: the last w keys; chunk c: keys of the query's chunk of c positions.
 Alibi: slope * (j - position of t) is added to the capped scores (Press et al., 2021).
 Bytes: K and V of a sequence once for each (key/value head, tile of up to 32 rows = tokens * group).
@@ -39,15 +42,37 @@ from aios_compile.codegen.cpp.template import (
     pointer,
     template_text,
 )
-from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.operand import Dim, Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import Strided, body_lines, resolve
+from aios_compile.ir.attention_reference import can_round
 
 STEP_PAGES = 4  # scores that are made at once; a partial result is a whole number of steps
 SPAN_TOKENS = 512  # of a partial result, about: merging costs little beside so many
 SPLIT_TOKENS = 16  # of a step whose spans are shared out; more tokens share out themselves
 ARGUMENTS = ("q", "k_cache", "v_cache", "query_starts", "context_lengths", "page_tables")
 OPTIONAL = ("sinks", "k_scales", "v_scales")  # tensors that may be missing
+
+
+@dataclass(frozen=True)
+class Products:
+    """How queries and probabilities are multiplied: templates/attention_<name>.h.
+
+    query, share: C types. per_value: elements of a query a value, as a fraction. per_probability:
+    elements of a share. headers: what the template includes.
+    """
+
+    name: str
+    query: str
+    share: str
+    per_value: tuple[int, int]
+    per_probability: int
+    headers: tuple[str, ...] = ()
+
+
+IN_FLOATS = Products("floats", "float", "float", (1, 1), 0)
+IN_PAIRS = Products("pairs", "pair", "bf16", (1, 2), 1, ("products.h",))
+IN_CODES = Products("codes", "int8_t", "uint8_t", (2, 1), 2, ("quantized.h",))
 
 
 @dataclass(frozen=True)
@@ -65,7 +90,15 @@ class PagedAttentionSpec:
     alibi: tuple[float, ...] | None = None
     k_scales: Strided | None = None
     v_scales: Strided | None = None
+    rounded: bool = False
     lines: tuple[str, ...] = ()
+
+    @property
+    def products(self) -> Products:
+        """What queries and probabilities become for the products."""
+        if not self.rounded:
+            return IN_FLOATS
+        return IN_PAIRS if self.k_scales is None else IN_CODES
 
 
 def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> PagedAttentionSpec | None:
@@ -83,7 +116,8 @@ def spec_at(
     """Return the spec of an aios.paged_attention; `known`: where arguments are that are computed
     in the body.
     """
-    names = (*ARGUMENTS, "scale", "window", "softcap", "chunk", "sinks", "alibi", *OPTIONAL[1:])
+    options = ("scale", "window", "softcap", "chunk", "sinks", "alibi", *OPTIONAL[1:], "rounded")
+    names = (*ARGUMENTS, *options)
     bound: dict[str, Any] = dict(zip(names, node.args)) | dict(node.kwargs)
     given = {
         name: known[name] if name in known else resolve(bound.get(name), operands)
@@ -105,6 +139,7 @@ def spec_at(
         None if bound.get("alibi") is None else tuple(map(float, bound["alibi"])),
         given["k_scales"],
         given["v_scales"],
+        bool(bound.get("rounded", False)),
         body_lines(owner),
     )
     return spec if _fits(spec) else None
@@ -126,7 +161,13 @@ def _fits(spec: PagedAttentionSpec) -> bool:
         and k.strides[2:] == (page, 1)
         and v.strides[2:] == (head, 1)
         and spec.out.strides[2] == 1
+        and (not spec.rounded or _can_round(k.dtype, k.shape[2], head))
     )
+
+
+def _can_round(dtype: str, width: Dim, v_width: Dim) -> bool:
+    assert isinstance(width, int) and isinstance(v_width, int)
+    return dtype in ("bf16", "i8") and can_round(dtype == "i8", width, v_width)
 
 
 def reference(spec: PagedAttentionSpec, *tensors: Tensor) -> Tensor:
@@ -135,7 +176,7 @@ def reference(spec: PagedAttentionSpec, *tensors: Tensor) -> Tensor:
     rest = list(tensors[6:])
     sinks = rest.pop(0) if spec.sinks is not None else None
     options = (spec.scale, spec.window, spec.softcap, spec.chunk, sinks, spec.alibi)
-    result: Tensor = op(*tensors[:6], *options, *rest)
+    result: Tensor = op(*tensors[:6], *options, *rest, rounded=spec.rounded)
     return result
 
 
@@ -173,10 +214,18 @@ def emit(spec: PagedAttentionSpec) -> KernelSource:
         _optional("key_scales_at", spec.k_scales, ("page", "head")),
         _optional("value_scales_at", spec.v_scales, ("page", "head")),
     ]
-    definitions += [template_text("attention_values"), template_text("attention_tile")]
+    products = spec.products
+    definitions += [
+        f"using Query = {products.query};\nusing Share = {products.share};",
+        constants(
+            QUERIES=width * products.per_value[0] // products.per_value[1],
+            SHARES=STEP_PAGES * page * products.per_probability or 1,
+        ),
+        *(template_text(f"attention_{x}") for x in ("values", "tile", products.name, "steps")),
+    ]
     splits = max_spans(spec) > 1
     count = spec.num_operands
-    headers = ("e4m3.h",) if k.operand.dtype == "e4m3" else ()
+    headers = products.headers + (("e4m3.h",) if k.operand.dtype == "e4m3" else ())
     source = kernel(
         "paged_attention", spec, definitions, count, lines=spec.lines, finishes=splits,
         headers=headers,
