@@ -168,7 +168,7 @@ def test_masks_softcap_sinks(options):
 
 
 # The rounded products of a step: error of a probability in bf16; of 16 bits under a scale.
-ROUNDED = {torch.bfloat16: 2.0**-8, torch.int8: 5e-5}
+ROUNDED = {torch.bfloat16: 2.0**-8, torch.int8: 2e-4}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ so that bits do not depend on batch, chunking, tiles or threads.
 Measured with benchmarks/attention.py (2 cores of Zen 4, shared, bf16, 8,192 tokens of context): one
 token reads at 69-76 % of the read bandwidth with pages in random order, 71-88 % in ascending order
 (53 % when only heads are shared out); 64 tokens compute at 70-76 % of the FMA peak, 88 % when all
-lies in a cache.
+lies in a cache. Rounded, 64 tokens are 1.74 times as fast over bf16 and 1.54 over int8; one token
+1.13-1.18 times over int8 and 0.93-0.98 over bf16 (memory), 1.7 and 1.35 times out of a cache.
 """
 
 from __future__ import annotations
