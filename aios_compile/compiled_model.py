@@ -19,7 +19,7 @@ from aios_compile.codegen.cpp import build
 from aios_compile.codegen.kernel_choices import NO_CHOICES
 from aios_compile.codegen.program import MemoryPlan, Program
 from aios_compile.config import CompileOptions
-from aios_compile.errors import ConfigError
+from aios_compile.errors import ConfigError, RequestError
 from aios_compile.progress import Progress
 from aios_compile.runtime.batch import Executor, Limits
 from aios_compile.runtime.draft_governor import DraftGovernor
@@ -189,14 +189,10 @@ class CompiledModel:
         """Return float32 logits [T, vocab] of one sequence of token ids [T] from position 0."""
         import torch
 
-        ids = torch.as_tensor(input_ids)
-        if ids.dim() == 2 and ids.shape[0] == 1:
-            ids = ids[0]
-        if ids.dim() != 1 or ids.is_floating_point():
-            raise ConfigError(f"input_ids has shape {tuple(ids.shape)}, expected integers [T]")
+        ids = as_ids(input_ids, "input_ids")
         if positions is not None:
             expected = torch.arange(len(ids))
-            if not torch.equal(torch.as_tensor(positions).reshape(-1).cpu(), expected):
+            if not torch.equal(as_ids(positions, "positions").cpu().long(), expected):
                 raise ConfigError("positions must be 0, 1, ... T-1: one sequence from its begin")
         return torch.from_numpy(self.engine.logits(ids.tolist()))
 
@@ -288,7 +284,27 @@ def is_one_prompt(prompts: Any) -> bool:
     """Return whether prompts is one text or one list of token ids."""
     if isinstance(prompts, str):
         return True
-    return bool(len(prompts)) and not isinstance(prompts[0], (str, list, tuple))
+    try:
+        return bool(len(prompts)) and not isinstance(prompts[0], (str, list, tuple))
+    except (TypeError, LookupError):
+        raise RequestError(
+            f"prompts is a {type(prompts).__name__}, expected text, token ids or a list of those"
+        ) from None
+
+
+def as_ids(value: Any, name: str) -> torch.Tensor:
+    """Return whole numbers as a tensor. Raises ConfigError for anything else."""
+    import torch
+
+    try:
+        ids = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"{name} is a {type(value).__name__}, expected integers [T]") from None
+    if ids.dim() == 2 and ids.shape[0] == 1:
+        ids = ids[0]
+    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex():
+        raise ConfigError(f"{name} has shape {tuple(ids.shape)}, expected integers [T]")
+    return ids
 
 
 def make_limits(program: Program, options: CompileOptions, free_bytes: int) -> Limits:

@@ -165,7 +165,7 @@ def test_bad_tokenizer_files(name: str, content: Any, reason: str, tmp_path: Pat
 
 def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.resolve(tmp_path) == tmp_path
-    for name in ("../x", "/nowhere/at/all", "a/b/c", "a--b", "", "https://x.y/z"):
+    for name in ("../x", "/nowhere/at/all", "a/b/c", "a--b", "", "https://x.y/z", "x" * 5000):
         with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
             hub.resolve(name)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

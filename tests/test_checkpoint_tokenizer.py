@@ -90,6 +90,9 @@ def test_chat_prompts_equal_transformers(tokenizer: Tokenizer, theirs: Any) -> N
             )
     with pytest.raises(RequestError, match="a play has the roles"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}])
+    for wrong in ("hi", None, [1], [{"role": "user", "content": object()}]):
+        with pytest.raises(RequestError, match="messages: expected a list of objects"):
+            tokenizer.apply_chat_template(wrong)  # type: ignore[arg-type]
 
 
 # ruff: noqa: E501 - a template is one line

@@ -45,7 +45,12 @@ class ChatTemplate:
     ) -> str:
         """Return the prompt of a conversation. Raises RequestError with the template's reason."""
         template = _template(self.source)
-        plain = json.loads(json.dumps([dict(message) for message in messages]))
+        try:
+            plain = json.loads(json.dumps([dict(message) for message in messages]))
+        except (TypeError, ValueError) as error:
+            raise RequestError(
+                f"messages: expected a list of objects with role and content ({str(error)[:200]})"
+            ) from None
         try:
             return template.render(
                 messages=plain,

@@ -8,6 +8,7 @@ from pathlib import Path
 from aios_compile.errors import CheckpointError
 
 PATTERNS = ("*.json", "*.safetensors", "*.jinja")  # never pickles, never code
+MAX_NAME = 255  # characters of a file name, on every common file system
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 
 
@@ -18,6 +19,8 @@ def resolve(model: str | Path, local_files_only: bool = False) -> Path:
     A hub id may name a revision: `owner/name@revision`. A cached model is used as it is; nothing
     asks the hub whether there is a newer one.
     """
+    if max(map(len, str(model).split("/"))) > MAX_NAME:
+        raise CheckpointError(f"{str(model)[:200]!r}... is neither a folder nor a hub id")
     folder = Path(model).expanduser()
     if str(model) and (folder.is_dir() or (folder.suffix == ".gguf" and folder.is_file())):
         return folder

@@ -42,6 +42,8 @@ class Admission:
 
     def admit(self, prompt: Prompt, params: SamplingParams) -> Admitted:
         """Return the request ready to run; raise RequestError or PromptTooLongError."""
+        if not isinstance(params, SamplingParams):
+            raise not_params(params)
         if self.why_not:
             raise RequestError(
                 f"this model cannot generate: {self.why_not}",
@@ -153,6 +155,14 @@ class Admission:
                 if ids:
                     found[ids] = None
         return tuple(found)
+
+
+def not_params(given: object) -> RequestError:
+    """Return the error for something else where sampling parameters belong."""
+    return RequestError(
+        f"sampling_params: got a {type(given).__name__}, expected SamplingParams or a list of them",
+        advice="give fields as keywords: max_tokens=16, temperature=0",
+    )
 
 
 def _whole_numbers(prompt: Sequence[int]) -> list[int]:

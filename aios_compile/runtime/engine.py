@@ -21,7 +21,7 @@ import numpy as np
 
 from aios_compile import env
 from aios_compile.errors import AiosError, ConfigError, EngineClosedError, RequestError, error_code
-from aios_compile.runtime.admission import Admission, Prompt
+from aios_compile.runtime.admission import Admission, Prompt, not_params
 from aios_compile.runtime.batch import Executor, Floats
 from aios_compile.runtime.decisions import DecisionLog
 from aios_compile.runtime.engine_core import EngineCore
@@ -256,6 +256,8 @@ class Engine:
             raise RequestError(f"got both sampling parameters and {sorted(fields)}, expected one")
         if isinstance(params, SamplingParams):
             params = [params] * len(prompts)
+        if not isinstance(params, (list, tuple)):
+            raise not_params(params)
         if len(params) != len(prompts):
             raise RequestError(f"got {len(params)} sampling parameters for {len(prompts)} prompts")
         return list(zip(prompts, params))

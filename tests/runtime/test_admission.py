@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aios_compile.compiled_model import as_ids, is_one_prompt
 from aios_compile.errors import ConfigError, PromptTooLongError, RequestError
 from aios_compile.runtime.admission import Admission, as_prompts
 from aios_compile.runtime.engine import Engine
@@ -116,7 +117,22 @@ def test_wrong_calls(text_engine: Engine) -> None:
         text_engine.generate(["a"], [SamplingParams()] * 2)
     with pytest.raises(RequestError, match="expected one"):
         text_engine.generate(["a"], SamplingParams(), top_k=3)
+    for params in ({"max_tokens": 3}, "x", [{"top_k": 1}]):
+        with pytest.raises(RequestError, match=r"sampling_params: got a .*expected SamplingParams"):
+            text_engine.generate(["a"], params)  # type: ignore[arg-type]
     assert text_engine.generate([]) == []
+
+
+@pytest.mark.parametrize("prompts", [None, 5, 1.5, {"a": 1}, {1}, iter([1]), np.array(3)])
+def test_what_is_no_prompt(prompts: Any) -> None:
+    with pytest.raises(RequestError, match=r"prompts is a .*expected text, token ids"):
+        is_one_prompt(prompts)
+
+
+@pytest.mark.parametrize("ids", ["abc", None, [[1], [2, 3]], [2**70], object(), 3, [1.0], [1j]])
+def test_what_is_no_list_of_ids(ids: Any) -> None:
+    with pytest.raises(ConfigError, match=r"input_ids .*expected integers \[T\]"):
+        as_ids(ids, "input_ids")
 
 
 def test_one_prompt_or_a_list_of_them() -> None:
