@@ -61,8 +61,9 @@ def _own_regions(module: IRModule, traced: fx.GraphModule) -> None:
         assert isinstance(holder, fx.Node)
         name = names[identifier]
         if name not in dict(module.root.named_children()):
-            region = copy.deepcopy(module.root.get_submodule(str(holder.target)))
-            assert isinstance(region, fx.GraphModule)
+            body = copy.deepcopy(module.root.get_submodule(str(holder.target)))
+            assert isinstance(body, fx.GraphModule)
+            region = torch_private.lazy_graph_module(body, body.graph)
             region.meta["aios_region"] = True
             _name_from_trace(region, traced, identifier)
             module.root.add_submodule(name, region)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -46,8 +45,16 @@ class Recipe:
 
     def run(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Compute the weight from checkpoint tensors (or fakes, or proxies of another recipe)."""
-        module = fx.GraphModule(torch.nn.Module(), self.graph)
-        result = fx.Interpreter(module).run(*(tensors[name] for name in self.names))
+        env: dict[fx.Node, Any] = {}
+        for node, name in zip(placeholders(self.graph), self.names):
+            env[node] = tensors[name]
+        for node in self.graph.nodes:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+            if node.op == "call_function":
+                env[node] = node.target(*args, **kwargs)
+            elif node.op == "call_method":
+                env[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        result = env[outputs(self.graph)[0]]
         assert isinstance(result, Tensor)
         return result
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from aios_compile.capture import torch_private
 from aios_compile.ir import provenance
 from aios_compile.ir.module import IRModule
 
@@ -45,7 +46,7 @@ def outline(module: IRModule, begin: float, end: float) -> bool:
         env[node] = region.node_copy(node, env.__getitem__)
         env[node].meta = dict(node.meta)
     region.output(tuple(env[r] for r in results))
-    body = fx.GraphModule(module.root, region)
+    body = torch_private.lazy_graph_module(module.root, region)
     body.meta["aios_region"] = True
     module.root.add_submodule(REGION, body)
     _call(graph, members, sources, results)

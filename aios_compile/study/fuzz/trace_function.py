@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._subclasses.functional_tensor import dispatch_functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
 
 from aios_compile.capture import torch_private
 from aios_compile.capture.assemble import _free_of_sizes
@@ -61,18 +61,20 @@ def trace(function: Callable[..., Any], seed: int = 0) -> IRModule:
     fakes = [new_fake(mode, a.shape, a.dtype) for a in annotations.values()]
 
     def run(*args: Any) -> Any:
-        result = function(*args)
+        with maybe_enable_thunkify():  # what is computed with sizes is recorded where it is used
+            result = function(*args)
         return result if isinstance(result, tuple) else (result,)
 
     known = inspect.signature(make_fx).parameters
     extra: Any = {"record_stack_traces": True} if "record_stack_traces" in known else {}
-    with mode, tracing(TracingContext(mode)), torch.no_grad():
+    forgetful = torch_private.forgetful(mode)
+    with forgetful, mode, tracing(TracingContext(mode)), torch.no_grad():
         functional = dispatch_functionalize(run)
         root = make_fx(functional, decomposition_table=_table(), **extra)(*fakes)
     for symbol, size in shape_env_of(mode).replacements.items():
         raise CaptureError(f"tracing decided that {symbol} is {size}: an operator needs its value")
     _free_of_sizes(root)
-    module = IRModule(fx.GraphModule(root, root.graph), Level.CAPTURED)
+    module = IRModule(torch_private.lazy_graph_module(root, root.graph), Level.CAPTURED)
     generator = torch.Generator().manual_seed(seed)
     for node, (name, annotation) in zip(placeholders(module.root.graph), annotations.items()):
         node._rename(name)
