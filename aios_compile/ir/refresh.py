@@ -10,6 +10,9 @@ from torch import fx
 from aios_compile.ir.module import IRModule, body_of, is_region_call, outputs, placeholders
 
 aten = torch.ops.aten
+# Keys of node.meta: what a value was made of, and the value.
+MADE, RESHAPED = "aios_made", "aios_reshaped"
+PLAIN = (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -41,9 +44,7 @@ def refresh_layouts(module: IRModule, graph: fx.Graph) -> None:
     """
     for node in graph.nodes:
         if node.op == "call_function" and node.target in RESHAPES:
-            with module.mode:
-                source = node.args[0].meta["val"]
-                node.meta["val"] = source.reshape(node.meta["val"].shape)
+            _reshape(module, node)
         elif node.op == "call_function":
             refresh_node(module, node)
 
@@ -56,9 +57,44 @@ def refresh_node(module: IRModule, node: fx.Node) -> None:
             refresh_node(module, inner)
         node.meta["val"] = _result(body_of(node))
     elif node.op == "call_function":
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        node.meta["val"] = value_of(node, module)
+
+
+def value_of(node: fx.Node, module: IRModule) -> Any:
+    """Return what a node's target makes of the fake values of its arguments.
+
+    The node remembers it while the arguments' values are the same objects: several passes refresh
+    the same nodes, and a value with symbolic sizes takes 1 to 3 ms.
+    """
+    given = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    known = node.meta.get(MADE)
+    if known is None or known[0] is not node.target or not _same(known[1], given):
         with module.mode, torch.no_grad():
-            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+            value = node.target(*given[0], **given[1])  # type: ignore[operator]
+        known = node.meta[MADE] = (node.target, given, value)
+    return known[2]
+
+
+def _reshape(module: IRModule, node: fx.Node) -> None:
+    """Lay a reshape's value out as its source is now."""
+    source, value = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    known = node.meta.get(RESHAPED)
+    if known is None or known[0] is not source or known[1] is not value:
+        with module.mode:
+            value = source.reshape(value.shape)
+        node.meta[RESHAPED] = (source, value)
+        node.meta["val"] = value
+
+
+def _same(known: Any, given: Any) -> bool:
+    """Return whether arguments are equal; tensors and sizes are if they are the same object."""
+    if known is given:
+        return True
+    if isinstance(known, (list, tuple)) and isinstance(given, (list, tuple)):
+        return len(known) == len(given) and all(map(_same, known, given))
+    if isinstance(known, dict) and isinstance(given, dict):
+        return known.keys() == given.keys() and all(_same(known[k], given[k]) for k in known)
+    return type(known) is type(given) and isinstance(known, PLAIN) and known == given
 
 
 def _bind(call: fx.Node) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from aios_compile.ir import provenance
 from aios_compile.ir.module import IRModule, Recipe, outputs, placeholders
+from aios_compile.ir.refresh import value_of
 from aios_compile.ir.symbols import new_fake
 
 
@@ -217,6 +218,4 @@ class PassContext:
 
 def fake_value(node: fx.Node, module: IRModule) -> Any:
     """Run a node's target on the fake values of its arguments."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with module.mode, torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+    return value_of(node, module)
