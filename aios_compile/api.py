@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,11 +84,17 @@ def compile_into(
     staging: Path, source: ModelSource, options: CompileOptions, progress: Progress, root: Path
 ) -> Any:
     """Fill an artefact folder, return compiler.Compiled; torch is imported here, not before."""
+    from aios_compile.codegen.cpp import build
+
     with progress.stage("load"):
         _ = source.tokenizer  # a damaged one is told before anything is compiled
-    with progress.stage("import torch"):
-        from aios_compile.compiler import compile_model
-        from aios_compile.kernel_selection import choose_kernels
+    with ThreadPoolExecutor(1) as aside:
+        if options.device in ("auto", "cpu") and not env.EAGER.get_int(0, 1):
+            # One core waits for the other until kernels are built; an error comes again there.
+            aside.submit(build.prepare, root / "objects", build.Target.host())
+        with progress.stage("import torch"):
+            from aios_compile.compiler import compile_model
+            from aios_compile.kernel_selection import choose_kernels
 
     writer = ArtefactWriter(staging)
     try:

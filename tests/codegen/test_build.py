@@ -241,6 +241,8 @@ def test_precompiled_headers_change_no_object(
         text += '#include "runtime.h"\nvoid run_step(aios::Worker*, const Run*) {}\n'
     text += 'extern "C" float twice(float x) { return 2 * x; }\n'
     folders = tmp_path / "quick", tmp_path / "slow"
+    build.prepare(folders[0], build.Target.host())
+    ready = {path: path.stat().st_mtime_ns for path in folders[0].glob("prelude-*/*")}
     made = []
     for folder in folders:
         made += build.build_objects(
@@ -248,5 +250,7 @@ def test_precompiled_headers_change_no_object(
         )
         monkeypatch.setattr(build, "precompile", lambda *_: [])
     found = [len(list(folder.glob("prelude-*/prelude.h.gch"))) for folder in folders]
-    assert found == [int("clang" not in build.find_compiler().version), 0]
+    assert found == [len(ready) + many_programs * len(ready), 0]
+    assert len(ready) == ("clang" not in build.find_compiler().version)
+    assert all(path.stat().st_mtime_ns == made_at for path, made_at in ready.items())
     assert made[0].read_bytes() == made[1].read_bytes()

@@ -247,6 +247,15 @@ def build_objects(
     return objects
 
 
+def prepare(folder: Path, target: Target) -> None:
+    """Do ahead what the first `build_objects` in `folder` would do before any kernel: 0.8 s.
+
+    Raises BuildError as that would.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _includes(folder, target, (), (PRELUDE,))
+
+
 def _headers(text: str, many_programs: bool) -> tuple[str, ...]:
     """Return the headers that are precompiled for a source."""
     return PROGRAM if many_programs and '#include "runtime.h"' in text else (PRELUDE,)
