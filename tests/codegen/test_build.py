@@ -238,7 +238,7 @@ def test_precompiled_headers_change_no_object(
     monkeypatch.setattr(build, "precompile", precompiled.precompile)  # not the run's one prelude
     text = '#include "prelude.h"\n'
     if many_programs:
-        text += '#include "runtime.h"\nvoid run_step(aios::Worker*, const Run*) {}\n'
+        text += f'#include "{precompiled.STEP}"\nvoid run_step(aios::Worker*, const Run*) {{}}\n'
     text += 'extern "C" float twice(float x) { return 2 * x; }\n'
     folders = tmp_path / "quick", tmp_path / "slow"
     build.prepare(folders[0], build.Target.host())

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aios_compile import env
-from aios_compile.codegen.cpp.precompiled import PRELUDE, PROGRAM, precompile
+from aios_compile.codegen.cpp.precompiled import PRELUDE, PROGRAM, STEP, precompile
 from aios_compile.codegen.source import KernelSource
 from aios_compile.errors import BuildError
 
@@ -258,7 +258,7 @@ def prepare(folder: Path, target: Target) -> None:
 
 def _headers(text: str, many_programs: bool) -> tuple[str, ...]:
     """Return the headers that are precompiled for a source."""
-    return PROGRAM if many_programs and '#include "runtime.h"' in text else (PRELUDE,)
+    return PROGRAM if many_programs and f'#include "{STEP}"' in text else (PRELUDE,)
 
 
 def _includes(

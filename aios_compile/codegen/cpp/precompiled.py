@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PRELUDE = "prelude.h"
-PROGRAM = (PRELUDE, "runtime.h", "products.h", "tiles.h")  # what most whole programs include
+STEP = "step_line.h"
+PROGRAM = (PRELUDE, STEP, "products.h", "tiles.h")  # what most whole programs include
 Run = Callable[[list[str], str, str], None]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from aios_compile.codegen.cpp.precompiled import STEP
 from aios_compile.codegen.program import Function, Launch, Program, RegionCall
 from aios_compile.codegen.source import KernelSource
 
@@ -15,7 +16,7 @@ HEAD = """\
 /* The step: {launches} launches, {barriers} barriers for one pass over the model.
    Each phase's kernels share the workers; a barrier follows each phase. */
 #include "prelude.h"
-#include "step_line.h"
+#include "{step}"
 
 extern "C" {{
 {declarations}
@@ -39,7 +40,10 @@ def emit_step(program: Program, sources: tuple[KernelSource, ...]) -> str:
         for s in sources
     )
     head = HEAD.format(
-        launches=program.num_launches, barriers=num_barriers(program), declarations=declarations
+        launches=program.num_launches,
+        barriers=num_barriers(program),
+        step=STEP,
+        declarations=declarations,
     )
     head += "".join(_candidates(source) for source in sources if source.candidates)
     bodies = [_function(program, function, sources) for function in program.functions]
