@@ -124,8 +124,8 @@ def _passed_through(
     style: dict[str, bool] = {}
 
     def record(_layer: nn.Module, _args: Any, result: Any) -> None:
-        style["tuple"] = isinstance(result, tuple)
-        seen.append(result[0] if isinstance(result, tuple) else result)
+        style["tuple"] = isinstance(result, (tuple, list))
+        seen.append(result[0] if isinstance(result, (tuple, list)) else result)
 
     hooks = [layers[i].register_forward_hook(record) for i in active]
     skipped = [layer for i, layer in enumerate(layers) if i not in active]

@@ -14,6 +14,8 @@ from aios_compile.errors import CaptureError
 from aios_compile.ir.module import IRModule
 from aios_compile.models.config import ModelConfig
 from aios_compile.models.decoder import Decoder
+from tests.foreign import modules
+from tests.foreign.modules import Block, Model, causal
 from tests.passes.helpers import decoder_config
 
 aten = torch.ops.aten
@@ -103,3 +105,23 @@ class OneBatch(nn.Module):
 def test_a_module_without_layers_and_with_a_batch_dimension() -> None:
     plain = OneBatch().eval().requires_grad_(False)
     assert compare_with_eager(plain, capture(plain, flat=False)) <= 1e-6
+
+
+class Listing(Block):
+    """A layer that returns a list, as OpenAI's first GPT does in transformers."""
+
+    def forward(self, x, positions):
+        return [super().forward(x, positions)]
+
+
+class OfLists(Model):
+    def forward(self, input_ids, position_ids):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x, position_ids)[0]
+        return self.head(self.norm(x))
+
+
+def test_layers_that_return_lists():
+    lists = modules.build(lambda: OfLists([Listing(causal()) for _ in range(3)], learned=False))
+    assert compare_with_eager(lists, capture(lists, flat=False)) <= 1e-5
