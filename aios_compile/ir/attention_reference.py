@@ -40,11 +40,13 @@ def attend(
     softcap: float | None,
     sinks: Tensor | None,
     bias: Tensor | None = None,
+    rounded: bool = False,
 ) -> Tensor:
     """Attend q[Q, H, D] to k[K, G, D], v[K, G, Dv] under mask[Q, K]; return [Q, H, Dv].
 
     Half precision is computed in float32 and rounded once. `sinks` [H] is one extra logit a head
     that takes probability and carries no value. `bias` [H, Q, K] is added to the capped scores.
+    rounded: probabilities relative to the largest are rounded to bf16 before they are summed.
     """
     wide = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
     groups = q.shape[1] // k.shape[1]
@@ -56,7 +58,14 @@ def attend(
     if bias is not None:
         scores = scores + bias.to(wide)
     scores = scores.masked_fill(~mask[None], float("-inf"))
-    if sinks is not None:
+    if rounded:
+        top = scores.amax(-1, keepdim=True)
+        weights = torch.exp(scores - top).to(torch.bfloat16).to(wide)
+        total = weights.sum(-1, keepdim=True)
+        if sinks is not None:
+            total = total + torch.exp(sinks.to(wide)[:, None, None] - top)
+        weights = weights / total
+    elif sinks is not None:
         column = sinks.to(wide)[:, None, None].expand(-1, scores.shape[1], 1)
         weights = torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
     else:
@@ -147,8 +156,10 @@ def paged_attention(
     v_scales: Tensor | None = None,
     rounded: bool = False,
 ) -> Tensor:
-    if rounded and q.dtype != torch.float64:
+    rounded = rounded and q.dtype != torch.float64
+    if rounded:
         q = q.to(torch.bfloat16).to(q.dtype) if k_scales is None else in_16_bits(q)
+    in_bf16 = rounded and k_scales is None
     page_size = v_cache.shape[2]
     out = q.new_zeros(*q.shape[:-1], v_cache.shape[-1])
     for s, length in enumerate(context_lengths.tolist()):
@@ -165,7 +176,8 @@ def paged_attention(
         positions = torch.arange(length - (end - begin), length, device=q.device)
         mask = visible(positions, length, window, chunk)
         bias = falling(alibi, positions, length)
-        out[begin:end] = attend(q[begin:end], k, v, mask, scale, softcap, sinks, bias)
+        part = q[begin:end]
+        out[begin:end] = attend(part, k, v, mask, scale, softcap, sinks, bias, in_bf16)
     return out
 
 
