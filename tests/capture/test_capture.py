@@ -330,8 +330,8 @@ class FirstRows(Model):
     "make, limit, line",
     [
         (lambda: Counted(blocks(causal)), 96, "modules.py:.*self.positions"),
-        (lambda: FirstRows(blocks(causal, 1)), 89, "test_capture.py:.*self.table"),
         *nightly(
+            (lambda: FirstRows(blocks(causal, 1)), 89, "test_capture.py:.*self.table"),
             (lambda: Model(blocks(causal)), 96, "modules.py:.*self.positions"),
             (lambda: Model(blocks(causal), learned=False), None, None),
         ),

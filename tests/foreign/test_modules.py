@@ -34,7 +34,7 @@ def greedy(model, ids, count):
 
 NIGHTLY = (
     *("spelled", "squared_relu", "odd_activation", "alibi_called", "complex_angles", "flat"),
-    *("no_positions", "one_layer", "bool_mask"),
+    *("no_positions", "one_layer", "bool_mask", "counted"),
 )
 
 
@@ -83,6 +83,11 @@ def test_a_model_is_as_long_as_its_tables(compiled):
     with compiled(model, **sizes) as found:
         assert (found.limits.max_model_len, found.limits.max_num_batched_tokens) == (90, 90)
         check_logits(model, found, (90,))
+        prompts = [torch.tensor([5, 9, 2]), torch.tensor([7])]
+        given = found.generate([p.tolist() for p in prompts], max_tokens=6, temperature=0)
+        assert [list(r.outputs[0].token_ids) for r in given] == [
+            greedy(model, p, 6) for p in prompts
+        ]
         with pytest.raises(PromptTooLongError, match="at most 90"):
             found(torch.zeros(91, dtype=torch.long))
     with pytest.raises(ConfigError, match=r"max_model_len=96.*90 tokens[^\0]*modules.py:"):
