@@ -1,7 +1,8 @@
-"""Every import of a private torch name, in one file. Tested on torch 2.13; 2.11 by reading.
+"""Every import of a private torch name, in one file. Tested on torch 2.13 and 2.11.
 
 What differs: torch 2.13 reuses a region's trace (flat capture time) and inlines a region that is
-called once unless told not to; torch 2.11 does neither.
+called once unless told not to; torch 2.11 does neither, and drops the message of an error that a
+layer's forward raises.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch._dynamo as dynamo
 from torch import fx
 from torch._decomp import core_aten_decompositions
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.convert_frame import fullgraph_capture
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._guards import TracingContext, tracing
@@ -156,7 +158,10 @@ def lower(graph_module: fx.GraphModule, fakes: list[Any], mode: Any) -> fx.Graph
     def run(*args: Any) -> Any:  # the interpreter, not a call: it carries the node meta over
         return fx.Interpreter(graph_module).run(*args)
 
-    with mode, tracing(TracingContext(mode)), fx_traceback.preserve_node_meta(), torch.no_grad():
+    kept = fx_traceback.preserve_node_meta()
+    # torch 2.11: matmul's C++ asks for sizes as numbers, its Python form takes symbols
+    python = enable_python_dispatcher()
+    with mode, tracing(TracingContext(mode)), kept, python, torch.no_grad():
         return make_fx(dispatch_functionalize(run), decomposition_table=decompositions())(*fakes)
 
 

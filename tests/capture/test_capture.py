@@ -300,6 +300,10 @@ def test_an_operator_of_a_stranger():
 def test_refusal_inside_the_adapter():
     model = families.build("llama")
     model.model.layers[0].self_attn.is_causal = False
+    if dynamo_drops_messages():  # the line is named all the same
+        with pytest.raises(CaptureError, match=r"attention_interface\("):
+            capture(model)
+        return
     with pytest.raises(UnsupportedModelError, match="tokens that see later ones"):
         capture(model)
 
@@ -342,3 +346,8 @@ def test_tables_and_branches_limit_the_length(make, limit, line):
     found = module.length_limit
     assert (found and found.num_tokens) == limit
     assert line is None or re.search(line, found.source_line)
+
+
+def dynamo_drops_messages() -> bool:
+    """Torch 2.11 keeps no message of an error that a layer's forward raises."""
+    return torch.__version__ < "2.12"
