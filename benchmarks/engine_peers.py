@@ -65,7 +65,7 @@ class ContinuousBatches:
 
         longest = max(map(len, work.prompts)) + max(work.output_tokens)
         settings = ContinuousBatchingConfig(
-            page_size=16, num_blocks=CONCURRENT * (longest // 16 + 2) * 2, max_batch_tokens=512,
+            block_size=16, num_blocks=CONCURRENT * (longest // 16 + 2) * 2, max_batch_tokens=512,
             max_requests_per_batch=CONCURRENT, use_cuda_graph=False,
         )  # fmt: skip
         return continuous(self.model, self.config, settings, work.prompts, work.output_tokens)

@@ -72,7 +72,7 @@ def transformers_row(shape: str, options: argparse.Namespace, clock: Clock) -> d
     prompts, counts = [prompt for prompt, _ in work], [count for _, count in work]
     dtype = torch.bfloat16 if clock.cuda else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    small = {"page_size": 16, "num_blocks": 64, "max_batch_tokens": 64, "use_cuda_graph": False}
+    small = {"block_size": 16, "num_blocks": 64, "max_batch_tokens": 64, "use_cuda_graph": False}
     settings = ContinuousBatchingConfig(**({} if clock.cuda else small))
     config = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)
     done = continuous(model.cuda() if clock.cuda else model, config, settings, prompts, counts)

@@ -11,6 +11,15 @@ import torch.nn.functional as F
 aten = torch.ops.aten
 
 
+def _outer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return a product over k = 1 as a pointwise one, which keeps tokens apart by its looks.
+
+    Older releases of transformers make the angles of RoPE so: inverse frequencies times positions.
+    """
+    k = left.shape[-1]
+    return left * right if isinstance(k, int) and k == 1 else NotImplemented
+
+
 def _copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """Return what x holds after x.copy_(source)."""
     return source.to(x.dtype).expand(x.shape).clone()
@@ -128,6 +137,8 @@ def conv1d(
 
 
 OWN: dict[Any, Callable[..., Any]] = {
+    aten.bmm.default: _outer_product,
+    aten.mm.default: _outer_product,
     aten.native_group_norm.default: _group_norm,
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
     aten.roll.default: _roll,

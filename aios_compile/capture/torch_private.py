@@ -59,6 +59,7 @@ def capture_settings() -> Iterator[None]:
     wanted = {
         "specialize_float": True,
         "assume_static_by_default": False,
+        "automatic_dynamic_shapes": False,  # what was traced before may not decide a size here
         "inline_single_use_invoke_subgraph": False,
     }
     known = {k: v for k, v in wanted.items() if hasattr(dynamo.config, k)}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import aios_compile.ir.ops
@@ -93,7 +94,7 @@ def trace(
     """Trace a function over fake tensors; shape entries are ints or size names such as "T"."""
     mode = new_fake_mode()
     fakes = [new_fake(mode, shape, dtype) for shape, dtype in inputs]
-    with mode:
+    with mode, enable_python_dispatcher():  # torch 2.11's C++ takes no symbolic sizes
         body = make_fx(function, decomposition_table=_table(), tracing_mode="fake")(*fakes)
     for node, fake in zip([n for n in body.graph.nodes if n.op == "placeholder"], fakes):
         node.meta["val"] = fake

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, tracing
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
@@ -68,7 +69,8 @@ def trace(function: Callable[..., Any], seed: int = 0) -> IRModule:
     known = inspect.signature(make_fx).parameters
     extra: Any = {"record_stack_traces": True} if "record_stack_traces" in known else {}
     forgetful = torch_private.forgetful(mode)
-    with forgetful, mode, tracing(TracingContext(mode)), torch.no_grad():
+    python = enable_python_dispatcher()  # for torch 2.11, as in capture
+    with forgetful, mode, tracing(TracingContext(mode)), python, torch.no_grad():
         functional = dispatch_functionalize(run)
         root = make_fx(functional, decomposition_table=_table(), **extra)(*fakes)
     for symbol, size in shape_env_of(mode).replacements.items():
