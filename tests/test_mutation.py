@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.mutation import areas, operators, report, text_operators
 from tests.mutation.coverage import TOP, Map, place_of
 from tests.mutation.selection import FIRST, Selector, sample
@@ -109,6 +111,7 @@ print(json.dumps([(m.after, server.run(m, {test: 0.1}).outcome) for m in found])
 """
 
 
+@pytest.mark.nightly
 def test_a_mutant_is_killed_by_a_test_that_sees_it_only() -> None:
     """And the checkout is as it was: the mutant lives in the child's memory."""
     before = (areas.PACKAGE / "runtime/stop.py").read_bytes()

@@ -131,7 +131,7 @@ def test_a_candidate_runs_where_it_was_chosen(runner: ProgramRunner) -> None:
     seen = []
     for tokens in (1, 2):
         run(runner, np.repeat(x, tokens, 0))
-        seen.append(ctypes.c_uint8.from_address(runner._run.choices).value)
+        seen.append(ctypes.c_uint8.from_address(runner._slots[0].run.choices).value)
     assert seen == [2, 0]
 
 
@@ -147,7 +147,7 @@ def test_kernels_are_timed_and_the_ledger_is_read_back(runner: ProgramRunner) ->
     assert f"{runner.num_threads} threads" in found.notes[-1]
     times = np.zeros(1, np.int64)
     run(runner, steps[0].inputs["x"])
-    assert not times.any() and runner._run.nanoseconds is None
+    assert not times.any() and runner._slots[0].run.nanoseconds is None
 
 
 CANDIDATES = (Candidate("a", "A", 1, 1, ""), Candidate("b", "B", 1, 100, ""))

@@ -23,12 +23,15 @@ from aios_compile.errors import CodegenError
 from tests.codegen.test_sample import body_of
 from tests.codegen.test_triton_quantized_linear import plain, quantized_spec
 from tests.codegen.triton_shapes import linear_spec
+from tests.variants import nightly
 
 WEIGHT_LOADS = re.compile(r"ld\.global\S*evict_first\S*")
 COPIES = re.compile(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (0x\w+)")
 
 
-@pytest.mark.parametrize(("layer", "target"), [("down", "cuda:90"), ("gate_up", "cuda:80")])
+@pytest.mark.parametrize(
+    ("layer", "target"), [("down", "cuda:90"), *nightly(("gate_up", "cuda:80"))]
+)
 def test_linear_kernels_use_what_is_pinned(layer: str, target: str, tmp_path: Path) -> None:
     """(most registers, KiB of shared memory) with triton 3.7; others only may not spill."""
     pinned = {

@@ -21,6 +21,7 @@ from aios_compile.runtime.batch import Batch, Executor, StepResult
 from tests import zoo
 from tests.interpreted.harness import Model, assert_close, batch, exact_activations, model
 from tests.quick_builds import build_quickly
+from tests.variants import nightly
 
 NAME = "qwen3_gqa"
 STEPS = (
@@ -81,7 +82,7 @@ def test_steps_are_those_of_eager_and_of_the_cpu(native: Native) -> None:
     check(model(NAME), 1e-5, native())
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", ["int8", *nightly("int4")])
 def test_quantised_steps_are_those_of_eager(
     form: str, native: Native, monkeypatch: pytest.MonkeyPatch
 ) -> None:

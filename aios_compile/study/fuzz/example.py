@@ -241,6 +241,8 @@ def _check_tokens(
     weights = weights_of(level_1)
     for tokens in example.setup.tokens:
         values = {**example.program.values(tokens, example.setup.seed), **weights}
+        # raise_positions asks for them where the program counts its tokens: one sequence here
+        values.setdefault("positions", torch.arange(tokens))
         free = {n: v for n, v in values.items() if n not in compiled.module.weights}
         wanted = {e.name for e in compiled.program.inputs}
         given = {n: _as_widened(v) for n, v in free.items() if n in wanted}
