@@ -1,4 +1,4 @@
-"""Every import of a private torch name, in one file. Tested on torch 2.13 and 2.11.
+"""The private torch names that capturing needs, in one file. Tested on torch 2.13 and 2.11.
 
 What differs: torch 2.13 reuses a region's trace (flat capture time) and inlines a region that is
 called once unless told not to; torch 2.11 does neither, and drops the message of an error that a
@@ -164,8 +164,3 @@ def lower(graph_module: fx.GraphModule, fakes: list[Any], mode: Any) -> fx.Graph
     python = enable_python_dispatcher()
     with mode, tracing(TracingContext(mode)), kept, python, torch.no_grad():
         return make_fx(dispatch_functionalize(run), decomposition_table=decompositions())(*fakes)
-
-
-def reset() -> None:
-    """Drop dynamo's caches (a captured model leaves none, a failed capture may)."""
-    dynamo.reset()
