@@ -30,19 +30,19 @@ DEFAULT_BUDGET_SECONDS = 30
 # What a group takes on two idle cores, and an eighth. The sum fits TOTAL_SECONDS on two workers.
 BUDGET_SECONDS = {
     "capture": 45,
-    "codegen": 245,
-    "compiled": 190,
-    "foreign": 100,
-    "formats": 42,
-    "fuzz": 215,
-    "interpreted": 85,
-    "ir": 12,
+    "codegen": 285,
+    "compiled": 160,
+    "foreign": 95,
+    "formats": 35,
+    "fuzz": 220,
+    "interpreted": 90,
+    "ir": 8,
     "museum": 5,
-    "passes": 120,
-    "planted": 54,
+    "passes": 90,
+    "planted": 45,
     "runtime": 120,
-    "study": 66,
-    "unit": 48,
+    "study": 62,
+    "unit": 45,
 }
 # These need what most machines lack; they run in `make gpu` or `make nightly`.
 LEFT_OUT = ("gpu", "nightly", "goldens")
