@@ -160,7 +160,7 @@ def _table_sizes(node: fx.Node, context: PassContext) -> list[int]:
         source: Any = node.args[0]
         before = source.meta["val"].shape
         return [b for b, s in zip(before, shape) if isinstance(b, int) and not isinstance(s, int)]
-    fixed = len(shape) > 1 and all(isinstance(s, int) for s in shape[-2:])
+    fixed = len(shape) > 1 and all(isinstance(s, int) for s in shape)  # [T, H, D] holds no table
     square = fixed and shape[-1] == shape[-2] and shape[-1] > 1
     return [int(shape[-1])] if square and node.op == "placeholder" else []
 

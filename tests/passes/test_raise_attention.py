@@ -77,6 +77,19 @@ def test_spelled_out_with_einsum_and_a_selected_mask():
     assert attention_of(module)[0] == pytest.approx(8**-0.5)
 
 
+def test_a_window_is_not_read_from_a_value_that_looks_like_a_table():
+    """As many heads as features: [T, 4, 4] is no stored triangle of four tokens."""
+
+    def f(x: "f32[T, 4, 4]", k: "f32[T, 4, 4]", v: "f32[T, 4, 4]"):
+        i = torch.arange(x.shape[0])
+        distance = i[:, None] - i[None]
+        s = x.transpose(0, 1) @ k.permute(1, 2, 0)
+        s = s.masked_fill((distance < 0) | (distance >= 9), float("-inf"))
+        return s.softmax(-1) @ v.transpose(0, 1)
+
+    assert attention_of(check(raise_attention, f, 1))[1] == 9
+
+
 def test_spelled_out_with_sinks():
     def f(q: "f32[1, 4, T, 8]", k: "f32[1, 4, T, 8]", v: "f32[1, 4, T, 8]", b: "weight f32[4]"):
         s = q @ k.transpose(2, 3) + causal(q.shape[2])
