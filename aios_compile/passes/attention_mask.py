@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from aios_compile.ir.symbols import new_size
+from aios_compile.ir.counted_tokens import ARANGES, counted_from
 from aios_compile.passes.concrete import Concrete, Unknown, ancestors
 from aios_compile.passes.context import PassContext
 from aios_compile.passes.match import aten, is_call
@@ -23,8 +23,6 @@ from aios_compile.passes.match import aten, is_call
 HIDDEN = -1e4  # an additive mask at most this hides a key: its weight is zero in float32
 LINEAR = 1e-6  # of a bias's largest value: a few roundings in float32
 LARGEST = 4608  # tokens up to which a mask over all keys is run; 170 MB an intermediate
-
-ARANGES = (aten.arange.default, aten.arange.start_step)
 
 
 class Mask(NamedTuple):
@@ -109,17 +107,7 @@ def _differs_by_call(nodes: Iterable[fx.Node], context: PassContext) -> bool:
 
 def _is_token_index(node: fx.Node, context: PassContext) -> bool:
     """Return whether a node is arange(T): of a whole sequence, the same as its positions."""
-    if not is_call(node, aten.arange.default, aten.arange.start_step):
-        return False
-    first, *rest = node.args if len(node.args) > 1 else (0, *node.args)
-    tokens = new_size(context.module.mode, "T").node.expr
-    whole = node.meta["val"].shape[0]
-    return bool(
-        first == 0
-        and rest[1:] in ([], [1])
-        and not isinstance(whole, int)
-        and (whole.node.expr == tokens)
-    )
+    return node.target in ARANGES and counted_from(node, context.module.mode) == 0
 
 
 def _positions(
