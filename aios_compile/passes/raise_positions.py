@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from aios_compile.ir.counted_tokens import counted_from, slice_of
-from aios_compile.ir.provenance import inherit
+from aios_compile.ir.provenance import inherit, source_lines
 from aios_compile.passes.context import PassContext
 from aios_compile.passes.graph_pass import graph_pass
 from aios_compile.passes.match import dtype_of, is_call, positive, rank_of
@@ -38,7 +38,8 @@ def raise_positions(graph: fx.Graph, context: PassContext) -> int:
         if first is None or not node.users:
             continue
         positions = context.add_input(graph, "positions", ["T"], torch.int64)
-        inherit(positions, [node])  # a graph that only counts has no other line
+        if not source_lines(positions):  # a graph that only counts has no other line
+            inherit(positions, [node])
         with graph.inserting_before(node):
             if first:
                 positions = context.call(graph, aten.add.Tensor, positions, first, source=[node])
