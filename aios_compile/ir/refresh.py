@@ -54,7 +54,10 @@ def refresh_node(module: IRModule, node: fx.Node) -> None:
     if node.op == "call_module":
         _bind(node)
         for inner in body_of(node).graph.nodes:
-            refresh_node(module, inner)
+            if inner.op == "call_function" and inner.target in RESHAPES:
+                _reshape_in_kernel(module, inner)
+            else:
+                refresh_node(module, inner)
         node.meta["val"] = _result(body_of(node))
     elif node.op == "call_function":
         node.meta["val"] = value_of(node, module)
@@ -84,6 +87,15 @@ def _reshape(module: IRModule, node: fx.Node) -> None:
             value = source.reshape(value.shape)
         node.meta[RESHAPED] = (source, value)
         node.meta["val"] = value
+
+
+def _reshape_in_kernel(module: IRModule, node: fx.Node) -> None:
+    """Refresh a reshape of a body: index arithmetic, which need not be a view of its source now."""
+    try:
+        refresh_node(module, node)
+    except (RuntimeError, ValueError):
+        node.target = aten.reshape.default
+        refresh_node(module, node)
 
 
 def _same(known: Any, given: Any) -> bool:

@@ -144,6 +144,17 @@ return (z, o)
 """,
     Setup(steps=True, proven=True),
 )
+# A kernel had taken a reshape in while its source was dense; the region then gave out rows of heads.
+FOUND["reshape of what a region permutes"] = Found(
+    (x("a", 1, "T", 3, 32),),
+    """
+columns = aten.slice.Tensor(a, 3, 0, 32, 2)
+e = torch.exp(torch.clamp(torch.permute(columns, [0, 2, 1, 3]), -3.0, 3.0))
+heads = torch.permute(torch.select(e, 0, 0), [1, 0, 2])
+return (torch.reshape(torch.clone(heads), [-1, 48]),)
+""",
+    Setup(tokens=(1,), region=(0.11, 0.35)),
+)
 
 
 @pytest.mark.parametrize("name", FOUND)
