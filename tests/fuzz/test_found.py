@@ -144,7 +144,7 @@ return (z, o)
 """,
     Setup(steps=True, proven=True),
 )
-# A kernel had taken a reshape in while its source was dense; the region then gave out rows of heads.
+# A kernel had taken a reshape in while its source was dense; then the region gave rows of heads.
 FOUND["reshape of what a region permutes"] = Found(
     (x("a", 1, "T", 3, 32),),
     """

@@ -25,7 +25,14 @@ from aios_compile.passes.result import PassResult
 from aios_compile.passes.runner import Stage
 from aios_compile.study.fuzz import step_run
 from aios_compile.study.fuzz.compile_graph import compile_graph, prepare
-from aios_compile.study.fuzz.judge import FACTOR, Verdict, compare, run_eager, second_opinion
+from aios_compile.study.fuzz.judge import (
+    FACTOR,
+    TWO_PARTS,
+    Verdict,
+    compare,
+    run_eager,
+    second_opinion,
+)
 from aios_compile.study.fuzz.outline import outline
 from aios_compile.study.fuzz.program import Program
 from aios_compile.study.fuzz.trace_function import trace
@@ -246,7 +253,7 @@ def _check_tokens(
         free = {n: v for n, v in values.items() if n not in compiled.module.weights}
         wanted = {e.name for e in compiled.program.inputs}
         given = {n: _as_widened(v) for n, v in free.items() if n in wanted}
-        right = Reference(level_1, values)
+        right = Reference(level_1, values, multiplied_as(example))
         judge(right, compiled({"T": tokens}, **given), outcome, f"T={tokens}")
 
 
@@ -261,12 +268,19 @@ def _as_widened(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
+def multiplied_as(example: Example) -> float:
+    """Return the rounding of what linears multiply; 0 where they multiply float32 as it is."""
+    kinds = {p.dtype for p in example.program.parameters if p.kind == "weight"}
+    return TWO_PARTS if example.setup.target == "triton" and "bf16" in kinds else 0.0
+
+
 @dataclass
 class Reference:
     """What eager makes of values by name, in float64 and in float32; parts of it are asked for."""
 
     level_1: IRModule
     values: dict[str, Tensor]
+    multiplied: float = 0.0
 
     @functools.cached_property
     def oracle(self) -> list[Tensor]:
@@ -278,7 +292,7 @@ class Reference:
 
     @functools.cached_property
     def noise(self) -> list[float]:
-        return second_opinion(self.level_1, self.values, self.oracle)
+        return second_opinion(self.level_1, self.values, self.oracle, self.multiplied)
 
 
 def judge(

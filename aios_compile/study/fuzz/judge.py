@@ -19,9 +19,13 @@ from aios_compile.ir import evaluate, snapshot
 from aios_compile.ir.module import IRModule, placeholders
 from aios_compile.passes.measure import FLOOR_ROUNDINGS
 
+aten = torch.ops.aten
 FACTOR = 4.0  # times eager's own error
 ROUNDING = torch.finfo(torch.float32).eps
 OPINIONS = 6
+# Triton multiplies float32 by bf16 weights and by codes as two parts of bf16: they hold 16 bits.
+TWO_PARTS = 2.0**-16
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 
 
 @dataclass(frozen=True)
@@ -83,28 +87,47 @@ def run_eager(module: IRModule, values: Mapping[str, Tensor], dtype: torch.dtype
 
 
 def second_opinion(
-    module: IRModule, values: Mapping[str, Tensor], oracle: Sequence[Tensor]
+    module: IRModule,
+    values: Mapping[str, Tensor],
+    oracle: Sequence[Tensor],
+    multiplied: float = 0.0,
 ) -> list[float]:
-    """Return for each output the largest relative error of perturbed float32 runs."""
+    """Return for each output the largest relative error of perturbed float32 runs.
+
+    multiplied: by how much what a matrix product reads is moved beside that, relative.
+    """
     worst = [0.0] * len(oracle)
     for seed in range(OPINIONS):
-        found = run_eager(perturbed(module, seed), values, torch.float32)
+        noisy = perturbed(module, seed, multiplied=multiplied)
+        found = run_eager(noisy, values, torch.float32)
         worst = [max(w, v.error) for w, v in zip(worst, compare(oracle, found, found))]
     return worst
 
 
-def perturbed(module: IRModule, seed: int, rounding: float = ROUNDING) -> IRModule:
+def perturbed(
+    module: IRModule, seed: int, rounding: float = ROUNDING, multiplied: float = 0.0
+) -> IRModule:
     """Return a copy whose float values are each moved by up to a rounding (of float32)."""
     generator = torch.Generator().manual_seed(seed)
 
-    def perturb(value: Tensor) -> Tensor:
+    def perturb(value: Tensor, by: float = rounding) -> Tensor:
         noise = torch.rand(value.shape, generator=generator) * 2 - 1
-        return value * (1 + noise * rounding)
+        return value * (1 + noise * by)
 
     noisy = snapshot.take(module)
     for graph_module in noisy.graphs().values():
         _perturb_each(graph_module.graph, perturb)
+        if multiplied:
+            _perturb_factors(graph_module.graph, perturb, multiplied)
     return noisy
+
+
+def _perturb_factors(graph: fx.Graph, perturb: Callable[..., Tensor], by: float) -> None:
+    """Let matrix products read perturbed factors; what addmm adds is left alone."""
+    for node in [n for n in graph.nodes if n.op == "call_function" and n.target in PRODUCTS]:
+        with graph.inserting_before(node):
+            factors = [graph.call_function(perturb, (x, by)) for x in node.args[-2:]]
+        node.args = (*node.args[:-2], *factors)
 
 
 def _perturb_each(graph: fx.Graph, perturb: Callable[[Tensor], Tensor]) -> None:

@@ -25,10 +25,9 @@ from aios_compile.study.fuzz.rounded_attention import with_rounded_attention
 if TYPE_CHECKING:
     from aios_compile.study.fuzz.example import Example, Outcome, Runnable
 
-# Triton's quantised linears multiply activations as two parts of bf16, which hold 16 bits. Its
-# attention over codes multiplies one part, and so does level 3 here: a probability next to a tie
-# may still round the other way, by one step of bf16.
-TWO_PARTS, STEP = 2.0**-16, 2.0**-8
+# Triton's attention over codes multiplies one part of bf16, and so does level 3 here: a probability
+# next to a tie may still round the other way, by one step of bf16.
+STEP = 2.0**-8
 
 __all__ = ["MAX_TOKENS", "check"]
 
@@ -90,10 +89,12 @@ class _Run:
 
     def check_sequences(self, outcome: Outcome) -> None:
         """Hold every chunk against the whole sequence in eager."""
-        from aios_compile.study.fuzz.example import Reference, judge, weights_of
+        from aios_compile.study.fuzz.example import Reference, judge, multiplied_as, weights_of
 
-        weights = weights_of(self.level_1)
-        right = [Reference(self.level_1, {**values, **weights}) for values in self.values]
+        weights, multiplied = weights_of(self.level_1), multiplied_as(self.example)
+        right = [
+            Reference(self.level_1, {**values, **weights}, multiplied) for values in self.values
+        ]
         for number, step in enumerate(self.plan.steps):
             made, sizes = self.inputs(step)
             got = self.compiled(sizes, **{n: made[n] for n in self.names})
@@ -162,7 +163,7 @@ class _Run:
         oracle, eager = (self._level_3(module, d) for d in (torch.float64, torch.float32))
         rounding = judge.ROUNDING
         if self.exact_activations and not self.example.setup.kv:
-            rounding = TWO_PARTS
+            rounding = judge.TWO_PARTS
         least = FLOOR_ROUNDINGS * rounding
         if self.exact_activations and self.example.setup.kv:
             least = STEP
