@@ -33,10 +33,10 @@ test: $(VENV)/.installed-test style
 # The slower suites, by hand.
 nightly: $(VENV)/.installed-test
 	NIGHTLY=1 FUZZ_EXAMPLES=5000 FUZZ_REPORT=$(FUZZ_REPORT) FOREIGN_FAMILIES=all FUZZ_TRITON=1000 \
-		$(BIN)/python -m pytest -q -n $(WORKERS) tests/fuzz tests/foreign tests/nightly \
-		tests/interpreted tests/codegen tests/compiled tests/formats tests/passes \
-		tests/capture tests/study tests/test_mutation.py
-	$(BIN)/python -m aios_compile.study.fuzz.report $(FUZZ_REPORT)
+		$(BIN)/python -m pytest -n $(WORKERS) --maxschedchunk=1 tests/fuzz tests/foreign \
+		tests/nightly tests/interpreted tests/codegen tests/compiled tests/formats tests/passes \
+		tests/capture tests/study tests/test_mutation.py; found=$$?; \
+	$(BIN)/python -m aios_compile.study.fuzz.report $(FUZZ_REPORT) && exit $$found
 
 # The map of the tests is made once (half an hour on one core); a mutant costs some seconds.
 MUTANTS ?= --limit 40 --seed 1
