@@ -31,6 +31,16 @@ class Sizes(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in "TSRP"]
 
 
+class _Propagation(FakeTensorProp):
+    """Gives numbers made of sizes their value too, as torch 2.13 does by itself."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, int):
+            n.meta["val"] = result
+        return result
+
+
 def make_body(
     function: Callable[..., Any],
     inputs: dict[str, tuple[Sequence[Any], torch.dtype]],
@@ -51,7 +61,7 @@ def make_body(
                 fake = torch.empty_strided(fake.shape, strided[name], dtype=dtype)
         fakes.append(fake)
     body = fx.symbolic_trace(function)
-    FakeTensorProp(body, mode).propagate_dont_convert_inputs(*fakes)
+    _Propagation(body, mode).propagate_dont_convert_inputs(*fakes)
     layouts = packed if isinstance(packed, dict) else dict.fromkeys(packed, "rows16")
     operands = [
         Operand.of_value(name, fake, layouts.get(name)) for name, fake in zip(inputs, fakes)

@@ -63,11 +63,12 @@ class Kernel:
 
 
 class Ledger:
-    """The lines of a file. known: they are of the compiler at hand."""
+    """The lines of a file. compiler: what wrote them; known: it is the one at hand."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         first, *lines = file.read_text().splitlines() if file.exists() else [""]
+        self.compiler = first
         self.known = first == compiler()
         split = (line.split(" | ") for line in lines)
         self.rows = {" | ".join(row[1:4]): (row[0], tuple(row[4:])) for row in split}
@@ -131,7 +132,14 @@ def hold(
         check(kernel, binaries)
     if updates:
         ledger.write({k: found[k] for k in whole})
-    elif ledger.known:
+    elif not ledger.known:
+        warnings.warn(
+            f"{ledger.file.name} is of {ledger.compiler or 'no compiler'}, this is {compiler()}: "
+            f"{len(found)} of {len(kernels)} kernels were compiled and may not spill, what they "
+            "use is compared with nothing",
+            stacklevel=2,
+        )
+    else:
         _compare(found, ledger, sample, whole)
         if moved:
             told = "; ".join(k.label for k in moved[:4])
