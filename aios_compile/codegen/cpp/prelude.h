@@ -262,17 +262,31 @@ AIOS_INLINE float round_bf16(float x) { return round_bf16(splat(x))[0]; }
 AIOS_INLINE float round_f16(float x) { return round_f16(splat(x))[0]; }
 
 // ---- horizontal reductions: always the same tree, lane i with lane i + VL/2, and so on ---------
-#define AIOS_REDUCTION(name, expression)                     \
-  AIOS_INLINE float name(vf x) {                             \
-    float a[VL];                                             \
-    memcpy(a, &x, sizeof(a));                                \
-    for (int s = VL / 2; s > 0; s /= 2)                      \
-      for (int i = 0; i < s; ++i) {                          \
-        float p = a[i], q = a[i + s];                        \
-        a[i] = expression;                                   \
-      }                                                      \
-    return a[0];                                             \
-  }
+// Halves stay in registers: of a loop over an array GCC makes stores that the loads wait for.
+typedef float v4 __attribute__((vector_size(16)));
+typedef float v8 __attribute__((vector_size(32)));
+template <class Half, class X> AIOS_INLINE Half half_of(const X& x, int which) {
+  Half half;
+  memcpy(&half, (const char*)&x + which * sizeof(half), sizeof(half));
+  return half;
+}
+template <class Join> AIOS_INLINE float reduce(v4 x, Join join) {
+  x = join(x, v4{x[2], x[3], x[2], x[3]});
+  return join(x, v4{x[1], x[1], x[1], x[1]})[0];
+}
+#if VL >= 8
+template <class Join> AIOS_INLINE float reduce(v8 x, Join join) {
+  return reduce(join(half_of<v4>(x, 0), half_of<v4>(x, 1)), join);
+}
+#endif
+#if VL == 16
+template <class Join> AIOS_INLINE float reduce(vf x, Join join) {
+  const v8 low = (v8)_mm512_castps512_ps256((__m512)x);
+  return reduce(join(low, (v8)_mm512_extractf32x8_ps((__m512)x, 1)), join);
+}
+#endif
+#define AIOS_REDUCTION(name, expression) \
+  AIOS_INLINE float name(vf x) { return reduce(x, [](auto p, auto q) { return expression; }); }
 AIOS_REDUCTION(reduce_add, p + q)
 AIOS_REDUCTION(reduce_mul, p * q)
 AIOS_REDUCTION(reduce_max, max(p, q))

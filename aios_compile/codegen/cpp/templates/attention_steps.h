@@ -6,6 +6,8 @@ AIOS_NOINLINE void dot_pages(Tile& tile, int row, const Step& step) {
   constexpr int P = FIT >= AHEAD ? AHEAD : FIT >= 2 ? 2 : 1;
   int page = step.begin;
   for (; page + P <= step.end; page += P) dot<R, P, FETCH>(tile, row, page, step);
+  if constexpr (P > 2)  // side by side: a page alone waits for its sums
+    for (; page + 2 <= step.end; page += 2) dot<R, 2, FETCH>(tile, row, page, step);
   if constexpr (P > 1)
     for (; page < step.end; ++page) dot<R, 1, FETCH>(tile, row, page, step);
 }
@@ -56,7 +58,8 @@ AIOS_NOINLINE void softmax_step(Tile& tile, const Step& step) {
     }
     const float found = highest_lane(top);
     const float highest = found > tile.highest[r] ? found : tile.highest[r];
-    if (highest != tile.highest[r]) tile.rescale[r] = exp(tile.highest[r] - highest);
+    if (highest != tile.highest[r])  // the first step: exp would give 0
+      tile.rescale[r] = tile.highest[r] == LOWEST ? 0.0f : exp(tile.highest[r] - highest);
     tile.highest[r] = highest;
     const vf sum = load(tile.sums[r]) * tile.rescale[r];
     store(tile.sums[r], weigh(tile, r, begin, end, highest, sum, step));
@@ -127,9 +130,11 @@ AIOS_NOINLINE void attend(Tile* tiles, const Sizes* n, void* const* p, int64_t s
   const int64_t first = max(tiles->from[0] / PAGE, span * SPAN);
   const int64_t last = min(tiles->to[tiles->rows - 1] / PAGE, span * SPAN + SPAN - 1);
   for (int i = 0; i < count; ++i) {
-    memset(tiles[i].out, 0, tiles[i].rows * sizeof(tiles[i].out[0]));
-    memset(tiles[i].sums, 0, tiles[i].rows * sizeof(tiles[i].sums[0]));
-    for (int r = 0; r < tiles[i].rows; ++r) tiles[i].highest[r] = LOWEST;
+    for (int r = 0; r < tiles[i].rows; ++r) {
+      for (int j = 0; j < WIDE; j += VL) store(tiles[i].out[r] + j, splat(0.0f));
+      store(tiles[i].sums[r], splat(0.0f));
+      tiles[i].highest[r] = LOWEST;
+    }
   }
   Step step;
   for (int64_t group = first / AHEAD * AHEAD; group <= last; group += AHEAD) {

@@ -15,25 +15,36 @@ AIOS_INLINE void norm(const float* x, const Weight* weight, float eps, float* ou
   for (; i + VL <= D; i += VL) sum = fma(load(x + i), load(x + i), sum);
   if (i < D) sum = fma(load(x + i, D - i), load(x + i, D - i), sum);
   const float factor = rsqrt(reduce_add(sum) / (float)D + eps);
-  for (i = 0; i < D; ++i) out[i] = weight ? x[i] * factor * load1(weight + i) : x[i] * factor;
+  for_lanes(0, D, [&](int64_t d, auto count) {
+    const vf value = load(x + d, count) * factor;
+    store(out + d, weight ? value * load(weight + d, count) : value, count);
+  });
 }
 
-// out = x * cos + rotate(x) * sin on the first ROTATED elements; the others pass. The turned copy
-// is not a detour: of the direct form GCC 12 makes fused multiply-add-subtracts even under
-// -ffp-contract=off.
+// out = x * cos + rotate(x) * sin on the first ROTATED elements; the others pass. Where halves are
+// whole vectors they are vectors; else the turned copy is not a detour: of the direct form in
+// scalars GCC 12 makes fused multiply-add-subtracts even under -ffp-contract=off.
 AIOS_INLINE void rotate(const float* x, const float* cosine, const float* sine, float* out) {
   constexpr int64_t HALF = ROTATED / 2;
-  float turned[ROTATED + 1];
-  if (INTERLEAVED) {
-    for (int64_t i = 0; i < ROTATED; i += 2) {
-      turned[i] = -x[i + 1];
-      turned[i + 1] = x[i];
+  if constexpr (!INTERLEAVED && HALF % VL == 0) {
+    for (int64_t i = 0; i < HALF; i += VL) {
+      const vf low = load(x + i), high = load(x + i + HALF);
+      store(out + i, low * load(cosine + i) + -high * load(sine + i));
+      store(out + i + HALF, high * load(cosine + i + HALF) + low * load(sine + i + HALF));
     }
   } else {
-    for (int64_t i = 0; i < HALF; ++i) turned[i] = -x[i + HALF];
-    for (int64_t i = HALF; i < ROTATED; ++i) turned[i] = x[i - HALF];
+    float turned[ROTATED + 1];
+    if (INTERLEAVED) {
+      for (int64_t i = 0; i < ROTATED; i += 2) {
+        turned[i] = -x[i + 1];
+        turned[i + 1] = x[i];
+      }
+    } else {
+      for (int64_t i = 0; i < HALF; ++i) turned[i] = -x[i + HALF];
+      for (int64_t i = HALF; i < ROTATED; ++i) turned[i] = x[i - HALF];
+    }
+    for (int64_t i = 0; i < ROTATED; ++i) out[i] = x[i] * cosine[i] + turned[i] * sine[i];
   }
-  for (int64_t i = 0; i < ROTATED; ++i) out[i] = x[i] * cosine[i] + turned[i] * sine[i];
   for (int64_t i = ROTATED; i < D; ++i) out[i] = x[i];
 }
 

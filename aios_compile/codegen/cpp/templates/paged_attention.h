@@ -48,6 +48,7 @@ AIOS_INLINE void attend_span(Tile* tiles, const Sizes* n, void* const* p, int64_
 AIOS_INLINE int64_t sequence_of(const Sizes* n, void* const* p, int64_t t) {
   int64_t low = 0, high = num_sequences(n);  // start of low <= t < start of high
   if (t >= *start_of(n, p, high)) return -1;
+  if (t < high && *start_of(n, p, t) == t && *start_of(n, p, t + 1) > t) return t;  // one each
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
     if (*start_of(n, p, middle) <= t) low = middle;
