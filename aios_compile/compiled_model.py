@@ -47,6 +47,7 @@ MakeExecutor = Callable[[Limits], Executor]
 LARGE_MODEL_BYTES = 256 << 20
 WARM_UP_SECONDS = 0.02
 DEFAULT_KV_SHARE = 0.4  # of the memory that is free at the start, when no size was given
+PINNED_BYTES = 2 << 30  # to swap to, beside a GPU, when no size was given: pinning takes time
 
 
 class CompiledModel:
@@ -87,7 +88,7 @@ class CompiledModel:
         self.runner: ProgramRunner | None = None
         triton = self.program.settings.get("family") == "triton"
         self.scheduler_options = make_scheduler_options(
-            self.program, self.options, self.limits, can_swap=make_executor is None and not triton
+            self.program, self.options, self.limits, can_swap=make_executor is None
         )
         self.tokenizer = _load_tokenizer(self._artefact)
         executor = (make_executor or (self._gpu if triton else self._kernels))(self.limits)
@@ -137,6 +138,9 @@ class CompiledModel:
             self.progress.note("GPU memory\n" + plan.table())
             limits = replace(limits, num_pages=plan.num_pages)
         self.limits = limits
+        self.scheduler_options = make_scheduler_options(  # of the pages that the card has
+            self.program, self.options, limits, can_swap=True
+        )
         kernels = self.artefact_path / KERNELS
         device.use_binaries(self.artefact_path)
         executor = GpuExecutor(
@@ -145,6 +149,7 @@ class CompiledModel:
             {w.name: self._artefact.tensor(w.name) for w in self.program.weights},
             limits,
             device,
+            num_host_pages=self.scheduler_options.num_host_pages,
         )
         if memory is not None:  # the interpreter has nothing to compile, and is slow
             with self.progress.stage("capture graphs"):
@@ -366,11 +371,13 @@ def make_scheduler_options(
     host_bytes = options.swap_space_bytes
     if host_bytes and not can_swap:
         raise ConfigError(
-            f"swap_space_bytes={host_bytes}: only the C++ target swaps to host memory",
+            f"swap_space_bytes={host_bytes}: this executor does not swap to host memory",
             advice="leave it at None: preempted sequences are computed again",
         )
     if host_bytes is None:
         host_bytes = limits.num_pages * page_bytes // 4
+        if program.settings.get("family") == "triton":
+            host_bytes = min(host_bytes, PINNED_BYTES)
     chunk = options.chunked_prefill_size or max(1, limits.max_num_batched_tokens // 4)
     return SchedulerOptions(
         policy=options.scheduling_policy,

@@ -80,7 +80,9 @@ class CompileOptions:
         None, "prompt tokens in a step that also continues running sequences; default a quarter"
     )
     swap_space_bytes: int | None = _option(
-        None, "host memory for preempted sequences, in bytes; default a quarter of the KV cache"
+        None,
+        "host memory for preempted sequences, in bytes; default a quarter of the KV cache, beside "
+        "a GPU at most 2 GiB",
     )
     decision_log: str | None = _option(None, "file for every decision of the scheduler, see replay")
     speculative_config: Mapping[str, Any] | None = _option(

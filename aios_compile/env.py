@@ -63,9 +63,9 @@ SELECT_KERNELS = Variable(
 OVERLAP = Variable(
     "AIOS_OVERLAP",
     "1",
-    "1: the C++ target runs a decode step while the host takes in the one before and prepares the "
-    "next, where a core is left for the host (fewer threads than cores) and a few timed steps show "
-    "a gain; 2: always; 0: never",
+    "1: a decode step runs while the host takes in the one before and prepares the next: on a GPU "
+    "always, on the C++ target where a core is left for the host (fewer threads than cores) and a "
+    "few timed steps show a gain; 2: always; 0: never",
 )
 CXX = Variable("AIOS_CXX", "", "C++ compiler; default c++, then g++, then clang++")
 

@@ -5,6 +5,9 @@
 Only what the host alone knows is sent: a token's position, slot and page are worked out on the
 device from its sequence, and so is all that pads a bucket. Page tables are sent ragged, as long as
 the sequences are. The order of the sections is fixed; their begins depend on the batch. Torch-free.
+
+A token id that the host does not know yet, because the step before has not ended, is sent as
+-1 - row: what that row of the step before has sampled.
 """
 
 from __future__ import annotations

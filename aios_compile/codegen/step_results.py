@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from aios_compile.codegen.operand import BYTES, dim_value
 from aios_compile.codegen.program import TensorEntry
 
+SAMPLED = "sampled_ids"  # what the next step may take as its tokens, on the device
 LAZY = "logits"  # large and seldom read: copied by itself, when somebody asks for it
 
 

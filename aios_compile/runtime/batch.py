@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
+NO_LOGITS: Floats = np.zeros((0, 0), np.float32)  # of a step that was begun: nobody looks
 TRASH_PAGE = 0  # padded tokens write here and nobody reads it (a slot of -1 would be the last slot)
 
 

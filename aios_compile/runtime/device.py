@@ -25,10 +25,38 @@ class Graph(Protocol):
         ...
 
 
+class Mark(Protocol):
+    """A point between the things that a device is asked for; it can be recorded again."""
+
+    def record(self) -> None:
+        """Set the mark behind everything that has been asked for so far."""
+        ...
+
+    @property
+    def is_passed(self) -> bool:
+        """Return whether everything before the mark has run; does not wait."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until everything before the mark has run, and for nothing else.
+
+        Raises RuntimeError for what failed on the device.
+        """
+        ...
+
+    def micros_since(self, earlier: Mark) -> float:
+        """Return the microseconds between two marks of this device that are passed."""
+        ...
+
+
 class Device(Protocol):
-    """A device with its memory. Everything that has been asked for runs in the order asked."""
+    """A device with its memory. Everything that has been asked for runs in the order asked.
+
+    runs_ahead: what is asked for runs while the host goes on; else before the call returns.
+    """
 
     name: str
+    runs_ahead: bool
 
     @property
     def num_compiled(self) -> int:
@@ -59,12 +87,12 @@ class Device(Protocol):
         """Copy an array to the device and wait for it."""
         ...
 
-    def upload(self, memory: Memory, staged: Bytes, begin: int, end: int) -> None:
-        """Copy staged[begin:end] to the same place in memory; staged may change after a wait."""
+    def upload(self, memory: Memory, offset: int, staged: Bytes) -> None:
+        """Copy bytes of `host_bytes` to an offset in memory; they may change once it has run."""
         ...
 
     def download(self, memory: Memory, offset: int, into: Bytes) -> None:
-        """Copy bytes from the device; they are there after `synchronize`."""
+        """Copy bytes from the device into `host_bytes`; they are there once it has run."""
         ...
 
     def copy(self, memory: Memory, source: int, target: int, num_bytes: int) -> None:
@@ -77,6 +105,10 @@ class Device(Protocol):
 
     def capture(self, run: Callable[[], None]) -> Graph:
         """Return the launches that `run` asks for as a graph. Raises EngineError if `run` waits."""
+        ...
+
+    def mark(self) -> Mark:
+        """Return a mark; it says nothing before it is recorded."""
         ...
 
     def synchronize(self) -> None:

@@ -9,11 +9,9 @@ from numpy.typing import NDArray
 
 from aios_compile import env
 from aios_compile.errors import EngineError
-from aios_compile.runtime.batch import Batch, Floats, Ints, Limits, StepResult
+from aios_compile.runtime.batch import NO_LOGITS, Batch, Ints, Limits, StepResult
 from aios_compile.runtime.program_runner import ProgramRunner
 from aios_compile.runtime.step_slot import Begun
-
-NO_LOGITS: Floats = np.zeros((0, 0), np.float32)
 
 
 class CpuExecutor:

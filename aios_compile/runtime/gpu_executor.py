@@ -1,29 +1,35 @@
 """The Executor of the Triton target: one launch list, captured as a graph for each token bucket.
 
 A step is one copy of a packet to the device, one launch of the bucket's graph, and one copy of the
-sampled rows back; waiting for that copy is the only wait. All that differs from step to step
-(lengths, pages, slots, sampling) is made on the device from the packet, by the first kernel of the
-graph; grids and scalars depend on the bucket alone. Weights, KV pages, arena and counters are
-allocated once; a step allocates nothing.
+sampled rows back; waiting for that copy is the only wait (gpu_step.py), and `begin` leaves even
+that to whoever wants the result: the next step, whose ids the first one samples, can be asked for
+before. All that differs from step to step (lengths, pages, slots, sampling) is made on the device
+from the packet, by the first kernel of the graph; grids and scalars depend on the bucket alone.
+Weights, KV pages, arena and counters are allocated once; a step allocates nothing.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
+from aios_compile import env
 from aios_compile.codegen.program import Program
-from aios_compile.errors import EngineError
-from aios_compile.runtime.batch import Batch, Limits, StepResult
-from aios_compile.runtime.device import Bytes, Device, Graph
+from aios_compile.codegen.step_results import SAMPLED
+from aios_compile.errors import EngineClosedError, EngineError
+from aios_compile.runtime.batch import NO_LOGITS, Batch, Ints, Limits, StepResult
+from aios_compile.runtime.device import Bytes, Device, Graph, Memory
+from aios_compile.runtime.gpu_step import GpuStep, LazyResult, StepSide
 from aios_compile.runtime.launch_list import Call, Place, launch_list
 from aios_compile.runtime.program_runner import state_page_bytes
-from aios_compile.runtime.results import LAZY, Results
-from aios_compile.runtime.staging import ALIGNMENT, Staging
+from aios_compile.runtime.results import Results
+from aios_compile.runtime.staging import ALIGNMENT, SIDES, Staging
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +50,10 @@ class GpuExecutor:
     """Runs batches of a program on a device, which it owns. See runtime.batch.Executor.
 
     modules: the kernel modules in the order of program.kernels. weights: WeightEntry.name -> array.
-    captures: replay graphs (the default), else launch every kernel in every step.
+    captures: replay graphs (the default), else launch every kernel in every step. num_host_pages:
+    pages of the second pool, in pinned host memory. overlap: "always" where the device runs ahead
+    of the host (AIOS_OVERLAP=0: "never", 2: "always" on any). `usable` until the device fails.
     """
-
-    usable = True
 
     def __init__(
         self,
@@ -58,7 +64,9 @@ class GpuExecutor:
         device: Device,
         *,
         captures: bool = True,
+        num_host_pages: int = 0,
     ) -> None:
+        self.usable = True
         self.program, self.modules, self.limits, self.device = program, modules, limits, device
         check_residency(modules, device)
         self.buckets = limits.token_buckets or token_buckets(limits.max_num_batched_tokens)
@@ -71,9 +79,20 @@ class GpuExecutor:
         self._counters = device.allocate(4 * program.counters)
         self._place_weights(weights)
         self._place_states()
+        stride = sum(self._page_bytes)
+        self._host = device.host_bytes(stride * (num_host_pages + 1) if num_host_pages else 0)
         self.staging = Staging(program.inputs, limits, device)
         self.results = Results(program, limits.max_num_logit_rows, device)
+        self._sides = [StepSide(i, device.mark(), device.mark()) for i in range(SIDES)]
+        self.num_begun = 0  # steps
+        self.overlap = self._overlap()
         self._closed = False
+
+    def _overlap(self) -> str:
+        asked = env.OVERLAP.get_int(0, 2)
+        samples = any(entry.name == SAMPLED for entry in self.program.outputs)
+        ahead = asked == 2 or (asked == 1 and self.device.runs_ahead)
+        return "always" if samples and ahead else "never"
 
     def _place_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
         """Copy all weights into one block; a table gives the offset of each."""
@@ -148,20 +167,64 @@ class GpuExecutor:
     def step(self, batch: Batch) -> StepResult:
         """Write the cache, compute the rows' logits and sample; results are valid until the next.
 
-        Raises EngineError for a batch beyond the planned sizes.
+        Raises EngineError for a batch beyond the planned sizes, or if the device fails.
         """
+        self.settle()
+        found = self.begin(batch).finish()
+        if not self.results.has_logits:
+            return StepResult(**found, logits=NO_LOGITS)
+        return LazyResult(partial(self.read_logits, batch.num_rows), found)
+
+    def begin(
+        self, batch: Batch, sources: Ints | None = None, hold: NDArray[np.int32] | None = None
+    ) -> GpuStep:
+        """Ask for a step and return; see OverlappingExecutor.begin. hold: is not looked at.
+
+        Raises EngineError for a batch beyond the planned sizes, and for what fails while asking.
+        """
+        if self._closed:
+            raise EngineClosedError("the model is closed")
         bucket = self._bucket(batch)
         sizes = self.sizes_of(bucket)
-        self.staging.fill(batch)
+        side = self._sides[self.num_begun % SIDES]
+        assert side.is_over, "three steps at once"
+        self.num_begun += 1
+        try:
+            self._ask(batch, sources, bucket, side)
+        except Exception as error:
+            with suppress(Exception):  # the first error is told; nothing may be left running
+                self.device.synchronize()
+            if isinstance(error, EngineError):
+                raise
+            raise self._failure(self.num_begun, error) from error
+        views = partial(self.results.views, sizes["R"], batch.num_rows, side.index)
+        side.step = GpuStep(self.num_begun, side, views, self._failure)
+        return side.step
+
+    def _ask(self, batch: Batch, sources: Ints | None, bucket: int, side: StepSide) -> None:
+        """Ask for all that a step is: copy, graph, copy, mark."""
+        sizes = self.sizes_of(bucket)
+        self.staging.fill(batch, sources, side.index)
         if self.staging.moved:  # the lists have grown: captured graphs read the old place
             self.graphs.clear()
             self.staging.moved = False
-        self.staging.upload()
+        side.first.record()
+        self.staging.upload(side.index)
         self._run(bucket, sizes)
-        found = self.results.read(sizes["R"], batch.num_rows)
-        if not self.results.has_logits:
-            return StepResult(**found)
-        return LazyResult(self, batch.num_rows, found)
+        self.results.download(sizes["R"], side.index)
+        side.last.record()
+
+    def _failure(self, number: int, error: Exception) -> EngineError:
+        """Return the error of a step; what fails on a device leaves nothing that can be trusted."""
+        self.usable = False
+        return EngineError(
+            f"step {number} failed on {self.device.name}: {type(error).__name__}: {error}"
+        )
+
+    def settle(self) -> None:
+        """Wait until no step runs that was begun."""
+        for side in self._sides:
+            side.settle()
 
     def _bucket(self, batch: Batch) -> int:
         limits = self.limits
@@ -195,6 +258,30 @@ class GpuExecutor:
             for source, target in pairs:
                 self.device.copy(self._states, begin + source * size, begin + target * size, size)
 
+    def swap_out(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages (page, host page) in all layers to the host's pool, and wait: so that
+        what a swap costs can be measured.
+        """
+        self._swap(pairs, self.device.download)
+        mark = self.device.mark()
+        mark.record()
+        mark.wait()
+
+    def swap_in(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages (host page, page) in all layers back, before whatever comes next."""
+        self._swap([(page, host_page) for host_page, page in pairs], self.device.upload)
+
+    def _swap(
+        self, pairs: Sequence[tuple[int, int]], copy: Callable[[Memory, int, Bytes], None]
+    ) -> None:
+        """Copy pages (page, host page) one way; a host page has all layers."""
+        stride = sum(self._page_bytes)
+        for page, host_page in pairs:
+            place = host_page * stride
+            for begin, size in zip(self._state_offsets, self._page_bytes):
+                copy(self._states, begin + page * size, self._host[place : place + size])
+                place += size
+
     def state_bytes(self) -> Bytes:
         """Return a copy of all KV pages (tests and debugging)."""
         into = self.device.host_bytes(sum(map(_aligned, self._pools())))
@@ -210,7 +297,8 @@ class GpuExecutor:
         if self._closed:
             return
         self._closed = True
-        self.device.synchronize()
+        with suppress(Exception):  # of a device that failed, and was told
+            self.device.synchronize()
         self.graphs.clear()
         self._arena = self._weights = self._states = self._counters = None
         self.device.close()
@@ -230,21 +318,6 @@ def check_residency(modules: Sequence[Any], device: Device) -> None:
                     f"multiprocessor; the device has {there} of them and would wait for ever",
                     advice="load with persistent_decode=False: one launch a kernel",
                 )
-
-
-class LazyResult(StepResult):
-    """A result whose logits are copied from the device when somebody looks at them."""
-
-    def __init__(self, executor: GpuExecutor, rows: int, found: Mapping[str, Any]) -> None:
-        self._source = (executor, rows)
-        vars(self).update(found)
-
-    def __getattr__(self, name: str) -> Any:
-        if name != LAZY:
-            raise AttributeError(name)
-        executor, rows = self._source
-        self.logits = executor.read_logits(rows)
-        return self.logits
 
 
 def _aligned(size: int) -> int:

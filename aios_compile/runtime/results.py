@@ -13,19 +13,21 @@ from aios_compile.codegen.program import Program
 from aios_compile.codegen.step_results import LAZY, StepResults
 from aios_compile.runtime.device import Device, Memory
 from aios_compile.runtime.program_runner import NUMPY_DTYPES
+from aios_compile.runtime.staging import SIDES
 
 __all__ = ["LAZY", "Results"]
 
 
 class Results:
-    """The block that collect_results fills, and its copy on the host. `max_rows`: of a step."""
+    """The block that collect_results fills, and its copies on the host, by turns: the result of one
+    step is looked at while the next one's arrives. `max_rows`: of a step."""
 
     def __init__(self, program: Program, max_rows: int, device: Device) -> None:
         self.device = device
         self._spec = StepResults.of(program.outputs, program.sizes)
         self._row_bytes = self._spec.row_bytes()
         self.memory: Memory = device.allocate(max_rows * self._row_bytes)
-        self._host = device.host_bytes(max_rows * self._row_bytes)
+        self._host = [device.host_bytes(max_rows * self._row_bytes) for _ in range(SIDES)]
         self._logits = next((e for e in program.outputs if e.name == LAZY), None)
         self._host_logits: NDArray[np.uint8] | None = None
         self._sizes = program.sizes
@@ -35,21 +37,21 @@ class Results:
     def has_logits(self) -> bool:
         return self._logits is not None
 
-    def read(self, bucket_rows: int, rows: int) -> dict[str, NDArray[Any]]:
-        """Copy the results in one go and wait for them; views of the first `rows` rows.
-
-        bucket_rows: R of the graph that ran. The views hold until the next call.
-        """
-        into = self._host[: bucket_rows * self._row_bytes]
+    def download(self, bucket_rows: int, side: int = 0) -> None:
+        """Ask for the copy of the results, in one go. bucket_rows: R of the graph that runs."""
+        into = self._host[side][: bucket_rows * self._row_bytes]
         if len(into):
             self.device.download(self.memory, 0, into)
-        self.device.synchronize()
+
+    def views(self, bucket_rows: int, rows: int, side: int = 0) -> dict[str, NDArray[Any]]:
+        """Return views of the first `rows` rows, once the copy has ended; valid until the next
+        copy to this side.
+        """
         begins, found = self._spec.places(bucket_rows), {}
         for name, dtype, width in self._spec.outputs:
             size = rows * width * BYTES[dtype]
-            values: NDArray[Any] = into[begins[name] : begins[name] + size].view(
-                NUMPY_DTYPES[dtype]
-            )
+            raw = self._host[side][begins[name] : begins[name] + size]
+            values: NDArray[Any] = raw.view(NUMPY_DTYPES[dtype])
             found[name] = values if name in self._one_value else values.reshape(rows, width)
         return found
 

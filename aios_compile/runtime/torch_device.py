@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from aios_compile.codegen.triton import binary_cache
 from aios_compile.codegen.triton.binary_cache import Compilations
 from aios_compile.errors import ConfigError, EngineError
-from aios_compile.runtime.device import Bytes, Graph, Memory
+from aios_compile.runtime.device import Bytes, Graph, Mark, Memory
 
 SCRATCH_BYTES = 1 << 20  # 128 for each descriptor of each program: more than any kernel takes
 DTYPES = {
@@ -73,8 +74,50 @@ def require_cuda(name: str) -> None:
         raise ConfigError(f"device={name!r}: triton is not installed", advice=advice)
 
 
+class PassedMark:
+    """A mark of a device that has run everything when it is recorded."""
+
+    is_passed = True
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def wait(self) -> None:
+        pass
+
+    def micros_since(self, earlier: Mark) -> float:
+        assert isinstance(earlier, PassedMark), "marks of one device"
+        return (self.seconds - earlier.seconds) * 1e6
+
+
+class EventMark:
+    """A CUDA event. stream: torch's, of the device; the current one may be another thread's."""
+
+    def __init__(self, stream: Any) -> None:
+        import torch
+
+        make: Any = torch.cuda.Event  # has no types
+        self._stream, self.event = stream, make(enable_timing=True)
+
+    def record(self) -> None:
+        self.event.record(self._stream)
+
+    @property
+    def is_passed(self) -> bool:
+        return bool(self.event.query())
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+    def micros_since(self, earlier: Mark) -> float:
+        assert isinstance(earlier, EventMark), "marks of one device"
+        return float(earlier.event.elapsed_time(self.event)) * 1e3
+
+
 class TorchDevice:
     """What both devices share. `name` is torch's name of the device."""
+
+    runs_ahead = False
 
     def __init__(self, name: str) -> None:
         import torch
@@ -98,9 +141,9 @@ class TorchDevice:
             source = self.torch.from_numpy(raw if raw.flags.writeable else raw.copy())
             memory[offset : offset + len(raw)].copy_(source)
 
-    def upload(self, memory: Memory, staged: Bytes, begin: int, end: int) -> None:
-        source = self.torch.from_numpy(staged)[begin:end]
-        memory[begin:end].copy_(source, non_blocking=True)
+    def upload(self, memory: Memory, offset: int, staged: Bytes) -> None:
+        source = self.torch.from_numpy(staged)
+        memory[offset : offset + len(staged)].copy_(source, non_blocking=True)
 
     def download(self, memory: Memory, offset: int, into: Bytes) -> None:
         target = self.torch.from_numpy(into)
@@ -131,16 +174,26 @@ class TorchDevice:
         """Return the (free, total) bytes of a card of its own, None where it is the host's."""
         return None
 
+    def mark(self) -> Mark:
+        return PassedMark()
+
     def close(self) -> None:
         pass
 
 
 class CudaDevice(TorchDevice):
-    """A GPU. Host memory is pinned; graphs share one pool of memory."""
+    """A GPU. Host memory is pinned; graphs share one pool of memory.
+
+    The engine's thread is not the one that opens the device, and what torch calls current is a
+    thread's own: so the device and its stream are named wherever torch would take the current one.
+    """
+
+    runs_ahead = True
 
     def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.torch.cuda.set_device(self.torch.device(name if ":" in name else "cuda:0"))
+        super().__init__(name if ":" in name else "cuda:0")
+        self.torch.cuda.set_device(self.name)
+        self._stream = self.torch.cuda.current_stream(self.name)
         self._pool = self.torch.cuda.graph_pool_handle()
         self._compilations = Compilations()
         self._scratch = self.allocate(SCRATCH_BYTES)
@@ -177,7 +230,7 @@ class CudaDevice(TorchDevice):
     def capture(self, run: Callable[[], None]) -> Graph:
         graph = self.torch.cuda.CUDAGraph()
         try:
-            with self.torch.cuda.graph(graph, pool=self._pool):
+            with self.torch.cuda.device(self.name), self.torch.cuda.graph(graph, pool=self._pool):
                 run()
         except RuntimeError as error:
             raise EngineError(f"a step cannot be captured as a CUDA graph: {error}") from error
@@ -186,11 +239,14 @@ class CudaDevice(TorchDevice):
 
     def memory(self) -> tuple[int, int]:
         """Return the (free, total) bytes of the card."""
-        free, total = self.torch.cuda.mem_get_info()
+        free, total = self.torch.cuda.mem_get_info(self.name)
         return int(free), int(total)
 
+    def mark(self) -> Mark:
+        return EventMark(self._stream)
+
     def synchronize(self) -> None:
-        self.torch.cuda.synchronize()
+        self.torch.cuda.synchronize(self.name)
 
     def close(self) -> None:
         self.synchronize()

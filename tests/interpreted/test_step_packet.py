@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -74,12 +75,19 @@ def expected(name: str, given: Batch, executor: GpuExecutor, sizes: dict[str, in
 def test_inputs_are_those_of_the_batch_and_padding(
     executor: GpuExecutor, sequences: list[tuple[int, int]], bucket: int
 ) -> None:
+    """Some token ids are what rows of the step before have sampled."""
     given = with_sampling(batch(sequences), seed=bucket)
     sizes = executor.sizes_of(bucket)
     executor.staging.memory.fill_(0x5A)
     executor.staging.packet.fill_(0x5A)
-    executor.staging.fill(given)
-    executor.staging.upload()
+    place = next(e.offset for e in executor.program.outputs if e.name == "sampled_ids")
+    sampled = executor.device.typed(executor._arena, place, "*i64")[: sizes["R"]]
+    sampled.copy_(torch.arange(sizes["R"]) + 99_000)
+    sources = np.where(np.arange(given.num_tokens) % 3 < 2, np.arange(given.num_tokens), -1)
+    sources[sizes["R"] :] = -1
+    executor.staging.fill(given, sources, side=1)
+    executor.staging.upload(side=1)
+    given.token_ids = np.where(sources < 0, given.token_ids, 99_000 + sources)
     every, executor.calls = executor.calls, executor.calls[:1]
     executor.launch_all(sizes)
     executor.calls = every
@@ -102,7 +110,7 @@ def test_a_packet_is_as_long_as_its_batch(executor: GpuExecutor) -> None:
     staging.fill(batch([(40, 1)]))
     assert staging.upload() == 4 * (64 + 1 + 2 + 1 + 1 + 2 + 3 + 14 + 3 * 2)
     staging.fill(batch([(63, 1)] * 4))
-    assert staging.upload() < 4 * len(staging.words)
+    assert staging.upload() < len(staging.writers[0].host)
 
 
 def test_an_input_that_no_packet_holds_is_refused() -> None:

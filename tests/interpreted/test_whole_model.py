@@ -20,6 +20,7 @@ from aios_compile.ir import quantized
 from aios_compile.runtime.batch import Batch, Executor, StepResult
 from tests import zoo
 from tests.interpreted.harness import Model, assert_close, batch, exact_activations, model
+from tests.interpreted.lagging_device import LaggingDevice
 from tests.quick_builds import build_quickly
 from tests.variants import nightly
 
@@ -80,6 +81,24 @@ def check(built: Model, tolerance: float, native: Executor | None = None) -> Non
 
 def test_steps_are_those_of_eager_and_of_the_cpu(native: Native) -> None:
     check(model(NAME), 1e-5, native())
+
+
+def test_steps_begun_ahead_are_those_of_eager() -> None:
+    """The ids of each decode come from the step before, which has not run when it is asked for."""
+    built = model(NAME)
+    ours, eager = built.executor(LaggingDevice(eagerness=0.0)), built.eager()
+    rows = np.arange(2)
+    steps = [
+        batch(sequences) for sequences in ([(0, 5), (0, 2)], [(5, 1), (2, 1)], [(6, 1), (3, 1)])
+    ]
+    first = ours.begin(steps[0])
+    for number, given in enumerate(steps):
+        second = ours.begin(steps[number + 1], rows) if number < 2 else None
+        got, theirs = first.wait(), eager.step(given)
+        assert list(got.sampled_ids) == list(theirs.sampled_ids)
+        np.testing.assert_allclose(got.logprobs, theirs.logprobs, atol=1e-5)
+        if second is not None:
+            first, steps[number + 1].token_ids = second, np.array(theirs.sampled_ids)
 
 
 @pytest.mark.parametrize("form", ["int8", *nightly("int4")])

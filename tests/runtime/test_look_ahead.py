@@ -14,6 +14,7 @@ from aios_compile.runtime.overlap_governor import OverlapGovernor
 from aios_compile.sampling_params import SamplingParams
 from tests.runtime.conftest import checked_engine
 from tests.runtime.fake_executor import FakeExecutor, FakeTokenizer, greedy, limits
+from tests.runtime.fake_gpu import FakeGpu
 
 KINDS: list[dict[str, Any]] = [
     {}, {"logprobs": 2}, {"stop": ["a", "the"]}, {"temperature": 0.0}, {"n": 2},
@@ -21,6 +22,7 @@ KINDS: list[dict[str, Any]] = [
 ]  # fmt: skip
 UNKNOWN = {3: {"repetition_penalty": 1.4}, 4: {"min_tokens": 9}}  # the next step is not foreseen
 PROMPTS = [[i, 3, 5, 2, 8][: 1 + i % 5] for i in range(24)]
+EXECUTORS = [FakeExecutor, FakeGpu]
 
 
 def told(engine: Any) -> tuple[list[Any], list[Any]]:
@@ -34,6 +36,7 @@ def told(engine: Any) -> tuple[list[Any], list[Any]]:
     return [output.outputs for output in outputs], log
 
 
+@pytest.mark.parametrize("kind", EXECUTORS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -42,11 +45,11 @@ def told(engine: Any) -> tuple[list[Any], list[Any]]:
         {"num_pages": 30, "max_num_seqs": 8, "token_buckets": (4, 8, 16)},
     ],
 )
-def test_all_is_as_without_it(options: dict[str, Any]) -> None:
+def test_all_is_as_without_it(kind: Any, options: dict[str, Any]) -> None:
     """Ends by tokens and texts that nobody foresees, borders of pages, shortages, newcomers."""
     found, counts = [], []
     for overlap in ("never", "always"):
-        executor = FakeExecutor(limits(**options))
+        executor = (FakeExecutor if overlap == "never" else kind)(limits(**options))
         executor.overlap = overlap
         engine = checked_engine(FakeTokenizer(), executor=executor, eos_token_ids=[11, 12])
         found.append(told(engine))
@@ -56,25 +59,26 @@ def test_all_is_as_without_it(options: dict[str, Any]) -> None:
     assert counts[0] == (0, 0) and counts[1][0] > 0, counts
 
 
-class _Watched(FakeExecutor):
-    """Lets a test act at the moment a step is begun ahead."""
+def watched(executor: Any) -> Any:
+    """Let a test act at the moment a step is begun ahead: it sets `then`."""
+    plain, executor.then = executor.begin, None
 
-    def __init__(self) -> None:
-        super().__init__(limits(num_pages=60))
-        self.then: Any = None
-
-    def begin(self, batch: Batch, sources: Any = None, hold: Any = None) -> Any:
-        step = super().begin(batch, sources, hold)
-        if sources is not None and self.then is not None:
-            then, self.then = self.then, None
+    def begin(batch: Batch, sources: Any = None, hold: Any = None) -> Any:
+        step = plain(batch, sources, hold)
+        if sources is not None and executor.then is not None:
+            then, executor.then = executor.then, None
             then()
         return step
 
+    executor.begin = begin
+    return executor
 
+
+@pytest.mark.parametrize("kind", EXECUTORS)
 @pytest.mark.parametrize("seed", range(4))
-def test_what_callers_leave_holds_the_next_step_back(seed: int) -> None:
+def test_what_callers_leave_holds_the_next_step_back(kind: Any, seed: int) -> None:
     """A request that comes while a step runs is in the next one, or at latest in the one after."""
-    executor = _Watched()
+    executor = watched(kind(limits(num_pages=60)))
     executor.random.seed(seed)
     engine = checked_engine(executor=executor)
     streams: list[Any] = []
@@ -94,8 +98,9 @@ def test_what_callers_leave_holds_the_next_step_back(seed: int) -> None:
     engine.close()
 
 
-def test_a_deadline_is_kept_while_every_step_is_begun_ahead() -> None:
-    executor = FakeExecutor(limits(num_pages=60))
+@pytest.mark.parametrize("kind", EXECUTORS)
+def test_a_deadline_is_kept_while_every_step_is_begun_ahead(kind: Any) -> None:
+    executor = kind(limits(num_pages=60))
     executor.step_seconds = 0.01
     engine = checked_engine(executor=executor)
     output = engine.generate([[1, 2, 3]], temperature=0, max_tokens=60, timeout_s=0.12)[0]
@@ -121,7 +126,8 @@ def test_a_failing_step_ends_its_own_requests_alone() -> None:
     engine.close()
 
 
-def test_a_guess_with_an_old_page_table_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", EXECUTORS)
+def test_a_guess_with_an_old_page_table_is_seen(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: the page of the next token is not looked up, so it is the one before."""
     plain = BatchBuilder.build_next
 
@@ -130,7 +136,7 @@ def test_a_guess_with_an_old_page_table_is_seen(monkeypatch: pytest.MonkeyPatch)
         return plain(self, sequences, states, starts, old)
 
     monkeypatch.setattr(BatchBuilder, "build_next", build_next)
-    engine = checked_engine(executor=FakeExecutor(limits(num_pages=60)))
+    engine = checked_engine(executor=kind(limits(num_pages=60)))
     try:
         output = engine.generate([[1, 2, 3]], temperature=0, max_tokens=20)[0]
         assert output.outputs[0].token_ids != greedy([1, 2, 3], 20)
@@ -140,16 +146,19 @@ def test_a_guess_with_an_old_page_table_is_seen(monkeypatch: pytest.MonkeyPatch)
         engine.close()
 
 
-def test_ids_of_a_guess_come_from_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", EXECUTORS)
+def test_ids_of_a_guess_come_from_the_step_before(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Planted: rows are taken from one place further on, as after a sequence has left."""
-    plain = FakeExecutor.begin
+    plain = kind.begin
 
     def begin(self: Any, batch: Batch, sources: Any = None, hold: Any = None) -> Any:
         shifted = None if sources is None else np.roll(sources, 1)
         return plain(self, batch, shifted, hold)
 
-    monkeypatch.setattr(FakeExecutor, "begin", begin)
-    engine = checked_engine(executor=FakeExecutor(limits(num_pages=60)))
+    monkeypatch.setattr(kind, "begin", begin)
+    engine = checked_engine(executor=kind(limits(num_pages=60)))
     prompts = [[1, 2, 3], [7, 8, 9]]
     outputs = engine.generate(prompts, temperature=0, max_tokens=12)
     engine.close()

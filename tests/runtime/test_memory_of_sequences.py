@@ -22,22 +22,29 @@ from aios_compile.runtime.schedule_state import Costs, Plan, SchedulerOptions, S
 from aios_compile.runtime.scheduler import advance
 from tests.runtime.conftest import MakeEngine, checked_engine
 from tests.runtime.fake_executor import FakeExecutor, FakeTokenizer, greedy, limits
+from tests.runtime.fake_gpu import FakeGpu
 from tests.runtime.test_engine import random_requests, run_alone, summary
 from tests.runtime.test_overhead import NullExecutor
 
 SWAP = SchedulerOptions(num_host_pages=40, enable_prefix_caching=False)
 
 
-@pytest.mark.parametrize("how", ["swap", "recompute"])
-@pytest.mark.parametrize("cache", [True, False])
-def test_preemption_at_every_step_is_invisible(how: str, cache: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "how", "cache"),
+    [
+        (FakeExecutor, "swap", True), (FakeExecutor, "swap", False),
+        (FakeExecutor, "recompute", True), (FakeExecutor, "recompute", False),
+        (FakeGpu, "swap", False), (FakeGpu, "recompute", True),
+    ],
+)  # fmt: skip
+def test_preemption_at_every_step_is_invisible(kind: Any, how: str, cache: bool) -> None:
     """R4: tokens, logprobs, text, reasons and usage, whatever step takes the pages, and how."""
     requests = random_requests(2, 5)
     expected = run_alone(requests)
     num_steps, step, num_moves = 1, 0, 0
     while step < num_steps:
         options = SchedulerOptions(num_host_pages=40, enable_prefix_caching=cache)
-        engine = checked_engine(FakeTokenizer(), options=options)
+        engine = checked_engine(FakeTokenizer(), options=options, executor=kind(limits()))
         core, plain = engine._core, engine._core.step
 
         def preempting(core: Any = core, plain: Any = plain, step: int = step) -> None:

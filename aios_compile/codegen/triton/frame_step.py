@@ -10,7 +10,7 @@ from dataclasses import replace
 from aios_compile.codegen.emit_kernels import Emitted
 from aios_compile.codegen.program import Kernel, Launch, Program, Ref
 from aios_compile.codegen.source import KernelSource
-from aios_compile.codegen.step_results import StepResults
+from aios_compile.codegen.step_results import SAMPLED, StepResults
 from aios_compile.codegen.triton import collect_results, prepare_step
 from aios_compile.codegen.triton.cards import Card, card_of
 from aios_compile.codegen.triton.dependent_launch import with_dependent_launch
@@ -22,19 +22,19 @@ def frame_step(program: Program, emitted: Emitted) -> Program:
     Raises CodegenError for an input that is not known.
     """
     card = card_of(program.settings["target"])
+    offsets = {e.name: e.offset for e in program.outputs}
+    sampled = [Ref("arena", offsets[SAMPLED])] if SAMPLED in offsets else []
     prepare = prepare_step.emit(
         prepare_step.spec_of(
-            program.inputs, program.settings["page_size"], max(1, program.sizes["S"])
+            program.inputs, program.settings["page_size"], max(1, program.sizes["S"]), bool(sampled)
         )
     )
-    inputs = tuple(Ref("input", i) for i in range(len(program.inputs)))
-    first = Launch(
-        _index(emitted, prepare, card), (Ref("packet", 0), *inputs), 0, prepare_step.NAME
-    )
+    inputs = [Ref("input", i) for i in range(len(program.inputs))]
+    operands = (Ref("packet", 0), *sampled, *inputs)
+    first = Launch(_index(emitted, prepare, card), operands, 0, prepare_step.NAME)
     before, behind = [first], []
     spec = StepResults.of(program.outputs, program.sizes)
     if spec.outputs:
-        offsets = {e.name: e.offset for e in program.outputs}
         rows = [Ref("arena", offsets[name]) for name, *_ in spec.outputs]
         collect = _index(emitted, collect_results.emit(spec), card)
         behind = [Launch(collect, (*rows, *[Ref("results", 0)] * 2), 0, collect_results.NAME)]

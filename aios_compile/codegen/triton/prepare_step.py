@@ -1,9 +1,10 @@
 """The first kernel of a step: unfold the packet that the host sent into the inputs of the others.
 
-In: the packet (codegen/step_packet.py), i32. Out: every input of the program at its fixed place, as
-wide as the bucket: T tokens, S sequences, R rows. A padded token is token 0 at position 0 of the
-trash page, a padded sequence has no tokens, a padded row is greedy and has no lists; all of that is
-written in every step, so nothing of an earlier step is left in the bucket.
+In: the packet (codegen/step_packet.py), i32; what the step before has sampled, i64, where it lies.
+Out: every input of the program at its fixed place, as wide as the bucket: T tokens, S sequences, R
+rows. A padded token is token 0 at position 0 of the trash page, a padded sequence has no tokens, a
+padded row is greedy and has no lists; all of that is written in every step, so nothing of an
+earlier step is left in the bucket.
 Programs: BLOCK tokens each, then one a sequence, then BLOCK rows each, then PARTS for each list. A
 token finds its sequence by bisection of query_starts. Bytes: the packet once, the inputs once.
 """
@@ -36,11 +37,13 @@ TYPES = {"i64": "int64", "i32": "int32", "f32": "float32"}
 
 @dataclass(frozen=True)
 class PrepareStepSpec:
-    """inputs: of the program, in order. page_size: tokens. bits: of the largest S, at least one."""
+    """inputs: of the program, in order. page_size: tokens. bits: of the largest S, at least one.
+    samples: the program has sampled ids, which the next step may take as its tokens."""
 
     inputs: tuple[TensorEntry, ...]
     page_size: int
     bits: int
+    samples: bool
 
     def dtype(self, name: str) -> str | None:
         """Return Triton's name of an input's dtype; None if the program has no such input."""
@@ -54,21 +57,27 @@ class PrepareStepSpec:
         return width
 
 
-def spec_of(inputs: Sequence[TensorEntry], page_size: int, max_num_seqs: int) -> PrepareStepSpec:
+def spec_of(
+    inputs: Sequence[TensorEntry], page_size: int, max_num_seqs: int, samples: bool = True
+) -> PrepareStepSpec:
     """Return the spec. Raises CodegenError for an input that no packet holds."""
     for entry in inputs:
         if entry.name not in known_inputs() or entry.dtype not in TYPES:
             raise CodegenError(f"no step packet holds the input {entry.name} ({entry.dtype})")
-    return PrepareStepSpec(tuple(inputs), page_size, max(1, max_num_seqs).bit_length())
+    bits = max(1, max_num_seqs).bit_length()
+    return PrepareStepSpec(tuple(inputs), page_size, bits, samples)
 
 
 def emit(spec: PrepareStepSpec) -> KernelSource:
-    """Return the kernel module; operands: the packet, then the inputs."""
+    """Return the kernel module; operands: the packet, the ids sampled before, then the inputs."""
     symbol = symbol_of(NAME, spec)
     operands = [Operand("packet", "i32", (1,), (1,))]
+    if spec.samples:
+        operands.append(Operand("sampled", "i64", (1,), (1,)))
+    first = len(operands)
     operands += [Operand(e.name, e.dtype, (1,), (1,)) for e in spec.inputs]
     head = signature(symbol, operands, ("BLOCK",))
-    names = {e.name: f"{e.name}_{i}" for i, e in enumerate(spec.inputs, 1)}
+    names = {e.name: f"{e.name}_{i}" for i, e in enumerate(spec.inputs, first)}
     body = [
         "program = tl.program_id(0)",
         "lane = tl.arange(0, BLOCK)",
@@ -124,9 +133,15 @@ def _tokens(spec: PrepareStepSpec, names: dict[str, str]) -> list[str]:
         f"place = {_begin('pages')} + first + position // {spec.page_size}",
         "page = tl.load(place, mask=inside, other=0).to(tl.int64)",
         "within = tl.where(inside, position, t - num_tokens)",
+        f"given = tl.load({_begin('token_ids')} + t, mask=inside, other=0)",
     ]
+    if spec.samples:
+        lines += [
+            "taken = tl.load(sampled_1 + (-1 - given), mask=given < 0, other=0)",
+            "given = tl.where(given < 0, taken, given)",
+        ]
     values = {
-        "token_ids": f"tl.load({_begin('token_ids')} + t, mask=inside, other=0)",
+        "token_ids": "given",
         "positions": "position",
         "sequence_lengths": (
             f"tl.maximum(tl.load({_begin('first_lengths')} + s, mask=inside, other=1), "
