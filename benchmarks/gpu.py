@@ -9,8 +9,10 @@ dies, is called again and goes on where it was: rows that are there are not run 
 fails is written with its error, and the rows after it still run; `--again` runs failed rows anew.
 Weights are random. Read bandwidth (a sum over 4 GiB) and the bf16 peak (a product of 8192 cubed)
 are measured in the same run; a share is of the floor: every weight and KV entry once over that
-bandwidth. Times are CUDA events around replays of captured graphs, medians of --repeats. The short
-table at the end is of all rows in --out. --device interpreter runs everything on a CPU, for tests.
+bandwidth, or the products at that peak where they take longer. No row uses cuBLAS but its own: a
+model's kernels are all Triton. Times are CUDA events around replays of captured graphs, medians of
+--repeats. The short table at the end is of all rows in --out. --device interpreter runs everything
+on a CPU, for tests.
 """
 
 from __future__ import annotations
@@ -84,18 +86,18 @@ class Ours:
 
     def __init__(self, options: argparse.Namespace, clock: Clock) -> None:
         self.options, self.clock = options, clock
-        self._model: tuple[str, gpu_ours.Model] | None = None
+        self._model: tuple[tuple[str, str], gpu_ours.Model] | None = None
 
-    def model(self, shape: str) -> gpu_ours.Model:
+    def model(self, shape: str, form: str = "bf16") -> gpu_ours.Model:
         options = self.options
-        if self._model is None or self._model[0] != shape:
+        if self._model is None or self._model[0] != (shape, form):
             self.close()
-            longest = max([options.context, *options.tokens]) + 64
+            quantized = form != "bf16"
+            longest = max([options.context, *([] if quantized else options.tokens)]) + 64
+            buckets = [1] if quantized else [*options.batch, *options.tokens]
             config = config_of(shape, options.layers)
-            made = gpu_ours.Model(
-                config, [*options.batch, *options.tokens], longest, self.clock, options.pages
-            )
-            self._model = (shape, made)
+            made = gpu_ours.Model(config, buckets, longest, self.clock, options.pages, form)
+            self._model = ((shape, form), made)
         return self._model[1]
 
     def close(self) -> None:
@@ -130,6 +132,14 @@ class Ours:
                         self.model(shape), tokens, clock
                     ),
                 )
+        for form in options.forms:  # of the last shape, the largest, at batch 1
+            shape = options.shapes[-1]
+            yield (
+                f"ours {shape} {form} decode batch 1 context {options.context}",
+                lambda shape=shape, form=form: gpu_ours.decode_row(
+                    self.model(shape, form), 1, options.context, clock
+                ),
+            )
         self.close()
 
 
@@ -140,7 +150,7 @@ def peer_rows(options: argparse.Namespace, clock: Clock) -> Iterable[Row]:
     yield "machine", lambda: machine(clock)
     for shape in options.shapes:
         config = config_of(shape, options.layers)
-        for batch in options.batch:
+        for batch in options.peer_batch:
             for compiled in (False, True) if clock.cuda else (False,):
                 kind = "torch.compile max-autotune" if compiled else "torch eager"
                 name = f"{kind} {shape} decode batch {batch} context {options.context}"
@@ -174,6 +184,10 @@ def engine_rows(options: argparse.Namespace, clock: Clock) -> Iterable[Row]:
             f"transformers continuous batching {shape}",
             lambda shape=shape: gpu_engine.transformers_row(shape, options, clock),
         )
+        yield (
+            f"transformers generate {shape}",
+            lambda shape=shape: gpu_engine.generate_row(shape, options, clock),
+        )
 
 
 def machine(clock: Clock) -> dict[str, Any]:
@@ -185,10 +199,11 @@ def machine(clock: Clock) -> dict[str, Any]:
     return {
         "card": name, "torch": torch.__version__, "triton": triton.__version__,
         "bytes_per_us": clock.bytes_per_us(), "flops_per_us": clock.flops_per_us,
+        "fp8_flops_per_us": clock.fp8_flops_per_us,
     }  # fmt: skip
 
 
-SHOWN = ("step_us", "us", "share", "tokens_per_s", "ready_seconds", "error")
+SHOWN = ("step_us", "us", "share", "busy", "host_us", "tokens_per_s", "ready_seconds", "error")
 
 
 def table(results: Results) -> str:
@@ -214,11 +229,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=7, help="start no row after that")
     parser.add_argument("--again", action="store_true", help="run rows anew that failed")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or interpreter")
-    parser.add_argument("--shapes", default="qwen3-0.6b,llama-3.1-8b", help=", ".join(SHAPES))
+    shapes = "qwen3-0.6b,llama-3.2-1b,llama-3.1-8b"
+    parser.add_argument("--shapes", default=shapes, help=", ".join(SHAPES))
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--batch", type=numbers, default=[1, 8, 64])
+    parser.add_argument("--batch", type=numbers, default=[1, 8, 64, 256])
+    parser.add_argument("--peer-batch", type=numbers, default=[1], help="of torch's decoders")
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--tokens", type=numbers, default=[512, 2048], help="of prefill steps")
+    parser.add_argument("--tokens", type=numbers, default=[2048, 8192], help="of prefill steps")
+    parser.add_argument("--forms", default="int8,int4", help="of the last shape, beside bf16")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--cases", type=int, default=len(CASES), help="models held to eager")
     parser.add_argument("--pages", type=int, default=gpu_ours.PAGES, help="of the KV pool")
@@ -226,6 +244,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=numbers, default=[100, 1024], help="in and out, from, to")
     options = parser.parse_args(arguments)
     options.shapes = options.shapes.split(",")
+    options.forms = [form for form in options.forms.split(",") if form]
     return options
 
 

@@ -57,6 +57,24 @@ class Clock:
         a, b = (torch.randn(size, size, device=self.torch_device).bfloat16() for _ in range(2))
         return 2.0 * size**3 / self.median_us(lambda: discard(torch.mm(a, b)))
 
+    @cached_property
+    def fp8_flops_per_us(self) -> float | None:
+        """Return the rate of a large e4m3 product of the library; None if there is none here."""
+        import torch
+
+        if not self.cuda or torch.cuda.get_device_capability(self.torch_device) < (8, 9):
+            return None
+        size = 8192
+        values = torch.randn(size, size, device=self.torch_device).to(torch.float8_e4m3fn)
+        one = torch.ones((), device=self.torch_device)
+        product: Any = torch._scaled_mm
+        us = self.median_us(
+            lambda: discard(
+                product(values, values.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+            )
+        )
+        return 2.0 * size**3 / us
+
 
 def discard(value: Any) -> None:
     """Drop a result: reading its value would wait for the GPU."""

@@ -18,13 +18,24 @@ PAGES = 8192  # of the KV pool, less where the model is small
 
 
 class Model:
-    """A config with random weights on a device, its graphs captured for the buckets asked for."""
+    """A config with random weights on a device, its graphs captured for the buckets asked for.
+
+    form: "bf16", or what linears are quantised to ("int8", "int4").
+    """
 
     def __init__(
-        self, config: dict[str, Any], buckets: list[int], length: int, clock: Clock, pages: int
+        self,
+        config: dict[str, Any],
+        buckets: list[int],
+        length: int,
+        clock: Clock,
+        pages: int,
+        form: str = "bf16",
     ) -> None:
         from aios_compile.codegen.pack_weights import to_numpy
         from aios_compile.codegen.triton import binary_cache, compile_ahead
+        from aios_compile.models.config import ModelConfig
+        from aios_compile.models.parameters import parameter_shapes
         from aios_compile.runtime.batch import Limits
         from aios_compile.runtime.gpu_executor import GpuExecutor
         from aios_compile.runtime.torch_device import card_name, open_device
@@ -37,10 +48,15 @@ class Model:
         tokens = max(512 if clock.cuda else 1, *buckets)
         sizes = {"max_num_batched_tokens": tokens, "max_num_seqs": min(256, tokens)}
         card = card_name(clock.device)
-        planned = plan_for(folder, card, {"max_model_len": length, **sizes})
+        forms = {} if form == "bf16" else {"quantization": form}
+        planned = plan_for(folder, card, {"max_model_len": length, **sizes, **forms})
         self.program = program = planned.program
         self.rows = kernel_rows(planned.module, planned.emitted, program)
         self.weight_bytes = sum(row.weight_bytes for row in self.rows)
+        shapes = parameter_shapes(ModelConfig.from_dict(config)).values()
+        values = sum(int(np.prod(shape)) for shape in shapes if len(shape) == 2)
+        values -= config["vocab_size"] * config["hidden_size"]  # rows of ids; the head's count
+        self.flops_a_token = 2.0 * values
         page, width = program.settings["page_size"], program.settings["max_pages_per_sequence"]
         self.limits = Limits(
             max_num_batched_tokens=program.sizes["T"], max_num_seqs=program.sizes["S"],
@@ -103,6 +119,14 @@ class Model:
         assert np.all(result.finite[:sequences] == 1), "logits are numbers"
         return next(b for b in executor.buckets if b >= tokens)
 
+    def floor_us(self, sequences: int, context: int, clock: Clock) -> float:
+        """Return the roofline of a decode step: weights at the read bandwidth or their products at
+        the bf16 peak, whichever is slower, and the KV cache at the read bandwidth.
+        """
+        products = sequences * self.flops_a_token / clock.flops_per_us
+        weights = max(self.weight_bytes / clock.bytes_per_us(), products)
+        return weights + self.kv_bytes(sequences, context) / clock.bytes_per_us()
+
     def kv_bytes(self, sequences: int, context: int) -> int:
         """Return the KV bytes that a decode step of equal sequences reads."""
         from aios_compile.runtime.program_runner import state_page_bytes
@@ -120,10 +144,34 @@ def random_weights(program: Any, to_numpy: Callable[[Any], Any]) -> dict[str, An
     draw = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.03
     weights = {}
     for entry in program.weights:
+        if entry.packed:
+            weights[entry.name] = to_numpy(_random_codes(entry))
+            continue
         count, dtype = int(np.prod(entry.shape)), getattr(torch, entry.dtype)
         values = (1 + draw if len(entry.shape) == 1 else draw).to(dtype)
         weights[entry.name] = to_numpy(values.repeat(-(-count // len(values)))[:count])
     return weights
+
+
+def _random_codes(entry: Any) -> Any:
+    """Return rows of random codes with small scales, in the layout of a quantised weight."""
+    import torch
+
+    from aios_compile.codegen.planar import PREFIX, plane_of
+    from aios_compile.ir.quant_format import QuantFormat
+    from aios_compile.ir.quantized import SCALE_DTYPES
+
+    assert entry.packed.startswith(PREFIX), entry.packed
+    form = QuantFormat.parse(entry.packed.removeprefix(PREFIX))
+    plane = plane_of(form, form.depth(entry.shape[1]))
+    assert not plane.minimum_dtype and not plane.is_float, "codes with a scale a group"
+    shape = (entry.shape[0], plane.row_bytes)
+    rows = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).byte()
+    scale = 0.05 / 2 ** (plane.bits - 1)
+    scales = torch.full((1, plane.depth // plane.group), scale, dtype=SCALE_DTYPES[form.scales])
+    raw = scales.view(torch.uint8)
+    rows[:, plane.scale_begin : plane.scale_begin + raw.shape[1]] = raw
+    return rows
 
 
 def correct_row(case: str, clock: Clock) -> dict[str, Any]:
@@ -147,20 +195,43 @@ def correct_row(case: str, clock: Clock) -> dict[str, Any]:
 
 
 def decode_row(model: Model, sequences: int, context: int, clock: Clock) -> dict[str, Any]:
-    """Time a decode step of equal sequences: the graph alone, and with the host's part."""
+    """Time a decode step of equal sequences: the graph alone; one after another; begun ahead.
+
+    host_us: of the executor's part of a step that is begun ahead, waits left out; the engine's rows
+    have the rest. busy: share of the time in which the device runs a graph, with steps begun ahead.
+    """
     bucket = model.fill(sequences, context)
-    step_us = clock.median_us(model.executor.graphs[bucket].replay)
+    executor = model.executor
+    step_us = clock.median_us(executor.graphs[bucket].replay)
     begin = time.perf_counter()
     for _ in range(clock.repeats):
-        model.executor.step(model.batch)
-    whole_us = (time.perf_counter() - begin) * 1e6 / clock.repeats
-    moved = model.weight_bytes + model.kv_bytes(sequences, context)
-    floor_us = moved / clock.bytes_per_us()
+        executor.step(model.batch)
+    single_us = (time.perf_counter() - begin) * 1e6 / clock.repeats
+    ahead_us, host_us = steps_ahead(model, sequences, clock.repeats)
+    floor_us = model.floor_us(sequences, context, clock)
     return {
-        "step_us": step_us, "host_us": whole_us - step_us, "floor_us": floor_us,
-        "share": floor_us / step_us, "tokens_per_s": sequences * 1e6 / step_us,
-        "bytes": moved, "late_compilations": model.executor.num_late_compilations,
+        "step_us": step_us, "floor_us": floor_us, "share": floor_us / step_us,
+        "tokens_per_s": sequences * 1e6 / step_us, "single_us": single_us, "ahead_us": ahead_us,
+        "host_us": host_us, "busy": step_us / ahead_us,
+        "bytes": model.weight_bytes + model.kv_bytes(sequences, context),
+        "late_compilations": executor.num_late_compilations,
     }  # fmt: skip
+
+
+def steps_ahead(model: Model, sequences: int, repeats: int) -> tuple[float, float]:
+    """Begin each step before the one before it is waited for, as the engine does, its ids those
+    that the one before samples; return the microseconds a step, and how many the host was busy.
+    """
+    executor, rows = model.executor, np.arange(sequences)
+    running = executor.begin(model.batch)
+    waited, begin = executor.waited_us, time.perf_counter()
+    for _ in range(repeats):
+        following = executor.begin(model.batch, rows)
+        running.wait()
+        running = following
+    running.wait()
+    us = (time.perf_counter() - begin) * 1e6
+    return us / repeats, (us - (executor.waited_us - waited)) / repeats
 
 
 def kernel_rows(model: Model, context: int, clock: Clock) -> list[dict[str, Any]]:

@@ -160,6 +160,11 @@ class GpuExecutor:
         self._compiled_before = self.device.num_compiled
 
     @property
+    def waited_us(self) -> float:
+        """Return the microseconds that the host has waited for steps; the rest it was busy."""
+        return sum(side.waited_us for side in self._sides)
+
+    @property
     def num_late_compilations(self) -> int:
         """Return how many kernels were compiled after `capture`: it must be none."""
         return self.device.num_compiled - self._compiled_before

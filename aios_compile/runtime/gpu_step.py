@@ -9,6 +9,7 @@ Nothing holds it back once it was asked for. Whoever waits, waits for the mark a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,13 +29,15 @@ Found = Mapping[str, NDArray[Any]]
 class StepSide:
     """One of the two that take turns: its marks, and the step that used it last.
 
-    index: which of the host's buffers are its own.
+    index: which of the host's buffers are its own. waited_us: how long the host has waited for its
+    steps, all together.
     """
 
     index: int
     first: Mark
     last: Mark
     step: GpuStep | None = None
+    waited_us: float = 0.0
 
     @property
     def is_over(self) -> bool:
@@ -86,8 +89,10 @@ class GpuStep:
         """
         if not self.is_over:
             self.is_over = True
+            begin = time.perf_counter()
             try:
                 self._side.last.wait()
+                self._side.waited_us += (time.perf_counter() - begin) * 1e6
                 self.micros = self._side.last.micros_since(self._side.first)
             except Exception as error:  # noqa: BLE001 - a device raises what it likes
                 self._error = self._fail(self.number, error)

@@ -13,7 +13,7 @@ from benchmarks import gpu
 from tests.variants import nightly
 
 TINY = "--device interpreter --shapes micro --batch 1 --context 20 --tokens 2 --repeats 1"
-TINY += " --cases 1 --pages 16 --requests 1 --lengths 2,3"
+TINY += " --cases 1 --pages 16 --requests 1 --lengths 2,3 --forms int4"
 
 
 PARTS = ["peers", *nightly("engine", "ours")]  # the longest two
@@ -27,13 +27,15 @@ def test_a_part_runs_and_goes_on_where_it_was(part: str, tmp_path: Path) -> None
     assert gpu.main(arguments) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert not [row for row in rows if "error" in row], rows
-    assert len(rows) >= {"ours": 6, "peers": 5, "engine": 2}[part]
+    assert len(rows) >= {"ours": 7, "peers": 5, "engine": 3}[part]
     before = out.read_text()
     assert gpu.main(arguments) == 0 and out.read_text() == before, "rows that are there stay"
     if part != "ours":
         return
     by_name = {row["row"]: row for row in rows}
-    assert by_name["ours micro decode batch 1 context 20"]["late_compilations"] == 0
+    for kind in ("", "int4 "):
+        row = by_name[f"ours micro {kind}decode batch 1 context 20"]
+        assert row["late_compilations"] == 0 and row["host_us"] > 0
     names = [row["name"] for row in by_name["ours micro kernels"]["rows"]]
     assert names[-2:] == ["prepare_step", "collect_results"]
 
