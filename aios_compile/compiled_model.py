@@ -5,6 +5,8 @@ Owns the engine, the executor behind it, the mapped artefact and the cache's use
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,21 +19,22 @@ from aios_compile.checkpoint.tokenizer import Tokenizer
 from aios_compile.codegen.artefact import KERNELS, Artefact
 from aios_compile.codegen.cpp import build
 from aios_compile.codegen.kernel_choices import NO_CHOICES
-from aios_compile.codegen.program import MemoryPlan, Program
+from aios_compile.codegen.program import MemoryPlan
 from aios_compile.config import CompileOptions
+from aios_compile.engine_sizes import make_limits, make_scheduler_options
 from aios_compile.errors import ConfigError, RequestError
 from aios_compile.progress import Progress
 from aios_compile.runtime.batch import Executor, Limits
+from aios_compile.runtime.device import Device
 from aios_compile.runtime.draft_governor import DraftGovernor
 from aios_compile.runtime.draft_model import DraftModel
 from aios_compile.runtime.engine import Engine, TextStream
 from aios_compile.runtime.executor import CpuExecutor
 from aios_compile.runtime.gpu_executor import GpuExecutor, token_buckets
-from aios_compile.runtime.gpu_memory import plan_card
+from aios_compile.runtime.gpu_memory import CardPlan, compare, plan_card
 from aios_compile.runtime.outputs import RequestOutput
-from aios_compile.runtime.program_runner import ProgramRunner, state_page_bytes
+from aios_compile.runtime.program_runner import ProgramRunner
 from aios_compile.runtime.prompt_lookup import PromptLookup
-from aios_compile.runtime.schedule_state import SchedulerOptions
 from aios_compile.runtime.speculator import Proposer, Speculator
 from aios_compile.runtime.torch_device import open_device
 from aios_compile.runtime.weight_memory import OpenArtefact
@@ -44,10 +47,9 @@ if TYPE_CHECKING:
 MakeExecutor = Callable[[Limits], Executor]
 # A step that reads more than this is bound by memory: all threads, and a quicker start. Judged by
 # the bytes and not by the time, which a busy machine stretches.
+logger = logging.getLogger(__name__)
 LARGE_MODEL_BYTES = 256 << 20
 WARM_UP_SECONDS = 0.02
-DEFAULT_KV_SHARE = 0.4  # of the memory that is free at the start, when no size was given
-PINNED_BYTES = 2 << 30  # to swap to, beside a GPU, when no size was given: pinning takes time
 
 
 class CompiledModel:
@@ -154,7 +156,24 @@ class CompiledModel:
         if memory is not None:  # the interpreter has nothing to compile, and is slow
             with self.progress.stage("capture graphs"):
                 executor.capture()
+            self._settle(device, plan, memory[0])
         return executor
+
+    def _settle(self, device: Device, plan: CardPlan, free_before: int) -> None:
+        """Hold the card's memory to the plan, and keep the garbage collector from what is there.
+
+        Its walk over torch's and the model's objects would stop the host for longer than many steps
+        take, and the GPU with it. They are given back when the model is closed.
+        """
+        found = device.memory()
+        assert found is not None, "a card has memory"
+        line, fits = compare(plan, free_before, found[0])
+        self.progress.note(line)
+        if not fits:
+            logger.warning("%s: lower gpu_memory_utilization", line)
+        gc.collect()
+        gc.freeze()
+        self._closing.callback(gc.unfreeze)
 
     @property
     def memory_plan(self) -> MemoryPlan:
@@ -312,34 +331,6 @@ def as_ids(value: Any, name: str) -> torch.Tensor:
     return ids
 
 
-def make_limits(program: Program, options: CompileOptions, free_bytes: int) -> Limits:
-    """Return the sizes of the runtime: the plan's, and as many KV pages as memory allows."""
-    settings, sizes = program.settings, program.sizes
-    width = settings["max_pages_per_sequence"]
-    page_bytes = max(1, sum(state_page_bytes(program)))
-    wanted = sizes["S"] * width + 1
-    budget = options.kv_cache_memory_bytes
-    if budget is None:
-        budget = max(int(free_bytes * DEFAULT_KV_SHARE), page_bytes * (width + 1))
-    pages = min(wanted, budget // page_bytes)
-    if pages < 2:
-        raise ConfigError(
-            f"kv_cache_memory_bytes={budget} holds {pages} pages of {page_bytes} bytes, "
-            "expected at least 2",
-            advice=f"give at least {2 * page_bytes} bytes",
-        )
-    return Limits(
-        max_num_batched_tokens=sizes["T"],
-        max_num_seqs=sizes["S"],
-        max_num_logit_rows=sizes["R"],
-        max_pages_per_sequence=width,
-        num_pages=pages,
-        page_size=settings["page_size"],
-        max_model_len=settings["max_model_len"],
-        vocab_size=settings["vocab_size"],
-    )
-
-
 def make_speculator(
     options: CompileOptions, limits: Limits, draft: CompiledModel | None
 ) -> Speculator | None:
@@ -357,35 +348,6 @@ def make_speculator(
         proposer = DraftModel(draft.engine.executor)
     most = config.num_speculative_tokens
     return Speculator(proposer, most, limits, DraftGovernor(most) if config.adaptive else None)
-
-
-def make_scheduler_options(
-    program: Program, options: CompileOptions, limits: Limits, can_swap: bool
-) -> SchedulerOptions:
-    """Return what the scheduler is told about the model, the machine and the user's wishes.
-
-    By default a step that carries running streams takes prompt tokens for a quarter of the largest
-    step, so that a long prompt slows them by little; a step of prompts alone is not cut.
-    """
-    page_bytes = max(1, sum(state_page_bytes(program)))
-    host_bytes = options.swap_space_bytes
-    if host_bytes and not can_swap:
-        raise ConfigError(
-            f"swap_space_bytes={host_bytes}: this executor does not swap to host memory",
-            advice="leave it at None: preempted sequences are computed again",
-        )
-    if host_bytes is None:
-        host_bytes = limits.num_pages * page_bytes // 4
-        if program.settings.get("family") == "triton":
-            host_bytes = min(host_bytes, PINNED_BYTES)
-    chunk = options.chunked_prefill_size or max(1, limits.max_num_batched_tokens // 4)
-    return SchedulerOptions(
-        policy=options.scheduling_policy,
-        enable_prefix_caching=options.enable_prefix_caching,
-        chunked_prefill_size=chunk,
-        window_tokens=program.settings.get("window_tokens"),
-        num_host_pages=host_bytes // page_bytes if can_swap else 0,
-    )
 
 
 def _load_tokenizer(artefact: Artefact) -> Tokenizer | None:

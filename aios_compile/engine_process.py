@@ -5,6 +5,7 @@ OPTIONS is a JSON object: "model" and the keywords of load_and_compile. Started 
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import sys
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str]) -> None:
     path, epoch, text = arguments
     options = json.loads(text)
     with load_and_compile(options.pop("model"), **options) as model:
+        gc.collect()
+        gc.freeze()  # what is here stays as long as the process
         serve_engine(model.engine, path, int(epoch))
 
 

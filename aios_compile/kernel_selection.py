@@ -17,8 +17,8 @@ from aios_compile.codegen.kernel_choices import FILE
 from aios_compile.codegen.manifest import canonical
 from aios_compile.codegen.private_folder import cache_errors
 from aios_compile.codegen.program import Program
-from aios_compile.compiled_model import make_limits, make_scheduler_options
 from aios_compile.config import CompileOptions
+from aios_compile.engine_sizes import make_limits, make_scheduler_options
 from aios_compile.progress import Progress
 from aios_compile.runtime.batch import Batch, Limits, StepResult
 from aios_compile.runtime.engine import Engine

@@ -157,7 +157,7 @@ def _random_codes(entry: Any) -> Any:
     """Return rows of random codes with small scales, in the layout of a quantised weight."""
     import torch
 
-    from aios_compile.codegen.planar import PREFIX, plane_of
+    from aios_compile.codegen.plane import PREFIX, plane_of
     from aios_compile.ir.quant_format import QuantFormat
     from aios_compile.ir.quantized import SCALE_DTYPES
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aios_compile.codegen.packing import ROW_PACKINGS, check_finite, pack_quant16
-from aios_compile.codegen.planar import PREFIX, pack_planar
+from aios_compile.codegen.planar import pack_planar
+from aios_compile.codegen.plane import PREFIX
 from aios_compile.codegen.program import Program, WeightEntry
 from aios_compile.codegen.quantized_weights import (
     PACKED,

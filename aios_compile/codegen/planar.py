@@ -9,58 +9,15 @@ weight is always float(u + low) * scale - minimum.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from aios_compile.codegen.packing import check_finite
+from aios_compile.codegen.plane import plane_of
 from aios_compile.ir.quant_format import QuantFormat
 from aios_compile.ir.quantized import SCALE_DTYPES, scales_of, unpack_fields
 
-PREFIX = "planar."
 CHUNK_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Plane:
-    """Where the parts of a row of `depth` values lie. bits: 4 or 8. minimum_dtype: "" for none."""
-
-    depth: int
-    bits: int
-    group: int
-    low: int
-    scale_dtype: str
-    minimum_dtype: str
-    is_float: bool = False
-
-    @property
-    def scale_begin(self) -> int:
-        return _aligned(self.depth * self.bits // 8)
-
-    @property
-    def minimum_begin(self) -> int:
-        return _aligned(self.scale_begin + self._plane_bytes(self.scale_dtype))
-
-    @property
-    def row_bytes(self) -> int:
-        return _aligned(self.minimum_begin + self._plane_bytes(self.minimum_dtype))
-
-    def _plane_bytes(self, dtype: str) -> int:
-        return SCALE_DTYPES[dtype].itemsize * self.depth // self.group if dtype else 0
-
-
-def plane_of(form: QuantFormat, depth: int) -> Plane:
-    """Return the layout of a format's rows of `depth` values, a multiple of 32."""
-    scale = form.scales if form.scales in SCALE_DTYPES else "f32"
-    minimum = form.minimums if form.minimums in SCALE_DTYPES or not form.minimums else "f32"
-    return Plane(
-        depth, 4 if form.bits == 4 else 8, form.group, form.low, scale, minimum, form.is_float
-    )
-
-
-def _aligned(size: int) -> int:
-    return -(-size // 16) * 16
 
 
 def pack_planar(rows: Tensor, form: QuantFormat, label: str = "weight") -> Tensor:

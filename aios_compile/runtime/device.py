@@ -67,6 +67,10 @@ class Device(Protocol):
         """Return how many multiprocessors there are; None where programs run one by one."""
         ...
 
+    def memory(self) -> tuple[int, int] | None:
+        """Return the (free, total) bytes of a card of its own, None where it is the host's."""
+        ...
+
     def use_binaries(self, artefact: Path) -> None:
         """Take compiled kernels from an artefact's folder rather than compile them."""
         ...

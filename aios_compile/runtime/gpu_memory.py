@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from aios_compile.codegen.program import Program
+from aios_compile.codegen.plane import PREFIX, planar_row_bytes
+from aios_compile.codegen.program import Program, WeightEntry
 from aios_compile.codegen.step_packet import LISTS
 from aios_compile.codegen.step_results import StepResults
 from aios_compile.errors import DeviceMemoryError
@@ -21,6 +22,7 @@ from aios_compile.runtime.staging import ALIGNMENT, FIRST_LIST, packet_words, pl
 
 GRAPH_BYTES = 64 << 10  # allowed for a node of a captured graph; an estimate, not measured yet
 CONTEXT_BYTES = 512 << 20  # CUDA context, modules of kernels, torch's own; an estimate too
+GUESSED = ("graphs", "driver")
 DTYPE_BYTES = {
     "bool": 1, "uint8": 1, "int8": 1, "float8_e4m3fn": 1, "int16": 2, "float16": 2, "bfloat16": 2,
     "float64": 8, "int64": 8,
@@ -72,9 +74,7 @@ class CardPlan:
 
 def needs(program: Program, limits: Limits, buckets: Sequence[int]) -> tuple[Need, ...]:
     """Return what everything but the KV pages needs. buckets: the token counts of the graphs."""
-    weights = sum(
-        aligned(math.prod(w.shape) * DTYPE_BYTES.get(w.dtype, 4)) for w in program.weights
-    )
+    weights = sum(aligned(weight_bytes(entry)) for entry in program.weights)
     lists = dict.fromkeys(LISTS, FIRST_LIST)
     inputs = place_inputs(program.inputs, limits, lists)[1] + 4 * packet_words(limits, lists)
     rows = limits.max_num_logit_rows
@@ -131,6 +131,29 @@ def plan_card(
             "max_num_seqs or kv_cache_memory_bytes, or quantise",
         )
     return plan
+
+
+def weight_bytes(entry: WeightEntry) -> int:
+    """Return the bytes of a weight as it is packed."""
+    if entry.packed.startswith(PREFIX):
+        return entry.shape[0] * planar_row_bytes(entry.packed, entry.shape[1])
+    return math.prod(entry.shape) * DTYPE_BYTES.get(entry.dtype, 4)
+
+
+def compare(plan: CardPlan, before: int, after: int) -> tuple[str, bool]:
+    """Return a line that holds what was taken beside the plan, and whether that was enough.
+
+    before, after: free bytes of the card before the first allocation, and with all graphs captured.
+    Of the plan, graphs and driver alone are guesses; the device's own context may be there before.
+    """
+    taken, planned = before - after, plan.num_bytes
+    guesses = sum(need.num_bytes for need in plan.needs if need.name in GUESSED)
+    line = (
+        f"GPU memory taken: {taken / 1e6:,.1f} MB, planned {planned / 1e6:,.1f} MB, of which "
+        f"{guesses / 1e6:,.1f} MB for graphs and driver (they took "
+        f"{(taken - planned + guesses) / 1e6:,.1f} MB)"
+    )
+    return line, taken <= planned
 
 
 def aligned(size: int) -> int:

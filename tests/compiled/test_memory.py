@@ -24,8 +24,9 @@ from aios_compile.codegen.cpp.step import emit_step
 from aios_compile.codegen.emit_kernels import Emitted, emit_kernels
 from aios_compile.codegen.lower import lower
 from aios_compile.codegen.program import Launch, Program
-from aios_compile.compiled_model import CompiledModel, make_limits
+from aios_compile.compiled_model import CompiledModel
 from aios_compile.config import CompileOptions
+from aios_compile.engine_sizes import make_limits
 from aios_compile.ir.lifetimes import Lifetime, Placement
 from aios_compile.ir.module import IRModule
 from aios_compile.ir.refresh import refresh

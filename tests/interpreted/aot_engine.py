@@ -9,6 +9,7 @@ With parts of names, modules that have none of them are neither compiled nor loo
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -68,6 +69,7 @@ class NoGpu(TorchDevice):
     """A card whose memory is the host's. Graphs are counted, replays do nothing."""
 
     made: NoGpu
+    runs_ahead = True
 
     def __init__(self, parts: tuple[str, ...]) -> None:
         super().__init__("cpu")
@@ -150,9 +152,11 @@ def main() -> None:
     print(json.dumps({
         "at_start": at_start, "late": late, "misaligned": executor.num_late_compilations,
         "graphs": NoGpu.made.captured, "buckets": len(executor.buckets), "kept": len(kept),
-        "launches": executor.program.num_launches,
+        "launches": executor.program.num_launches, "frozen": gc.get_freeze_count(),
+        "ahead": executor.overlap == "always",
     }))  # fmt: skip
     model.close()
+    assert not gc.get_freeze_count(), "closed: all is the collector's again"
 
 
 if __name__ == "__main__":

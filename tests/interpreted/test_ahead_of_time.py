@@ -45,4 +45,5 @@ def test_nothing_is_compiled_at_the_start_nor_after_ready(
     assert (
         seen["kept"] >= (10 if parts else 40) and seen["graphs"] == seen["buckets"] + 2
     )  # lists that grew; the fault
+    assert seen["frozen"] > 10_000 and seen["ahead"], seen
     assert seen["misaligned"] > 0, "the counter sees what is compiled after ready"

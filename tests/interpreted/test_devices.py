@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import aios_compile
 from aios_compile.errors import ConfigError, DeviceMemoryError, EngineError
 from aios_compile.runtime.gpu_executor import token_buckets
-from aios_compile.runtime.gpu_memory import needs, plan_card
+from aios_compile.runtime.gpu_memory import compare, needs, plan_card
 from aios_compile.runtime.program_runner import state_page_bytes
 from aios_compile.runtime.torch_device import InterpreterDevice, open_device
 from tests.interpreted.harness import PAGES, batch, model
@@ -100,8 +100,10 @@ class Counting(InterpreterDevice):
         return super().allocate(num_bytes)
 
 
-def test_an_executor_allocates_what_was_planned_and_a_step_nothing() -> None:
-    built = model("qwen3_gqa")
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_an_executor_allocates_what_was_planned_and_a_step_nothing(form: str | None) -> None:
+    """Rows of codes are longer on a card than in their format."""
+    built = model("qwen3_gqa", quantization=form)
     device = Counting()
     executor = built.executor(device)
     plan = plan_card(built.program, built.limits, executor.buckets, 4 << 30, 4 << 30, 1.0, PAGES)
@@ -112,6 +114,9 @@ def test_an_executor_allocates_what_was_planned_and_a_step_nothing() -> None:
     before = device.allocated
     executor.step(batch([(0, 3)]))
     assert device.allocated == before
+    for taken, fits in ((plan.num_bytes, True), (plan.num_bytes + 1, False)):
+        line, found = compare(plan, 4 << 30, (4 << 30) - taken)
+        assert found == fits and "GPU memory taken" in line
 
 
 def test_a_step_beyond_the_plan_is_refused() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from aios_compile.codegen.access import outputs
 from aios_compile.codegen.cpp.frame import layout, symbol_of, variable
 from aios_compile.codegen.operand import BYTES, Operand
-from aios_compile.codegen.planar import PREFIX, Plane, plane_of
+from aios_compile.codegen.plane import PREFIX, Plane, plane_of
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import resolve
 from aios_compile.codegen.triton import choice, linear_spec, quantized_configs, split_depth

@@ -23,7 +23,8 @@ from aios_compile.codegen.emit_kernels import (
 from aios_compile.codegen.expression import TORCH_DTYPES
 from aios_compile.codegen.layout import kernel_calls
 from aios_compile.codegen.operand import Operand, dim_value
-from aios_compile.codegen.planar import PREFIX, pack_planar
+from aios_compile.codegen.planar import pack_planar
+from aios_compile.codegen.plane import PREFIX
 from aios_compile.codegen.quantized_weights import form_of
 from aios_compile.codegen.targets import emit
 from aios_compile.ir.module import IRModule, body_of, is_region_call, placeholders
