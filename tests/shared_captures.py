@@ -23,11 +23,11 @@ def share_captures() -> None:
     if real.__name__ == "shared":
         return
 
-    def shared(model: nn.Module, flat: bool, max_tokens: int) -> IRModule:
+    def shared(model: nn.Module, flat: bool, max_tokens: int, whole: bool = False) -> IRModule:
         parameters = list(model.parameters())
         weightless = all(p.is_meta or isinstance(p, FakeTensor) for p in parameters)
-        if type(model) is not Decoder or not weightless:
-            return real(model, flat, max_tokens)
+        if type(model) is not Decoder or not weightless or whole:
+            return real(model, flat, max_tokens, whole)
         dtypes = tuple(str(p.dtype) for p in parameters)
         key = (repr(model.config), dtypes, model.training, flat, max_tokens)
         if key not in kept:

@@ -47,15 +47,24 @@ def capture(model: nn.Module, *, flat: bool | None = None, max_tokens: int = 819
     _check_signature(model)
     with foreign.evaluating(model):
         try:
-            return _capture(model, flat is True, max_tokens)
+            return _in_regions_or_whole(model, flat is True, max_tokens)
         except CaptureError as error:
-            if "aliasing" in str(error.__cause__):  # a layer gives out what it got, or weight.T
-                return _capture(model, flat is True, max_tokens, whole=True)
             if flat is not None or error.__cause__ is None:  # it ran, and was refused by its graph
                 raise
             with contextlib.suppress(CaptureError):
-                return _capture(model, True, max_tokens)
+                return _in_regions_or_whole(model, True, max_tokens)
             raise
+
+
+def _in_regions_or_whole(model: nn.Module, flat: bool, max_tokens: int) -> IRModule:
+    """Capture with one region a layer class, or without where a region is in the way."""
+    try:
+        return _capture(model, flat, max_tokens)
+    except CaptureError as error:
+        aliases = "aliasing" in str(error.__cause__)  # a layer gives out what it got, or weight.T
+        if not (aliases or torch_private.hides_message(error.__cause__)):
+            raise
+    return _capture(model, flat, max_tokens, whole=True)
 
 
 def _capture(model: nn.Module, flat: bool, max_tokens: int, whole: bool = False) -> IRModule:
@@ -168,9 +177,8 @@ def _captured_errors() -> Iterator[None]:
         refused = foreign.refusal_in(str(error))
         if refused is not None:
             raise UnsupportedModelError(refused, source_line=_frame_in(error)) from error
-        text = str(error).strip().split("\n\n")[0].replace("\n", " ")
         raise CaptureError(
-            f"the forward pass does not capture as one graph: {type(error).__name__}: {text[:400]}",
+            f"the forward pass does not capture as one graph: {torch_private.reason_of(error)}",
             source_line=_frame_in(error),
             advice="data-dependent Python (.item(), loops over tokens) must become tensor code",
         ) from error

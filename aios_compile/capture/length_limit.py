@@ -71,9 +71,9 @@ def guard_limits(mode: Any, max_tokens: int, sizes: Iterable[int]) -> list[Lengt
 
 
 def line_of(place: Any) -> str | None:
-    """Return the model line of a guard."""
+    """Return the model line of a guard, its file by name: torch shortens paths by its own place."""
     text, _, where = (getattr(place, "maybe_user_loc", None) or "").rpartition("  # ")
-    return f"{where}: {text}" if where else None
+    return f"{where.rpartition('/')[2]}: {text}" if where else None
 
 
 def table_limits(module: IRModule) -> list[LengthLimit]:

@@ -2,7 +2,7 @@
 
 What differs: torch 2.13 reuses a region's trace (flat capture time) and inlines a region that is
 called once unless told not to; torch 2.11 does neither, and drops the message of an error that a
-layer's forward raises.
+layer's forward raises (hides_message).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -36,6 +37,8 @@ except ImportError:  # torch 2.11: it has no reuse that could fail
     invoke_subgraph = None
 
 _ELIGIBLE = "is_reuse_eligible"
+_RAISED = re.compile(r"raised exception (\w+)\((.*)\)$", re.MULTILINE)
+_CONSTANT = re.compile(r"""ConstantVariable\(str: ('[^']*'|"[^"]*")\)""")  # so in torch 2.11
 INVOKE_SUBGRAPH = torch.ops.higher_order.invoke_subgraph
 
 # Composites that passes want whole, or that core ATen would only make longer.
@@ -127,6 +130,27 @@ def _traced(model: torch.nn.Module, kwargs: dict[str, Any]) -> Any:
             raise
     with mock.patch.object(invoke_subgraph, _ELIGIBLE, lambda *args, **kwargs: False):
         return fullgraph_capture(model, (), kwargs).backend_input
+
+
+def hides_message(error: BaseException | None) -> bool:
+    """Return whether dynamo told the class of an exception that a layer raised, but no message.
+
+    torch 2.11 does so in a region. Traced in the outer graph, the same exception has its message.
+    """
+    return "raised exception ExceptionVariable(" in str(error)
+
+
+def reason_of(error: Exception) -> str:
+    """Return a line of why a trace failed: what the module itself raised, or dynamo's reason."""
+    text = str(error).strip()
+    raised = _RAISED.search(text)
+    if raised is not None:
+        told = _CONSTANT.sub(r"\1", raised[2]).strip("[]")
+        return f"it raises {raised[1]}({told})"[:440]
+    first, _, rest = text.partition("\n\n")
+    if first.endswith("Got graph break/error:"):  # of a region: the reason comes after it
+        first = rest.partition("\n\n")[0]
+    return f"{type(error).__name__}: {first}".replace("\n", " ")[:440]
 
 
 def _global_spaces(model: torch.nn.Module) -> Iterator[dict[str, Any]]:

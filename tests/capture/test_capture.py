@@ -66,7 +66,7 @@ def test_python_over_tokens_is_refused_by_line(kind, line):
     with pytest.raises(CaptureError) as caught:
         capture(model)
     assert line in str(caught.value)
-    assert "test_capture.py" in str(caught.value)
+    assert "at test_capture.py:" in str(caught.value)
 
 
 def test_a_branch_for_one_token_differs_from_eager():
@@ -300,12 +300,38 @@ def test_an_operator_of_a_stranger():
 def test_refusal_inside_the_adapter():
     model = families.build("llama")
     model.model.layers[0].self_attn.is_causal = False
-    if dynamo_drops_messages():  # the line is named all the same
-        with pytest.raises(CaptureError, match=r"attention_interface\("):
-            capture(model)
-        return
-    with pytest.raises(UnsupportedModelError, match="tokens that see later ones"):
+    message = r"tokens that see later ones\n.*attention_interface\("
+    with pytest.raises(UnsupportedModelError, match=message):
         capture(model)
+
+
+class Picky(modules.Block):
+    """Takes only what is [T, D], and says so."""
+
+    def forward(self, x, positions):
+        if x.dim() != 2:
+            raise ValueError("I take tokens, not batches")
+        return super().forward(x, positions)
+
+
+def test_what_a_layer_says_is_told_and_tokens_alone_are_tried():
+    model = modules.build(lambda: Model([Picky(causal()), Picky(causal())]))
+    told = r"it raises ValueError\('I take tokens, not batches'\)\n  at test_capture\.py"
+    with pytest.raises(CaptureError, match=told):
+        capture(model, flat=False)
+    compare_with_eager(model, capture(model))
+
+
+class Same(modules.Block):
+    """Gives out what it got, which no region may."""
+
+    def forward(self, x, positions):
+        return x
+
+
+def test_a_layer_that_gives_out_what_it_got_is_no_region():
+    model = modules.build(lambda: Model([*blocks(causal, 1), Same(causal())]))
+    compare_with_eager(model, capture(model))
 
 
 class Counted(Model):
@@ -346,8 +372,3 @@ def test_tables_and_branches_limit_the_length(make, limit, line):
     found = module.length_limit
     assert (found and found.num_tokens) == limit
     assert line is None or re.search(line, found.source_line)
-
-
-def dynamo_drops_messages() -> bool:
-    """Torch 2.11 keeps no message of an error that a layer's forward raises."""
-    return torch.__version__ < "2.12"
