@@ -1,9 +1,10 @@
 """A whole start on a GPU that is not there: compiled ahead, captured, stepped; what happened.
 
-    python -m tests.interpreted.aot_engine FOLDER [PARTS of names]    (a process: no interpreter)
+    python -m tests.interpreted.aot_engine FOLDER OPTIONS [PARTS of names]    (a process: no interpreter)
 
 Everything is as on a GPU but for the launches, which go through Triton's own look-up of a compiled
 kernel (`warmup`) and stop there. A kernel that the artefact lacks is compiled by it, and counted.
+OPTIONS: of load_and_compile, as JSON.
 With parts of names, modules that have none of them are neither compiled nor looked up.
 """
 
@@ -124,7 +125,7 @@ def compile_only(parts: tuple[str, ...]) -> None:
 
 
 def main() -> None:
-    folder, parts = Path(sys.argv[1]), tuple(sys.argv[2:])
+    folder, options, parts = Path(sys.argv[1]), json.loads(sys.argv[2]), tuple(sys.argv[3:])
     compile_only(parts)
     knobs.cache.dir = str(folder / "triton-home")  # what is compiled all the same goes here
     driver.set_active(FakeDriver())
@@ -132,10 +133,10 @@ def main() -> None:
     api.card_name = torch_device.card_name = lambda name: CARD
     compiled_model.open_device = lambda name: NoGpu(parts)  # type: ignore[assignment,return-value]
     compiled_model.CompiledModel.warm_up = lambda self: None  # type: ignore[method-assign]
-    sizes = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 8}
+    options |= {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 8}
     model = api.load_and_compile(
         str(folder / "model"), device="cuda", progress=False, num_threads=2,
-        cache_dir=str(folder / "cache"), **sizes,
+        cache_dir=str(folder / "cache"), **options,
     )  # fmt: skip
     executor: Any = model.engine.executor
     at_start = NoGpu.made.num_compiled

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,12 +23,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SOME = ("attention", "sample", "index_select")
 
 
-def started(tmp_path: Path, parts: tuple[str, ...]) -> dict[str, int]:
-    """Return what a start, and steps after it, found and compiled (aot_engine.py)."""
+def started(tmp_path: Path, parts: tuple[str, ...], **options: Any) -> dict[str, int]:
+    """Return what a start with options, and steps after it, found and compiled (aot_engine.py)."""
     shutil.copytree(zoo.make("qwen3_gqa", tmp_path, "bfloat16"), tmp_path / "model")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "tests.interpreted.aot_engine", str(tmp_path), *parts]
+    arguments = (str(tmp_path), json.dumps(options), *parts)
+    command = [sys.executable, "-m", "tests.interpreted.aot_engine", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     seen: dict[str, int] = json.loads(done.stdout.splitlines()[-1])

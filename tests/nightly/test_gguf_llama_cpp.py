@@ -32,6 +32,8 @@ VOCABULARIES = ("gpt-2", "llama-bpe", "llama-spm", "qwen2", "qwen35", "starcoder
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_golden_tokens(name: str) -> None:
     path = GOLDENS / f"ggml-vocab-{name}.gguf"
+    if not path.is_file():
+        pytest.skip(f"LLAMA_CPP_MODELS has no {path.name}")
     tokenizer = tokenizer_of(read_gguf_header(path))
     texts = Path(f"{path}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     lines = Path(f"{path}.out").read_text().split("\n")

@@ -29,7 +29,7 @@ from tests.interpreted.test_ahead_of_time import started
 
 def test_nothing_of_a_persistent_launch_is_compiled_after_ready(tmp_path: Path) -> None:
     """Found in the artefact under the key that a launch asks for, options and all."""
-    seen = started(tmp_path, '{"persistent_decode": true}')
+    seen = started(tmp_path, (), persistent_decode=True)
     assert seen["at_start"] == 0 and seen["late"] == 0 and seen["misaligned"] > 0, seen
     assert seen["launches"] == 2 + 7  # layers, and what surrounds them
 
