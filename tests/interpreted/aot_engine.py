@@ -1,10 +1,10 @@
 """A whole start on a GPU that is not there: compiled ahead, captured, stepped; what happened.
 
-    python -m tests.interpreted.aot_engine FOLDER OPTIONS [PARTS of names]    (a process: no interpreter)
+    python -m tests.interpreted.aot_engine FOLDER OPTIONS [PARTS of names]    (no interpreter)
 
 Everything is as on a GPU but for the launches, which go through Triton's own look-up of a compiled
 kernel (`warmup`) and stop there. A kernel that the artefact lacks is compiled by it, and counted.
-OPTIONS: of load_and_compile, as JSON.
+A process of its own. OPTIONS: of load_and_compile, as JSON.
 With parts of names, modules that have none of them are neither compiled nor looked up.
 """
 
