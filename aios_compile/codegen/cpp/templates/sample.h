@@ -23,10 +23,13 @@ AIOS_INLINE float highest_of(const float* x) {
 // Highest logit, log of the sum of exponentials relative to it, and whether all are finite.
 AIOS_NOINLINE Raw measure(const float* x) {
   vi bad = splat(0);
-  for (int64_t i = 0; i < V; i += VL)
-      bad |= (bits_of(lanes_or(x, i, 0.0f)) & 0x7f800000) == 0x7f800000;
+  vf top = splat(-kInfinity);
+  for (int64_t i = 0; i < V; i += VL) {
+    bad |= (bits_of(lanes_or(x, i, 0.0f)) & 0x7f800000) == 0x7f800000;
+    top = max(top, lanes_or(x, i, -kInfinity));
+  }
   if (any(bad)) return {0.0f, 0.0f, false};
-  const float highest = highest_of(x);
+  const float highest = reduce_max(top);
   vf sum = splat(0.0f);
   for (int64_t i = 0; i < V; i += VL) sum += exp(lanes_or(x, i, -kInfinity) - highest);
   return {highest, log(reduce_add(sum)), true};
@@ -41,9 +44,10 @@ AIOS_INLINE int64_t first_equal(const float* x, float value) {
 }
 
 // Place of token `id` in the descending order, from 1: the lowest id first among equals.
-AIOS_INLINE int64_t rank_of(const float* x, int64_t id) {
+AIOS_INLINE int64_t rank_of(const float* x, int64_t id, float highest) {
+  const int64_t end = x[id] == highest ? id + 1 : V;  // before the highest are equals only
   vi before = splat(0);
-  for (int64_t i = 0; i < V; i += VL) {
+  for (int64_t i = 0; i < end; i += VL) {
     const vf value = lanes_or(x, i, -kInfinity);
     before -= (value > x[id]) | ((value == x[id]) & (lanes() + (int32_t)i < (int32_t)id));
   }
@@ -329,7 +333,7 @@ AIOS_INLINE void sample_row(const Sizes* n, void* const* p, int64_t r) {
       x, raw.highest);
   *sampled_ids_at(n, p, r) = id;
   *logprobs_at(n, p, r) = x[id] - raw.highest - raw.log_sum;
-  *ranks_at(n, p, r) = rank_of(x, id);
+  *ranks_at(n, p, r) = rank_of(x, id, raw.highest);
 }
 
 AIOS_INLINE int64_t sample_items(const Sizes* n) { return num_rows(n); }
