@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("triton")
@@ -63,8 +64,49 @@ def test_a_graph_replays_on_other_batches() -> None:
     check_replay(built.executor(CudaDevice("cuda")), built)
 
 
+def test_steps_begun_ahead_are_those_of_eager() -> None:
+    """Ids go from step to step on the device; a mark is passed once its step was waited for."""
+    built = model("qwen3_gqa", "float32", tokens=24)
+    ours, eager = built.executor(CudaDevice("cuda")), built.eager()
+    ours.capture()
+    steps = [batch([(done, 1), (done + 2, 1)]) for done in range(5, 25)]
+    given = batch([(0, 5), (0, 7)])
+    running = ours.begin(given)
+    for following in steps:
+        behind = ours.begin(following, np.arange(2))
+        got, theirs = running.wait(), eager.step(given)
+        assert list(got.sampled_ids) == list(theirs.sampled_ids) and running.has_ended
+        np.testing.assert_allclose(got.logprobs, theirs.logprobs, atol=1e-4)
+        assert 0 < running.micros < 1e6
+        given, running = following, behind
+        given.token_ids = np.array(theirs.sampled_ids)
+    running.wait()
+
+
+def test_pages_come_back_from_pinned_memory() -> None:
+    built = model("qwen3_gqa")
+    executor = built.executor(CudaDevice("cuda"), num_host_pages=3)
+    executor.step(batch([(0, 5)]))
+    before = executor.state_bytes()
+    executor.swap_out([(1, 2)])
+    executor.copy_pages([(9, 1)])
+    assert (executor.state_bytes() != before).any()
+    executor.swap_in([(2, 1)])
+    assert (executor.state_bytes() == before).all()
+
+
+@pytest.mark.parametrize("overlap", ["0", "1", "2"])
 @pytest.mark.parametrize("name", ["qwen3_gqa", "llama_tied"])
-def test_the_engine_gives_the_tokens_of_the_cpu(name: str, tmp_path: Path) -> None:
+def test_the_engine_gives_the_tokens_of_the_cpu(
+    name: str,
+    overlap: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With steps begun ahead and without; and the card's memory is what was planned."""
+    caplog.set_level("WARNING")
+    monkeypatch.setenv("AIOS_OVERLAP", overlap)
     path = str(zoo.make(name, tmp_path))
     prompts = [[3, 5, 7, 9, 11, 13], [1, 2], [50]]
     tokens = []
@@ -74,4 +116,7 @@ def test_the_engine_gives_the_tokens_of_the_cpu(name: str, tmp_path: Path) -> No
         ) as loaded:
             done = loaded.generate(prompts, max_tokens=12, ignore_eos=True, temperature=0)
             tokens.append([r.outputs[0].token_ids for r in done])
+            if device == "cuda":
+                assert bool(loaded.engine.stats.num_steps_ahead) == (overlap != "0")
     assert tokens[0] == tokens[1]
+    assert "GPU memory taken" not in caplog.text, "more was taken than planned"
