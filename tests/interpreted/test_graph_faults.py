@@ -124,7 +124,10 @@ def test_a_value_read_back_is_found() -> None:
         executor.step(batch([(0, 1)]))
 
 
-def test_lists_that_grow_move_the_inputs_and_drop_the_graphs() -> None:
+def test_lists_that_grow_move_the_inputs_and_drop_the_graphs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A step that finds no graph is counted, and told."""
     built = model("qwen3_gqa")
     executor = built.executor()
     given = batch([(0, 1)])
@@ -135,3 +138,4 @@ def test_lists_that_grow_move_the_inputs_and_drop_the_graphs() -> None:
     assert executor.graphs[1] is not before
     assert executor.staging.lists == {"penalty": 1024, "bias": 1024, "allowed": 4096}
     assert executor.num_late_captures == 1
+    assert "no graph of 1 tokens was captured before" in caplog.text
