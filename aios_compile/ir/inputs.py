@@ -10,7 +10,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,22 +45,36 @@ class Value:
 class Step:
     """The tokens of one step: sequence s brings `lengths[s]` tokens from position `starts[s]` on.
 
-    rows: the token indices whose logits are wanted. total: the prompt length of a single sequence.
+    rows: the token indices whose logits are wanted. prompts: where all of a few prompts is computed
+    in some steps, the length of each; which: the prompt that sequence s is from. Without prompts
+    the sequences have a past that nobody computed.
     """
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
     rows: tuple[int, ...]
-    total: int = 0
+    prompts: tuple[int, ...] = ()
+    which: tuple[int, ...] = (0,)
 
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
+    @property
+    def places(self) -> list[int]:
+        """Return the place of each token among those of all prompts, one after the other."""
+        begins = [sum(self.prompts[:i]) for i in self.which] if self.prompts else self._apart()
+        spans = zip(begins, self.starts, self.lengths)
+        return [b + s + i for b, s, n in spans for i in range(n)]
+
+    def _apart(self) -> list[int]:
+        ends = [s + n for s, n in zip(self.starts, self.lengths)]
+        return [sum(ends[:i]) for i in range(len(ends))]
+
 
 def whole(num_tokens: int) -> Step:
     """Return a step that is one whole sequence; logits of its last and of some other tokens."""
-    return Step((0,), (num_tokens,), _rows(num_tokens, num_tokens // 2), num_tokens)
+    return Step((0,), (num_tokens,), _rows(num_tokens, num_tokens // 2), (num_tokens,))
 
 
 def _rows(num_tokens: int, *more: int) -> tuple[int, ...]:
@@ -69,27 +83,51 @@ def _rows(num_tokens: int, *more: int) -> tuple[int, ...]:
     return tuple(sorted({*more, num_tokens - 1, *many}))
 
 
-def chunks(num_tokens: int) -> list[Step]:
-    """Return the same sequence cut into a prefill and a later chunk that reads the cache."""
-    if num_tokens == 1:
+def chunks(*prompts: int) -> list[Step]:
+    """Return whole prompts cut into a prefill and a later chunk each, which reads the cache.
+
+    The first chunks of all prompts are one step, so are the second ones.
+    """
+    if prompts == (1,):
         return [whole(1)]
-    cut = max(1, num_tokens * 2 // 3)
-    rest = num_tokens - cut
-    wanted = set(whole(num_tokens).rows)
-    first = tuple(sorted({r for r in wanted if r < cut} | {cut - 1}))
-    second = tuple(sorted({r - cut for r in wanted if r >= cut} | {rest - 1}))
-    return [Step((0,), (cut,), first, num_tokens), Step((cut,), (rest,), second, num_tokens)]
+    cuts = [max(1, n * 2 // 3) for n in prompts]
+    rests = [n - c for n, c in zip(prompts, cuts)]
+    numbers = tuple(range(len(prompts)))
+    zeros = (0,) * len(prompts)
+    first = Step(zeros, tuple(cuts), (), prompts, numbers)
+    second = Step(tuple(cuts), tuple(rests), (), prompts, numbers)
+    wanted = {p for step in each_whole(*prompts) for p in _places(step, step.rows)}
+    steps = []
+    for step in (first, second):
+        lasts = {sum(step.lengths[: i + 1]) - 1 for i in numbers}
+        rows = {i for i, place in enumerate(step.places) if place in wanted}
+        steps.append(replace(step, rows=tuple(sorted(rows | lasts))))
+    return steps
 
 
-def mixed(num_tokens: int) -> Step:
-    """Return one batch of a decode, a prefill chunk amid a sequence, and a fresh prefill."""
+def each_whole(*prompts: int) -> list[Step]:
+    """Return a step for each whole prompt."""
+    alone = [whole(n) for n in prompts]
+    return [replace(step, prompts=prompts, which=(i,)) for i, step in enumerate(alone)]
+
+
+def _places(step: Step, rows: Sequence[int]) -> list[int]:
+    return [step.places[row] for row in rows]
+
+
+def mixed(num_tokens: int, longest: int = 34) -> Step:
+    """Return one batch of a decode, a prefill chunk amid a sequence, and a fresh prefill.
+
+    longest: how many tokens the decode's sequence may have.
+    """
+    past = max(longest - 1, 33)
     if num_tokens == 1:
         return Step((17,), (1,), (0,))
     if num_tokens < 8:
         return Step((20, 0), (1, num_tokens - 1), (0, num_tokens - 1))
     middle = (num_tokens - 1) * 2 // 3
     lengths = (1, middle, num_tokens - 1 - middle)
-    return Step((33, 7, 0), lengths, _rows(num_tokens, 0, middle))
+    return Step((past, 7, 0), lengths, _rows(num_tokens, 0, middle))
 
 
 def describe(module: IRModule) -> list[Value]:
@@ -254,7 +292,9 @@ def _sequence_inputs(
     width: int,
     given: Sequence[int],
 ) -> dict[str, Tensor]:
-    length = max([step.total, *(s + n for s, n in zip(step.starts, step.lengths))])
+    length = max(len(step.prompts), 1) * max(
+        [*step.prompts, *(s + n for s, n in zip(step.starts, step.lengths))]
+    )
     prompt = torch.randint(0, vocabulary, (length,), generator=generator)
     if given:
         prompt = torch.tensor(given)[torch.arange(length) % len(given)]
@@ -263,15 +303,15 @@ def _sequence_inputs(
     ids, positions, slots, lengths, starts = [], [], [], [], [0]
     for s, (begin, count) in enumerate(zip(step.starts, step.lengths)):
         where = torch.arange(begin, begin + count)
-        num_pages = -(-(begin + count) // page_size)
-        if step.total:
-            num_pages = max(num_pages, -(-step.total // page_size))
+        total = step.prompts[step.which[s]] if step.prompts else begin + count
+        num_pages = -(-total // page_size)
         pages = torch.tensor([free.pop() for _ in range(num_pages)])
         tables[s, :num_pages] = pages[:width]
-        ids.append(prompt[where])
+        first = sum(step.prompts[: step.which[s]]) if step.prompts else 0
+        ids.append(prompt[first + where])
         positions.append(where)
         slots.append(pages[where // page_size] * page_size + where % page_size)
-        lengths.append(torch.full((count,), max(step.total, begin + count)))
+        lengths.append(torch.full((count,), total))
         starts.append(starts[-1] + count)
     return {
         "token_ids": torch.cat(ids),

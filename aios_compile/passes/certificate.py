@@ -1,13 +1,14 @@
 """The numerical proof of one pass: the program before and after it against an fp64 oracle.
 
 What runs: the whole program at a few small T, with one call of each region executed and the others
-passed through (their hidden state goes on unchanged); which call is executed changes with T, so
-that weights bound to the wrong layer show. Tables of vocabulary rows shrink to 64 rows. The oracle
-is the program *before* the pass in float64, on the same inputs and on weights that its own recipes
-make of the same random checkpoint. The budget of the program after is c times the error of the
-program before in its own precision (in the wider one, after a pass that widens), plus a floor of a
-few roundings; c belongs to the numerics tier, never to a pass. Passes in a row share one program
-before (see _Chain).
+passed through (their hidden state goes on unchanged); a call that is bound otherwise than its like
+runs as well, so that weights bound to the wrong layer show (sampled_layers.py). Tables of
+vocabulary rows shrink to 64 rows, epsilons are enlarged (small_constants.py). The oracle is the
+program *before* the pass in float64, on the same inputs and on weights that its own recipes make of
+the same random checkpoint. The budget of the program after is c times the error of the program
+before in its own precision (in the wider one, after a pass that widens), plus a floor of a few
+roundings; c belongs to the numerics tier, never to a pass. Passes in a row share one program before
+(see _Chain).
 
 A pass that quantises weights is proven on dequantised weights: the program before gets the values
 that the recipes of the program after make, activations are exact, and what is left to differ is
@@ -17,11 +18,10 @@ is held against the program before with keys and values half a step off (kv_roun
 error is the one that is shown.
 
 A pass that pages the KV cache is proven by running the program after it in two chunks over permuted
-pages against one whole sequence; from then on the samples are mixed batches over filled caches.
-Windows and chunks that the samples would not reach are made small in both programs, or the samples
-longer (long_context.py). Outputs that only the program after has (what was sampled) are compared
-with the op's reference on the logits of the program before. Not seen: a window of thousands of keys
-while it is still spelled out, where `raise_attention` itself runs the mask around each constant.
+pages, together with a second prompt, against one whole sequence at a time; from then on the samples
+are mixed batches over filled caches. Windows and chunks that the samples would not reach are made
+small in both programs, or the samples longer (long_context.py). Outputs that only the program after
+has (what was sampled) are compared with the op's reference on the logits of the program before.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,15 +41,21 @@ from torch import Tensor
 from aios_compile.ir import evaluate, inputs, random_weights, snapshot
 from aios_compile.ir.module import IRModule
 from aios_compile.ir.random_weights import RandomWeights
-from aios_compile.passes import kv_rounding, long_context, measure
+from aios_compile.passes import (
+    kv_rounding,
+    long_context,
+    measure,
+    sampled_layers,
+    small_constants,
+)
 from aios_compile.passes.context import PassOptions
 from aios_compile.passes.graph_pass import PassFunction, info_of
+from aios_compile.passes.long_context import Smaller
 from aios_compile.passes.measure import (
     TOKENS,
     Row,
     Run,
     Samples,
-    choose_skips,
     choose_steps,
     one_thread,
     rows_between,
@@ -60,6 +65,7 @@ from aios_compile.passes.measure import (
     wider_dtype,
 )
 from aios_compile.passes.sample_tokens import RESULTS as SAMPLED
+from aios_compile.passes.sampled_layers import choose_skips
 
 # The largest errors of two correct programs in the same precision differ by less than this.
 FACTORS = {"exact": 4.0, "reassociates": 8.0, "lossy": 16.0}
@@ -114,32 +120,36 @@ class _Chain:
     start: IRModule
     text: str
     factor: float = 0.0
-    smaller: Mapping[int, int] = field(default_factory=dict)
+    smaller: Smaller = field(default_factory=Smaller)
+    factor_of_epsilons: float = 1.0
     tokens: tuple[int, ...] = TOKENS
     sampled: bool = False  # whether `eager` holds what the sampler would return
     whole: bool = False  # Samples.whole: nothing is made smaller
     computed_in: torch.dtype | None = None  # what `eager` was computed in, None as it is
     vocabulary: int = 0  # of the weights that `eager` ran on
-    eager: dict[int, tuple[Run, Run]] = field(default_factory=dict)
+    eager: dict[tuple[object, ...], tuple[Run, Run]] = field(default_factory=dict)
 
     @staticmethod
-    def begin(module: IRModule, samples: Samples, with_text: bool) -> _Chain:
-        """Start a chain at a program, large windows made small."""
+    def begin(module: IRModule, after: IRModule, samples: Samples, with_text: bool) -> _Chain:
+        """Start a chain at a program: large windows are made small, epsilons large."""
         text = snapshot.module_text(module) if with_text else ""
         if samples.whole:
             return _Chain(snapshot.take(module), text, tokens=samples.tokens, whole=True)
-        smaller = long_context.smaller_bounds(module)
-        start = long_context.shrunk(snapshot.take(module), smaller)
         tokens = (*samples.tokens, *long_context.longer_samples(module))
-        return _Chain(start, text, smaller=smaller, tokens=tokens)
+        raised = long_context.unseen(module, after, tokens[-1])
+        smaller = long_context.smaller_bounds(module, raised)
+        start = long_context.shrunk(snapshot.take(module), smaller)
+        factor = small_constants.factor_of(start)
+        return _Chain(start, text, smaller=smaller, factor_of_epsilons=factor, tokens=tokens)
 
-    def fits(self, before: IRModule) -> bool:
-        """Return whether a program can be compared with the start of the chain.
+    def fits(self, before: IRModule, after: IRModule) -> bool:
+        """Return whether two programs can be compared with the start of the chain.
 
-        It cannot where attention has become an op since, with a window that no sample passes.
+        They cannot where attention has become an op since, with a window that no sample passes.
         """
         same_outputs = set(self.start.outputs) == set(before.outputs)
-        unseen = long_context.smaller_bounds(before).keys() - self.smaller.keys()
+        windows = {w for m in (before, after) for w in long_context.bounds(m)}
+        unseen = {w for w in windows if w > long_context.SEEN} - self.smaller.bounds.keys()
         reached = all(window < self.tokens[-1] for window in unseen)
         return (
             same_outputs
@@ -167,8 +177,8 @@ class Certifier:
     def measure(self, before: IRModule, after: IRModule, function: PassFunction) -> Certificate:
         """Compare a program before and after a pass, or find the certificate of the same."""
         tier = info_of(function).numerics
-        if self._chain is None or not self._chain.fits(before) or tier == "lossy":
-            self._chain = _Chain.begin(before, self.samples, self.cache is not None)
+        if self._chain is None or not self._chain.fits(before, after) or tier == "lossy":
+            self._chain = _Chain.begin(before, after, self.samples, self.cache is not None)
         chain = self._chain
         factor = max(chain.factor, FACTORS[tier])
         key = self._key(chain, factor, before, after, function) if self.cache is not None else ""
@@ -206,7 +216,12 @@ class Certifier:
         after = long_context.shrunk(after, chain.smaller)
         rows: list[Row] = []
         rounded: list[Row] = []
-        with one_thread():
+        epsilons = chain.factor_of_epsilons
+        with (
+            one_thread(),
+            small_constants.enlarged(chain.start, epsilons),
+            small_constants.enlarged(after, epsilons),
+        ):
             for index in range(len(chain.tokens)):
                 rows += self._compare(chain, after, weights, index, factor, storage)
                 codes = kv_rounding.rounded_dtype(chain.start, after) if lossy else None
@@ -234,13 +249,14 @@ class Certifier:
         skips, after_skips = ({}, {}) if chain.whole else choose_skips(start, after, index)
         run = functools.partial(run_steps, weights=weights, seed=self.seed)
         prompt = self.samples.prompt
-        if index not in chain.eager:
+        which = *steps, frozenset(skips)
+        if which not in chain.eager:
             sample = functools.partial(
                 run, start, steps, skips=skips, sampled=chain.sampled, prompt=prompt
             )
             oracle = sample(computed_in=torch.float64)
-            chain.eager[index] = oracle, sample(computed_in=chain.computed_in)
-        oracle, eager = chain.eager[index]
+            chain.eager[which] = oracle, sample(computed_in=chain.computed_in)
+        oracle, eager = chain.eager[which]
         result = run(after, after_steps, skips=after_skips, prompt=prompt)
         return rows_between(oracle, eager, result, f"at T={num_tokens}", factor, storage)
 
@@ -262,7 +278,8 @@ class Certifier:
         off = kv_rounding.moved(start, codes)
         moved = run(off, steps, skips=skips, computed_in=chain.computed_in)
         result = run(after, after_steps, skips=after_skips, rounds_kv=True)
-        where, oracle = f"with pages of codes at T={num_tokens}", chain.eager[index][0]
+        where = f"with pages of codes at T={num_tokens}"
+        oracle, _ = chain.eager[(*steps, frozenset(skips))]
         return rows_between(oracle, moved, result, where, FACTORS["exact"], 0.0)
 
     def _key(
@@ -278,6 +295,7 @@ class Certifier:
         known = {n: t for n, t in after.tensors.items() if not isinstance(t, torch.nn.Parameter)}
         texts += [f"{n} {_digest(t)}" for n, t in sorted(known.items())]
         texts += [info_of(function).name, str(factor), _source(function), _measuring_code()]
+        texts += [str(m.outputs) for m in (chain.start, before, after)]
         texts += [torch.__version__, str(self.seed), str(self.options)]
         return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
@@ -298,6 +316,8 @@ def _measuring_code() -> str:
         evaluate,
         inputs,
         random_weights,
+        sampled_layers,
+        small_constants,
         snapshot,
     ]
     here = inspect.getsource(inspect.getmodule(_measuring_code) or Certifier)

@@ -3,13 +3,16 @@
 Once attention is an op, its window is a number that passes carry along: a certificate may replace
 each large number by a small one, in the program before and in the program after alike. What a pass
 altered by one is then not replaced, and shows. While the window is still spelled out (before
-raise_attention), the sample grows past it instead, as far as that is cheap.
+raise_attention), the sample grows past it instead, as far as that is cheap; else the pass that
+raises it is proven with the number replaced where it is compared with, too. A window that only the
+program after has is made small there: it must not have one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -34,20 +37,31 @@ AFFORDABLE = 4e9
 LONGEST = 8 * inputs.PAGE_SIZE  # tokens: what the smallest page table holds
 
 
-def shrunk(module: IRModule, smaller: Mapping[int, int]) -> IRModule:
-    """Return a copy of a program with bounds of attention replaced; the program if there are none.
+@dataclass
+class Smaller:
+    """Numbers that stand for larger ones: for bounds of attention ops, and where bounds are still
+    compared with (`spelled`)."""
+
+    bounds: dict[int, int] = field(default_factory=dict)
+    spelled: dict[int, int] = field(default_factory=dict)
+
+
+def shrunk(module: IRModule, smaller: Smaller) -> IRModule:
+    """Return a copy of a program with bounds replaced; the program if there are none.
 
     Nodes are copied, weights are not.
     """
-    if not smaller or not bounds(module) & set(smaller):
+    if not smaller.spelled and not bounds(module) & set(smaller.bounds):
         return module
     copy = snapshot.take(module)
     for node in _attentions(copy):
         args = list(node.args)
         for position in BOUNDS[node.target]:  # type: ignore[index]
-            if len(args) > position and args[position] in smaller:
-                args[position] = smaller[args[position]]  # type: ignore[index]
+            if len(args) > position and isinstance(bound := args[position], int):
+                args[position] = smaller.bounds.get(bound, bound)
         node.args = tuple(args)
+    for node in _comparisons(copy):
+        node.args = tuple(smaller.spelled.get(a, a) if type(a) is int else a for a in node.args)
     return copy
 
 
@@ -62,27 +76,60 @@ def bounds(module: IRModule) -> set[int]:
     return found
 
 
-def smaller_bounds(module: IRModule) -> dict[int, int]:
-    """Choose a small number for each bound of a program that its samples would not reach."""
+def smaller_bounds(module: IRModule, raised: set[int] | frozenset[int] = frozenset()) -> Smaller:
+    """Choose a small number for each bound of a program that its samples would not reach.
+
+    raised: bounds that the program after has besides (see `unseen`). What the program compares
+    with, up to one beside such a bound, becomes as small; a bound that is none of its numbers
+    becomes small in the program after only. One that the program has elsewhere stays as it is.
+    """
     known = bounds(module)
-    free = [s for s in SMALL if s not in known]
-    return dict(zip(sorted(b for b in known if b > SEEN), free))
+    free = iter(s for s in SMALL if s not in known)
+    smaller = Smaller(dict(zip(sorted(b for b in known if b > SEEN), free)))
+    compared, every = _spelled(module), _numbers(module)
+    for bound in sorted(raised):
+        near = [c for c in compared if abs(c - bound) <= 1]
+        if near or not {bound - 1, bound, bound + 1} & every:
+            small = next(free, None)
+            if small is not None:
+                smaller.bounds[bound] = small
+                smaller.spelled.update({c: small + c - bound for c in near})
+    return smaller
+
+
+def unseen(before: IRModule, after: IRModule, tokens: int) -> set[int]:
+    """Return bounds that only the program after has, and that samples of `tokens` do not pass."""
+    return {b for b in bounds(after) - bounds(before) if b > SEEN and b >= tokens}
 
 
 def longer_samples(module: IRModule) -> tuple[int, ...]:
     """Return numbers of tokens that pass the largest affordable bound which is spelled out."""
     if bounds(module):
         return ()
-    spelled = {
-        a + 3
-        for graph_module in module.graphs().values()
-        for node in graph_module.graph.nodes
-        if node.target in COMPARISONS
-        for a in node.args
-        if isinstance(a, int) and not isinstance(a, bool) and SEEN < a < 2**20
-    }
-    cost = _cost_of_a_token(module)
-    return tuple(sorted(t for t in spelled if t <= LONGEST and t * cost <= AFFORDABLE))[-1:]
+    spelled = {c + 3 for c in _spelled(module)}
+    return tuple(sorted(t for t in spelled if t <= LONGEST and affords(module, t)))[-1:]
+
+
+def affords(module: IRModule, tokens: int) -> bool:
+    """Return whether a sample of so many tokens costs little enough."""
+    return tokens * _cost_of_a_token(module) <= AFFORDABLE
+
+
+def _spelled(module: IRModule) -> set[int]:
+    """Return the numbers beyond the samples that a program compares something with."""
+    found = {a for node in _comparisons(module) for a in node.args if type(a) is int}
+    return {a for a in found if SEEN < a < 2**20}
+
+
+def _numbers(module: IRModule) -> set[object]:
+    """Return every number that is an argument in a program."""
+    nodes = [n for graph_module in module.graphs().values() for n in graph_module.graph.nodes]
+    return {a for n in nodes for a in (*n.args, *n.kwargs.values()) if isinstance(a, (int, float))}
+
+
+def _comparisons(module: IRModule) -> Iterator[fx.Node]:
+    for graph_module in module.graphs().values():
+        yield from (n for n in graph_module.graph.nodes if n.target in COMPARISONS)
 
 
 def _attentions(module: IRModule) -> Iterator[fx.Node]:

@@ -16,9 +16,13 @@ from aios_compile.ir.module import IRModule, Recipe, outputs
 from aios_compile.ir.ops import wide
 from aios_compile.ir.quantized import LARGEST_CODE
 from aios_compile.ir.random_weights import RandomWeights
+from aios_compile.passes import long_context
 from aios_compile.passes.sample_tokens import RESULTS as SAMPLED
 
 TOKENS = (1, 5, 19)
+FIRST = 67  # tokens of a prompt while attention is paged, where a layer is cheap enough
+SECOND = 9  # tokens of a second prompt, where batches are proven to keep sequences apart
+LONGEST = 120  # tokens of a sequence with a past: behind 64, not at the border of a page
 FLOOR_ROUNDINGS = 8.0
 
 
@@ -75,12 +79,14 @@ class Run:
 def rows_between(
     oracle: Run, eager: Run, result: Run, where: str, factor: float, storage: float
 ) -> list[Row]:
-    """Return a row for each output and state that the runs share."""
+    """Return a row for each output of `oracle`, and for each state that the runs share."""
     rows = []
     for name in oracle.outputs:
-        if name in result.outputs:
-            o, b, a = _same_rows(name, oracle, eager, result)
-            rows.append(_row(f"{name} {where}", o, b, a, factor, storage))
+        if name not in result.outputs:
+            rows.append(Row(f"{name} {where} (not returned)", math.inf, 0.0))
+            continue
+        o, b, a = _same_rows(name, oracle, eager, result)
+        rows.append(_row(f"{name} {where}", o, b, a, factor, storage))
     for name in oracle.states:
         if name in result.states and result.states[name].shape == oracle.states[name].shape:
             o, b, a = (run.states[name][1:] for run in (oracle, eager, result))  # 0 is trash
@@ -99,9 +105,25 @@ def choose_steps(
         return [inputs.whole(num_tokens)], [inputs.whole(num_tokens)]
     paged = ["slots" in m.inputs.values() for m in (before, after)]
     if all(paged) and state_shapes(before) == state_shapes(after):
-        return [inputs.mixed(num_tokens)], [inputs.mixed(num_tokens)]
-    steps = [inputs.chunks(num_tokens) if p else [inputs.whole(num_tokens)] for p in paged]
+        mixed = inputs.mixed(num_tokens, _longest(after))
+        return [mixed], [mixed]
+    prompts: tuple[int, ...] = (num_tokens,)
+    if paged == [False, True] and num_tokens > 2 * SECOND:
+        long = min(FIRST, _longest(after))
+        affordable = long > num_tokens and long_context.affords(before, long + SECOND)
+        prompts = (long if affordable else num_tokens, SECOND)
+    steps = [inputs.chunks(*prompts) if p else inputs.each_whole(*prompts) for p in paged]
     return steps[0], steps[1]
+
+
+def _longest(module: IRModule) -> int:
+    """Return how many tokens a sequence of a sample may have: its page table and model end."""
+    values = inputs.describe(module)
+    tables = next(v.shape[1] for v in values if v.source == "page_tables")
+    assert isinstance(tables, int)
+    longest = min(inputs.page_size_of(values) * min(tables, inputs.MAX_PAGES // 2), LONGEST)
+    limit = module.length_limit
+    return longest if limit is None else min(longest, limit.num_tokens)
 
 
 def state_shapes(module: IRModule) -> dict[str, str]:
@@ -110,25 +132,6 @@ def state_shapes(module: IRModule) -> dict[str, str]:
         for n in module.root.graph.nodes
         if n.op == "placeholder" and n.name in module.states
     }
-
-
-def choose_skips(
-    before: IRModule, after: IRModule, index: int
-) -> tuple[evaluate.Skips, evaluate.Skips]:
-    """Choose the region calls that both programs pass through: all but one of each region."""
-    tables = [evaluate.carried(m) for m in (before, after)]
-    calls = [{r: len(m.calls(r)) for r in m.regions()} for m in (before, after)]
-    if tables[0] is None or tables[1] is None or calls[0] != calls[1]:
-        return {}, {}
-    return _skips_of(before, tables[0], index), _skips_of(after, tables[1], index)
-
-
-def _skips_of(module: IRModule, table: evaluate.Skips, index: int) -> evaluate.Skips:
-    kept = set()
-    for region in module.regions():
-        calls = module.calls(region)
-        kept.add(calls[(0, len(calls) - 1, len(calls) // 2)[index % 3]].name)
-    return {name: positions for name, positions in table.items() if name not in kept}
 
 
 def run_steps(
@@ -168,8 +171,7 @@ def run_steps(
             first = _first_state(v, steps, seed, computed_in, rounds_kv) if live else _UNUSED
             states[v.name] = first
     found: list[dict[str, Tensor]] = []
-    rows: list[int] | None = []
-    offset = 0
+    rows: list[int] = []
     for step in steps:
         runtime = inputs.runtime_inputs(values, step, seed, vocabulary=vocabulary, prompt=prompt)
         given = {**fixed, **states, **_free_values(values, runtime, step, seed)}
@@ -188,8 +190,7 @@ def run_steps(
             every = inputs.every_input(values, step, seed, vocabulary=vocabulary, prompt=prompt)
             found[-1] |= _sampled(module, results, step, every, computed_in)
         picked = step.rows if "logit_rows" in module.inputs.values() else range(step.num_tokens)
-        rows = [*rows, *(offset + r for r in picked)] if rows is not None else None
-        offset += step.num_tokens
+        rows += [step.places[r] for r in picked]
     axes = _row_axes(module)
     joined = {
         n: torch.cat([f[n] for f in found], axes.get(n, 0)) if len(found) > 1 else t
@@ -262,7 +263,7 @@ def _first_state(
     an option of the user, and its rounding would hide what the pass does. rounds_kv: codes stay.
     """
     shape = [inputs.size(s, {}) for s in value.shape]
-    past = any(step.total == 0 for step in steps)
+    past = any(not step.prompts for step in steps)
     tensor = inputs.random_state(value.name, shape, value.dtype, seed)
     tensor = tensor if past else torch.zeros_like(tensor)
     codes = value.dtype in LARGEST_CODE
@@ -287,15 +288,15 @@ def _free_values(
 def _free_value(value: inputs.Value, step: Step, seed: int) -> Tensor:
     """Return random values of about 1; a chunk gets its tokens of the whole sequence's values."""
     sizes = inputs.sizes_of(step)
-    chunk = bool(step.total) and "T" in value.shape
+    chunk = bool(step.prompts) and "T" in value.shape
     if chunk:
-        sizes["T"] = step.total
+        sizes["T"] = sum(step.prompts)
     shape = [inputs.size(s, sizes) for s in value.shape]
     scale = 20 if value.dtype.is_floating_point and len(shape) > 1 else 1
     tensor = inputs.random_tensor(value.name, shape, value.dtype, seed) * scale
     if not chunk:
         return tensor
-    return tensor.narrow(value.shape.index("T"), step.starts[0], step.num_tokens)
+    return tensor.index_select(value.shape.index("T"), torch.tensor(step.places))
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:

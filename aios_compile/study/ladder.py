@@ -71,7 +71,7 @@ def climb(
 ) -> Iterator[Rung]:
     """Yield the stages from slow to quick. load: makes a compiled model, given some options."""
     subject = open_subject(source, options, request.ids)
-    whole = [Step((0,), (len(request.ids),), (len(request.ids) - 1,), len(request.ids))]
+    whole = [Step((0,), (len(request.ids),), (len(request.ids) - 1,), (len(request.ids),))]
     oracle = _last(subject, subject.captured, whole, torch.float64)
     yield _eager(source, request, oracle)
     yield _captured(subject, request, oracle)

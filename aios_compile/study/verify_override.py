@@ -28,7 +28,8 @@ from aios_compile.errors import BuildError
 from aios_compile.ir import inputs
 from aios_compile.ir.module import IRModule, is_kernel_call
 from aios_compile.ir.random_weights import RandomWeights
-from aios_compile.passes.measure import choose_skips, one_thread, run_steps
+from aios_compile.passes.measure import one_thread, run_steps
+from aios_compile.passes.sampled_layers import choose_skips
 from aios_compile.study.kernel_check import Checked, Kernels, check, prepare
 from aios_compile.study.node_values import Trace
 

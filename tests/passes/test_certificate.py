@@ -190,4 +190,6 @@ def test_weights_that_change_leave_the_samples_of_a_paged_program() -> None:
     after = snapshot.take(before)
     run(after, programs.pass_named("merge_qkv"), verify=0)
     assert set(state_shapes(before)) == set(before.states) and before.weights != after.weights
-    assert choose_steps(before, after, 19) == ([inputs.mixed(19)], [inputs.mixed(19)])
+    mixed = inputs.mixed(19, longest=120)
+    assert choose_steps(before, after, 19) == ([mixed], [mixed])
+    assert mixed.starts == (119, 7, 0), "a past of more than 64 tokens"

@@ -114,6 +114,13 @@ def epsilon_of_the_head_norm(graph: fx.Graph, context: PassContext) -> int:
     return set_argument(norms[:1], 2, lambda eps: eps * 10)
 
 
+@plant("fuse_qk_norm_rope_kv_write", "wide")
+def epsilon_below_the_roundings(graph: fx.Graph, context: PassContext) -> int:
+    """Where queries are sums of 512 products, their epsilon is nothing beside them."""
+    norms = inside(graph, "qk_norm_rope_kv_write", aios.rms_norm.default)
+    return set_argument(norms[:1], 2, lambda eps: eps * 2)
+
+
 @plant("fuse_kv_write_into_attention", "triton")
 def rotation_of_the_key_left_out(graph: fx.Graph, context: PassContext) -> int:
     write = inside(graph, "kv_write_attention", aios.kv_write.default)[0]
@@ -233,6 +240,17 @@ def tables_given_out_swapped(graph: fx.Graph, context: PassContext) -> int:
 
 
 @plant("fuse_pointwise", "qwen3")
+def positions_end_at_64(graph: fx.Graph, context: PassContext) -> int:
+    found = inside(graph, "pointwise", aten.cos.default)[:1]
+    for node in found:
+        angle: Any = node.args[0]
+        with node.graph.inserting_before(node):
+            low = context.call(node.graph, aten.clamp.default, angle, None, 64.0, source=[node])
+        node.args = (low,)
+    return len(found)
+
+
+@plant("fuse_pointwise", "qwen3")
 def constant_rounded(graph: fx.Graph, context: PassContext) -> int:
     found = inside(graph, "row_reduction", aios.rms_norm.default)
     return set_argument(found, 2, lambda eps: 0.0)
@@ -261,6 +279,12 @@ def _negated(x: Any, context: PassContext) -> fx.Node:
 def window_off_by_one_in_the_body(graph: fx.Graph, context: PassContext) -> int:
     found = inside(graph, "paged_attention", aios.paged_attention.default)
     return set_argument(found, 7, lambda window: window - 1)
+
+
+@plant("form_kernels", "qwen3")
+def window_where_there_is_none(graph: fx.Graph, context: PassContext) -> int:
+    found = inside(graph, "paged_attention", aios.paged_attention.default)
+    return set_argument(found, 7, lambda window: 4096)
 
 
 @plant("form_kernels", "wide_window")

@@ -35,6 +35,17 @@ def counted(x: "f32[T, 16]", table: "weight f32[64, 16]") -> Any:
     return x * table[:tokens] * torch.arange(1, tokens + 1)[:, None]
 
 
+def two_results(x: "f32[T, 64]", w: "weight f32[64, 64]") -> Any:
+    y = torch.relu(x.mm(w.t()))
+    return y, torch.tanh(y)
+
+
+def _two_results() -> IRModule:
+    module = _traced(two_results)
+    module.outputs = ("first", "second")
+    return module
+
+
 def experts(x: "f32[T, 48]", w: "weight f32[4, 80, 48]") -> Any:
     chosen = torch.topk(x[:, :4], 1).indices[:, 0]
     return torch.bmm(w[chosen], x[:, :, None]).squeeze(-1)
@@ -63,6 +74,8 @@ DYNAMIC = {"rope_scaling": {"type": "dynamic", "factor": 3.0}, "max_position_emb
 PROGRAMS: dict[str, Callable[[], IRModule]] = {
     "qwen3": lambda: captured("qwen3"),
     "qwen2": lambda: captured("qwen2"),
+    "layers": lambda: captured("qwen2", num_hidden_layers=6),
+    "wide": lambda: captured("qwen3", hidden_size=512, head_dim=64),
     "half": lambda: captured("qwen3", torch.bfloat16),
     "window": lambda: captured("mistral", sliding_window=9),
     "wide_window": lambda: captured("mistral", sliding_window=48),
@@ -80,6 +93,7 @@ PROGRAMS: dict[str, Callable[[], IRModule]] = {
     "strided": lambda: _traced(strided),
     "parts": lambda: _traced(parts),
     "counted": lambda: _traced(counted),
+    "two_results": _two_results,
 }
 
 
