@@ -245,7 +245,7 @@ class Certifier:
     ) -> list[Row]:
         """Run oracle, eager and `after` at T = tokens[index]; return a row a shared output."""
         start, num_tokens = chain.start, chain.tokens[index]
-        steps, after_steps = choose_steps(start, after, num_tokens)
+        steps, after_steps = choose_steps(start, after, num_tokens, chain.whole)
         skips, after_skips = ({}, {}) if chain.whole else choose_skips(start, after, index)
         run = functools.partial(run_steps, weights=weights, seed=self.seed)
         prompt = self.samples.prompt
@@ -270,7 +270,7 @@ class Certifier:
     ) -> list[Row]:
         """Run `after` with codes that are rounded; return a row a shared output."""
         start, num_tokens = chain.start, chain.tokens[index]
-        steps, after_steps = choose_steps(start, after, num_tokens)
+        steps, after_steps = choose_steps(start, after, num_tokens, chain.whole)
         skips, after_skips = ({}, {}) if chain.whole else choose_skips(start, after, index)
         run = functools.partial(
             run_steps, weights=weights, seed=self.seed, prompt=self.samples.prompt

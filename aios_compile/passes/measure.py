@@ -95,11 +95,12 @@ def rows_between(
 
 
 def choose_steps(
-    before: IRModule, after: IRModule, num_tokens: int
+    before: IRModule, after: IRModule, num_tokens: int, alone: bool = False
 ) -> tuple[list[Step], list[Step]]:
     """Choose the batches: whole sequences until the program is paged, mixed batches afterwards.
 
-    Where tokens mix outside attention, a step is one whole sequence for ever.
+    Where tokens mix outside attention, a step is one whole sequence for ever. alone: a pass that
+    pages is measured on this one prompt, without a second and longer ones.
     """
     if after.not_generatable:  # known from the end of the first stage on
         return [inputs.whole(num_tokens)], [inputs.whole(num_tokens)]
@@ -108,7 +109,7 @@ def choose_steps(
         mixed = inputs.mixed(num_tokens, _longest(after))
         return [mixed], [mixed]
     prompts: tuple[int, ...] = (num_tokens,)
-    if paged == [False, True] and num_tokens > 2 * SECOND:
+    if paged == [False, True] and num_tokens > 2 * SECOND and not alone:
         long = min(FIRST, _longest(after))
         affordable = long > num_tokens and long_context.affords(before, long + SECOND)
         prompts = (long if affordable else num_tokens, SECOND)
