@@ -25,7 +25,7 @@ AREAS: dict[str, tuple[str, ...]] = {
         "runtime/schedule_state.py", "runtime/preemption.py", "runtime/policies.py",
         "runtime/prefix_cache.py", "runtime/kv_cache.py", "runtime/commit.py",
         "runtime/batch_builder.py", "runtime/page_moves.py", "runtime/draft_governor.py",
-        "runtime/look_ahead.py", "runtime/overlap_governor.py",
+        "runtime/look_ahead.py", "runtime/overlap_governor.py", "runtime/step_slot.py",
     ),
     "planner": (
         "passes/plan_memory.py", "ir/lifetimes.py", "codegen/form_phases.py", "codegen/lower.py",
