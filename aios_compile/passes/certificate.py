@@ -135,7 +135,7 @@ class _Chain:
         text = snapshot.module_text(module) if with_text else ""
         if samples.whole:
             return _Chain(snapshot.take(module), text, tokens=samples.tokens, whole=True)
-        tokens = (*samples.tokens, *long_context.longer_samples(module))
+        tokens = long_context.samples(module, samples.tokens)
         raised = long_context.unseen(module, after, tokens[-1])
         smaller = long_context.smaller_bounds(module, raised)
         start = long_context.shrunk(snapshot.take(module), smaller)

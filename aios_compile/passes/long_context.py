@@ -18,7 +18,8 @@ import torch
 from torch import fx
 
 from aios_compile.ir import inputs, ops, snapshot
-from aios_compile.ir.module import IRModule, body_of, is_kernel_call, placeholders
+from aios_compile.ir.counted_tokens import slice_of
+from aios_compile.ir.module import IRModule, body_of, depends_on, is_kernel_call, placeholders
 
 assert ops.TABLE, "the op table registers the aios operators"
 aten, aios = torch.ops.aten, torch.ops.aios
@@ -32,8 +33,11 @@ COMPARISONS = frozenset(
         *(aten.add.Tensor, aten.floor_divide.default, aten.div.Tensor_mode),
     }
 )
+LOOK_UPS = (aten.slice.Tensor, aten.embedding.default, aten.index_select.default, aten.index.Tensor)
 # Products and sums that a longer sample may cost: half a second on one core.
 AFFORDABLE = 4e9
+CHEAP = 2e8  # a few milliseconds, as long as the nodes of a small layer take by themselves
+BEHIND_64 = 67  # tokens: several pages, and more than any tile of rows
 LONGEST = 8 * inputs.PAGE_SIZE  # tokens: what the smallest page table holds
 
 
@@ -102,17 +106,45 @@ def unseen(before: IRModule, after: IRModule, tokens: int) -> set[int]:
     return {b for b in bounds(after) - bounds(before) if b > SEEN and b >= tokens}
 
 
-def longer_samples(module: IRModule) -> tuple[int, ...]:
-    """Return numbers of tokens that pass the largest affordable bound which is spelled out."""
+def samples(module: IRModule, tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the numbers of tokens of a program's samples: the last ones beyond 64 where layers are
+    small, and past the largest affordable bound that is spelled out."""
+    limit = module.length_limit
+    fits = limit.num_tokens >= BEHIND_64 if limit is not None else not _has_short_table(module)
+    if fits and tokens[-1] < BEHIND_64 and affords(module, BEHIND_64, CHEAP):
+        tokens = (*tokens[:-1], BEHIND_64)
+    return (*tokens, *(t for t in _longer_samples(module) if t > tokens[-1]))
+
+
+def _has_short_table(module: IRModule) -> bool:
+    """Return whether a table that is cut to the tokens, or looked up by position, ends before."""
+    positions = {n for n, source in module.inputs.items() if source == "positions"}
+    for name, graph_module in module.graphs().items():
+        holders = placeholders(graph_module.graph)
+        bound = module.calls(name)[0].args if name else holders
+        given = [h for h, a in zip(holders, bound) if getattr(a, "name", "") in positions]
+        for node in graph_module.graph.nodes:
+            if node.target not in LOOK_UPS:
+                continue
+            cut = node.target is aten.slice.Tensor
+            dim = slice_of(node)[0] if cut else 0
+            rows, left = (x.meta["val"].shape[dim] for x in (node.args[0], node))
+            counts = cut or any(depends_on(node, holder) for holder in given)
+            if counts and not isinstance(left, int) and isinstance(rows, int) and rows < BEHIND_64:
+                return True
+    return False
+
+
+def _longer_samples(module: IRModule) -> tuple[int, ...]:
     if bounds(module):
         return ()
     spelled = {c + 3 for c in _spelled(module)}
     return tuple(sorted(t for t in spelled if t <= LONGEST and affords(module, t)))[-1:]
 
 
-def affords(module: IRModule, tokens: int) -> bool:
+def affords(module: IRModule, tokens: int, operations: float = AFFORDABLE) -> bool:
     """Return whether a sample of so many tokens costs little enough."""
-    return tokens * _cost_of_a_token(module) <= AFFORDABLE
+    return tokens * _cost_of_a_token(module) <= operations
 
 
 def _spelled(module: IRModule) -> set[int]:

@@ -20,7 +20,6 @@ from aios_compile.passes import long_context
 from aios_compile.passes.sample_tokens import RESULTS as SAMPLED
 
 TOKENS = (1, 5, 19)
-FIRST = 67  # tokens of a prompt while attention is paged, where a layer is cheap enough
 SECOND = 9  # tokens of a second prompt, where batches are proven to keep sequences apart
 LONGEST = 120  # tokens of a sequence with a past: behind 64, not at the border of a page
 FLOOR_ROUNDINGS = 8.0
@@ -110,7 +109,7 @@ def choose_steps(
         return [mixed], [mixed]
     prompts: tuple[int, ...] = (num_tokens,)
     if paged == [False, True] and num_tokens > 2 * SECOND and not alone:
-        long = min(FIRST, _longest(after))
+        long = min(long_context.BEHIND_64, _longest(after))
         affordable = long > num_tokens and long_context.affords(before, long + SECOND)
         prompts = (long if affordable else num_tokens, SECOND)
     steps = [inputs.chunks(*prompts) if p else inputs.each_whole(*prompts) for p in paged]

@@ -238,6 +238,17 @@ def tables_swapped(graph: fx.Graph, context: PassContext) -> int:
     return swap(calls(graph, ROPE)[0], 1, 2)
 
 
+@plant("raise_rope", "qwen3")
+def rotation_ends_at_64(graph: fx.Graph, context: PassContext) -> int:
+    """Look tables of 64 positions up, as if no prompt were longer."""
+    names = context.module.inputs
+    node = next(n for n in graph.nodes if names.get(n.name) == "positions")
+    with graph.inserting_after(node):
+        new = context.call(graph, aten.clamp.default, node, None, 63, source=list(node.users))
+    node.replace_all_uses_with(new, lambda user: user is not new)
+    return 1
+
+
 @plant("raise_attention", "qwen3")
 def scale_missing(graph: fx.Graph, context: PassContext) -> int:
     return set_argument(calls(graph, aios.attention.default), 3, lambda scale: 1.0)
