@@ -88,37 +88,6 @@ def weights_of_two_layers_taken_for_one(graph: fx.Graph, context: PassContext) -
     return 1
 
 
-@plant("eliminate_common_subexpressions", "layers")
-def inner_layers_exchange_a_weight(graph: fx.Graph, context: PassContext) -> int:
-    """Of six layers spoil the second and the third, of which no sample runs one by its turn."""
-    if context.region:
-        return 0
-    _, a, b, *_ = context.module.calls("layer")
-    weights = context.module.weights
-    values: list[Any] = list(a.args)
-    at = next(i for i, n in enumerate(values) if n.name in weights and n.meta["val"].dim() == 2)
-    of_a, of_b = a.args[at], b.args[at]
-    return set_argument([a], at, lambda _: of_b) + set_argument([b], at, lambda _: of_a)
-
-
-@plant("raise_linear", "two_results")
-def a_result_lost(graph: fx.Graph, context: PassContext) -> int:
-    context.module.outputs = ("first",)
-    (values,) = graph.output_node().args
-    graph.output_node().args = (values[:1],)  # type: ignore[index]
-    return 1
-
-
-@plant("raise_linear", "two_results")
-def second_result_a_thousandth_too_large(graph: fx.Graph, context: PassContext) -> int:
-    (values,) = graph.output_node().args
-    first, second = values  # type: ignore[misc, union-attr]
-    with graph.inserting_before(graph.output_node()):
-        new = context.call(graph, aten.mul.Tensor, second, 1.001, source=[second])
-    graph.output_node().args = ((first, new),)
-    return 1
-
-
 @plant("raise_linear", "qwen2")
 def bias_dropped(graph: fx.Graph, context: PassContext) -> int:
     found = [n for n in calls(graph, aios.linear.default) if len(n.args) > 2]
@@ -155,13 +124,6 @@ def square_weight_transposed(graph: fx.Graph, context: PassContext) -> int:
 @plant("raise_rms_norm", "qwen3")
 def wrong_epsilon(graph: fx.Graph, context: PassContext) -> int:
     return set_argument(calls(graph, RMS)[:1], 2, lambda eps: eps * 10)
-
-
-@plant("raise_rms_norm", "wide")
-def wrong_epsilon_of_one_norm(graph: fx.Graph, context: PassContext) -> int:
-    """Of the queries alone, where a square is 1e6 times as large."""
-    found = [n for n in calls(graph, RMS) if n.meta["val"].dim() == 3]
-    return set_argument(found[:1], 2, lambda eps: eps * 2)
 
 
 @plant("raise_rms_norm", "half")
@@ -238,17 +200,6 @@ def tables_swapped(graph: fx.Graph, context: PassContext) -> int:
     return swap(calls(graph, ROPE)[0], 1, 2)
 
 
-@plant("raise_rope", "qwen3")
-def rotation_ends_at_64(graph: fx.Graph, context: PassContext) -> int:
-    """Look tables of 64 positions up, as if no prompt were longer."""
-    names = context.module.inputs
-    node = next(n for n in graph.nodes if names.get(n.name) == "positions")
-    with graph.inserting_after(node):
-        new = context.call(graph, aten.clamp.default, node, None, 63, source=list(node.users))
-    node.replace_all_uses_with(new, lambda user: user is not new)
-    return 1
-
-
 @plant("raise_attention", "qwen3")
 def scale_missing(graph: fx.Graph, context: PassContext) -> int:
     return set_argument(calls(graph, aios.attention.default), 3, lambda scale: 1.0)
@@ -272,17 +223,6 @@ def window_off_by_one(graph: fx.Graph, context: PassContext) -> int:
 @plant("raise_attention", "wide_window")
 def wide_window_off_by_one(graph: fx.Graph, context: PassContext) -> int:
     return set_argument(calls(graph, aios.attention.default), 4, lambda window: window + 1)
-
-
-@plant("raise_attention", "qwen3")
-def window_that_nobody_asked_for(graph: fx.Graph, context: PassContext) -> int:
-    return set_argument(calls(graph, aios.attention.default), 4, lambda window: 4096)
-
-
-@plant("raise_attention", "huge_window")
-def huge_window_off_by_one(graph: fx.Graph, context: PassContext) -> int:
-    """While the mask is still spelled out before the pass."""
-    return set_argument(calls(graph, aios.attention.default), 4, lambda window: window - 1)
 
 
 @plant("raise_attention", "gemma2")

@@ -63,41 +63,6 @@ def pages_in_another_order(graph: fx.Graph, context: PassContext) -> int:
 
 
 @plant("page_attention", "qwen3")
-def pages_of_the_first_sequence(graph: fx.Graph, context: PassContext) -> int:
-    """Let every sequence of a batch read the first one's pages."""
-    if not context.region:
-        return 0
-    node = input_named(graph, "page_tables")
-    made = list[fx.Node]()
-    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
-        source = list(node.users)
-        first = context.call(graph, aten.slice.Tensor, node, 0, 0, 1, source=source)
-        zeros = context.call(graph, aten.zeros_like.default, node, source=source)
-        made = [first, zeros, context.call(graph, aten.add.Tensor, zeros, first, source=source)]
-    node.replace_all_uses_with(made[-1], lambda user: user not in made)
-    return 1
-
-
-@plant("page_attention", "qwen3")
-def context_ends_at_64(graph: fx.Graph, context: PassContext) -> int:
-    node = input_named(graph, "context_lengths")
-    with graph.inserting_after(node):
-        new = context.call(graph, aten.clamp.default, node, None, 64, source=list(node.users))
-    node.replace_all_uses_with(new, lambda user: user is not new)
-    return 1
-
-
-@plant("page_attention", "layers")
-def a_layer_is_passed_by(graph: fx.Graph, context: PassContext) -> int:
-    """Let the fourth layer read what the second returns; the third still writes its cache."""
-    if context.region:
-        return 0
-    _, a, b, reader, *_ = context.module.calls("layer")
-    hidden = [next(u for u in call.users if u.args[1] == 0) for call in (a, b)]
-    return len([reader.replace_input_with(hidden[1], hidden[0])])
-
-
-@plant("page_attention", "qwen3")
 def scale_of_the_paged_attention(graph: fx.Graph, context: PassContext) -> int:
     return set_argument(calls(graph, PAGED), 6, lambda scale: scale * 1.01)
 
@@ -300,15 +265,6 @@ def one_layers_weight_for_all(graph: fx.Graph, context: PassContext) -> int:
     for name in names[1:]:
         weights[name] = weights[names[0]]
     return len(names[1:])
-
-
-@plant("merge_qkv", "layers")
-def bias_dropped_in_the_fifth_layer(graph: fx.Graph, context: PassContext) -> int:
-    weights = context.module.weights
-    names = [n for n in weights if n.endswith("qkv_proj_bias")]
-    for name in names[4:5]:
-        weights[name] = Recipe.compose(torch.zeros_like, [weights[name]])
-    return len(names[4:5])
 
 
 @plant("merge_gate_up", "qwen3")

@@ -14,10 +14,10 @@ from aios_compile.passes.context import PassOptions
 from aios_compile.passes.graph_pass import PassFunction, info_of
 from aios_compile.passes.pipeline import PIPELINE, STAGES
 from aios_compile.passes.runner import Stage, run_pipeline
-from tests.planted import fuse_plants, programs, raise_plants, rewrite_plants
+from tests.planted import fuse_plants, programs, raise_plants, rare_plants, rewrite_plants
 from tests.planted.plants import PLANTS, Plant
 
-MISTAKES = (raise_plants, rewrite_plants, fuse_plants)
+MISTAKES = (raise_plants, rewrite_plants, fuse_plants, rare_plants)
 assert all(MISTAKES), "they register themselves"
 # What is no longer a program is seen without numbers.
 SEEN = {
