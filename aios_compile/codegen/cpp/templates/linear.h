@@ -3,10 +3,10 @@
 //
 // The text before this one defines Weight (float, bf16, f16, pair), Element (what a token's values
 // become: float, or pair for weights in pairs), PER (values of an element), K, COLUMNS (output
-// columns), STREAMS (1, or 2 when row n of the second half of the matrix belongs to row n of the
-// first), num_tokens(n), x_row(n, p, t), weight(n, p), workspace(p) and
-// epilogue(n, p, i0, begin, end, sum0, sum1), which writes columns [begin, end) of token i0 from
-// the sums of the two streams.
+// columns), STRIDE (elements from a prepared token to the next), STREAMS (1, or 2 when row n of the
+// second half of the matrix belongs to row n of the first), num_tokens(n), x_row(n, p, t),
+// weight(n, p), workspace(p) and epilogue(n, p, i0, begin, end, sum0, sum1), which writes columns
+// [begin, end) of token i0 from the sums of the two streams.
 
 constexpr int REGISTERS = VL == 8 ? 12 : 24;         // accumulators that fit in registers
 constexpr int TILE = VL == 16 ? 12 : 6;              // tokens of a full tile
@@ -27,13 +27,13 @@ AIOS_INLINE void step(const Weight* w, const Element* x, int64_t k,
       rows[b * VECTORS + v] = load(w + (b * DEPTH + k) * BLOCK + v * VL);
 #pragma GCC unroll 16
   for (int t = 0; t < WIDTH; ++t) {
-    const Element value = x[k * WIDTH + t];
+    const Element value = x[t * STRIDE + k];
 #pragma GCC unroll 16
     for (int r = 0; r < BLOCKS * VECTORS; ++r) acc[t][r] = add_product(rows[r], value, acc[t][r]);
   }
 }
 
-// sums[WIDTH][BLOCKS * 16] of x[DEPTH][WIDTH] (token fastest) and BLOCKS consecutive blocks at w.
+// sums[WIDTH][BLOCKS * 16] of x[WIDTH][STRIDE] and BLOCKS consecutive blocks at w.
 template <int BLOCKS, int WIDTH, class C>
 AIOS_NOINLINE void tile(const Weight* w, const Element* x, float* sums) {
   constexpr int STEPS = 4, ROW_BYTES = BLOCK * (int)sizeof(Weight);
@@ -100,30 +100,34 @@ AIOS_INLINE const pair* single(const float* x, pair* space) {
   return space;
 }
 
-// Values [begin, end) of a tile's tokens, prepared; missing tokens are zeros.
-template <int WIDTH>
-AIOS_NOINLINE void prepare(const Sizes* n, void* const* p, int64_t tile, int64_t count,
-                           int64_t begin, int64_t end) {
-  alignas(64) Element rows[WIDTH][PART / PER] = {};
-  for (int64_t t = 0; t < count; ++t)
-    elements_of(x_row(n, p, tile * TILE + t) + begin, end - begin, rows[t]);
-  Element* out = (Element*)workspace(p) + tile * TILE * DEPTH + begin / PER * WIDTH;
-  interleave<WIDTH, PART / PER>(rows[0], (end - begin + PER - 1) / PER, out);
+// Part `part` of token t, prepared; the last token clears those that its tile lacks.
+AIOS_NOINLINE void prepare(const Sizes* n, void* const* p, const LinearWork<>& work, int64_t t,
+                           int64_t part) {
+  const int64_t begin = part * PART, end = min(begin + PART, K);
+  Element* out = (Element*)workspace(p) + t * STRIDE + begin / PER;
+  elements_of(x_row(n, p, t) + begin, end - begin, out);
+  if (t + 1 < work.tokens) return;
+  with_width<TILE>(work.tokens_of(t / TILE), [&](auto width) {
+    for (int64_t i = 1; i < t / TILE * TILE + width.value - t; ++i)
+      memset(out + i * STRIDE, 0, (end - begin + PER - 1) / PER * sizeof(Element));
+  });
 }
 
-AIOS_INLINE int64_t linear_items(const Sizes* n) { return LinearWork<>(num_tokens(n)).items(); }
+AIOS_INLINE int64_t linear_items(const Sizes* n) {
+  const int64_t tokens = num_tokens(n);
+  return tokens == 1 ? LinearWork<>::ITEMS : tokens * LinearWork<>::PARTS;
+}
 
 template <class C = Standard>
 AIOS_INLINE void linear(const Sizes* n, void* const* p, int64_t begin, int64_t end) {
-  const LinearWork<C> work(num_tokens(n));
+  const LinearWork<> work(num_tokens(n));
   if (work.tokens == 1) {
     alignas(64) Element space[PER > 1 ? DEPTH : 1];
     const Element* x = single(x_row(n, p, 0), space);
     return panels<1, C>(n, p, begin * ITEM, min(end * ITEM, NUM_BLOCKS), 0, 1, x);
   }
-  work.for_parts(begin, end, [&](int64_t tile, int64_t k0, int64_t k1, auto width) {
-    prepare<width.value>(n, p, tile, work.tokens_of(tile), k0, k1);
-  });
+  for (int64_t item = begin; item < end; ++item)
+    prepare(n, p, work, item / work.PARTS, item % work.PARTS);
 }
 
 template <class C = Standard>
@@ -135,7 +139,7 @@ template <class C = Standard>
 AIOS_INLINE void linear_finish(const Sizes* n, void* const* p, int64_t begin, int64_t end) {
   const LinearWork<C> work(num_tokens(n));
   work.for_panels(begin, end, [&](int64_t block, int64_t stop, int64_t tile, auto width) {
-    const Element* x = (const Element*)workspace(p) + tile * TILE * DEPTH;
+    const Element* x = (const Element*)workspace(p) + tile * TILE * STRIDE;
     constexpr int WIDTH = width.value;
     panels<WIDTH, Fetching<C, WIDTH>>(n, p, block, stop, tile * TILE, work.tokens_of(tile), x);
   });
