@@ -193,9 +193,10 @@ class GpuExecutor:
         sizes = self.sizes_of(bucket)
         side = self._sides[self.num_begun % SIDES]
         assert side.is_over, "three steps at once"
+        self.staging.fill(batch, sources, side.index)  # fails, if at all, before anything is asked
         self.num_begun += 1
         try:
-            self._ask(batch, sources, bucket, side)
+            self._ask(bucket, side)
         except Exception as error:
             with suppress(Exception):  # the first error is told; nothing may be left running
                 self.device.synchronize()
@@ -206,10 +207,9 @@ class GpuExecutor:
         side.step = GpuStep(self.num_begun, side, views, self._failure)
         return side.step
 
-    def _ask(self, batch: Batch, sources: Ints | None, bucket: int, side: StepSide) -> None:
+    def _ask(self, bucket: int, side: StepSide) -> None:
         """Ask for all that a step is: copy, graph, copy, mark."""
         sizes = self.sizes_of(bucket)
-        self.staging.fill(batch, sources, side.index)
         if self.staging.moved:  # the lists have grown: captured graphs read the old place
             self.graphs.clear()
             self.staging.moved = False

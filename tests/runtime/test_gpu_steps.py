@@ -92,9 +92,9 @@ class EarlyMark(FakeGpu):
         super()._run(bucket, sizes)
         self._sides[(self.num_begun - 1) % 2].last.record()
 
-    def _ask(self, batch: Batch, sources: Any, bucket: int, side: StepSide) -> None:
+    def _ask(self, bucket: int, side: StepSide) -> None:
         mark, side.last = side.last, Once(side.last)
-        super()._ask(batch, sources, bucket, side)
+        super()._ask(bucket, side)
         side.last = mark
 
 
@@ -157,6 +157,18 @@ def test_a_device_that_fails_is_told_with_the_step_and_ends_the_engine() -> None
     assert failed == [6] and not executor.usable and executor.num_begun == 7
     with pytest.raises(EngineClosedError, match="step 6 failed"):
         engine.generate([[4, 5]], temperature=0, max_tokens=2)
+    engine.close()
+
+
+def test_a_batch_that_cannot_be_sent_ends_its_own_requests_alone() -> None:
+    executor = FakeGpu(limits(num_pages=60))
+    engine = checked_engine(executor=executor)
+    fill, executor.staging.fill = executor.staging.fill, lambda *_: 1 // 0  # type: ignore
+    with pytest.raises(EngineError, match="ZeroDivisionError"):
+        engine.generate([[1, 2, 3]], max_tokens=2)
+    executor.staging.fill = fill  # type: ignore[method-assign]
+    output = engine.generate([[1, 2, 3]], temperature=0, max_tokens=9)[0]
+    assert output.outputs[0].token_ids == greedy([1, 2, 3], 9) and executor.usable
     engine.close()
 
 
