@@ -115,6 +115,8 @@ def _apply(
         kwargs = {k: _replaced(v, computed_in) for k, v in kwargs.items()}
         if node.target is QUANTIZED_EMBEDDING:
             return node.target(*args, **kwargs).to(computed_in)
+        if _promotes_integers(node, args):
+            args = tuple(_as_float(a, computed_in) for a in args)
     elif not exact_halves and node.target in MATMULS and args[0].dtype in HALVES:
         wide = (a.float() if isinstance(a, Tensor) else a for a in args)
         return node.target(*wide, **kwargs).to(args[0].dtype)
@@ -130,6 +132,18 @@ def _dequantized_linear(
 
 def _casts_weight(args: Any) -> bool:
     return args[1].dtype in HALVES and args[0].dtype is torch.float32
+
+
+def _promotes_integers(node: fx.Node, args: Sequence[Any]) -> bool:
+    """Return whether a result is of the default type because integers meet a float that is none."""
+    result, tensors = node.meta.get("val"), [a for a in args if isinstance(a, Tensor)]
+    floats = isinstance(result, Tensor) and result.dtype is torch.float32
+    return floats and bool(tensors) and not any(a.is_floating_point() for a in tensors)
+
+
+def _as_float(value: Any, dtype: torch.dtype) -> Any:
+    counts = isinstance(value, Tensor) and value.dtype not in (torch.bool, *FLOATS)
+    return value.to(dtype) if counts else value
 
 
 def _replaced(value: Any, dtype: torch.dtype) -> Any:
