@@ -192,7 +192,7 @@ def test_tails(tokens, target):
 
 @pytest.mark.parametrize("tokens", [1, 4, 29])
 def test_gated_halves(tokens):
-    rows, depth, name = 2 * 48, 128, "int4_g64_f16"
+    rows, depth, name = 2 * 16 * 99, 128, "int4_g64_f16"  # runs of blocks, whole and not
     spec, body, source = source_of(gated, rows, depth, name)
     assert spec.linear.streams == 2
     weights, x = random_rows(name, rows, depth), torch.randn(tokens, depth)
