@@ -37,6 +37,10 @@ def fuzz(
     """
     if target not in TARGETS:
         raise ConfigError(f"no target {target!r}", advice=f"there are {', '.join(TARGETS)}")
+    from aios_compile.study.fuzz.names import check_names
+
+    chosen_passes, chosen_ops = _names(passes), _names(op)
+    check_names(chosen_passes, chosen_ops)
     if target == "triton":
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
     from aios_compile.study.fuzz.campaign import run_campaign
@@ -47,8 +51,8 @@ def fuzz(
             seed=seed,
             objects=Path(objects),
             scripts=Path(out),
-            passes=_names(passes),
-            ops=_names(op),
+            passes=chosen_passes,
+            ops=chosen_ops,
             target=target,
             seconds=seconds,
             say=lambda text: print(text, file=sys.stderr),

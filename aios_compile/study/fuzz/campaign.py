@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from aios_compile.codegen.cpp import build
-from aios_compile.errors import ConfigError
 from aios_compile.passes.graph_pass import info_of
 from aios_compile.passes.pipeline import PIPELINE
 from aios_compile.study.fuzz.example import (
@@ -21,7 +20,7 @@ from aios_compile.study.fuzz.example import (
     run_example,
 )
 from aios_compile.study.fuzz.generate import draw
-from aios_compile.study.fuzz.graph_ops import OPS
+from aios_compile.study.fuzz.names import check_names
 from aios_compile.study.fuzz.patterns import PATTERNS
 from aios_compile.study.fuzz.shrink import MAX_TRIALS, shrink, write_script
 
@@ -95,17 +94,6 @@ class Tally:
             "refused": dict(self.refused.most_common()),
             "failures": self.failures,
         }
-
-
-def check_names(passes: Sequence[str], ops: Sequence[str]) -> None:
-    """Raise ConfigError for a pass without patterns, or an operator that is not drawn."""
-    planted = sorted({p.pass_name for p in PATTERNS})
-    for name in passes:
-        if name not in planted:
-            raise ConfigError(f"no pass {name!r}", advice=f"there are {', '.join(planted)}")
-    for name in ops:
-        if name not in OPS:
-            raise ConfigError(f"no operator {name!r}", advice=f"there are {', '.join(OPS)}")
 
 
 def run_campaign(
