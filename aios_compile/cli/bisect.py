@@ -62,7 +62,11 @@ def _search(
     found, module = study.find_wrong_pass(subject, disabled=options.disable_passes, say=_say)
     if other is not None and not found.kind:
         found = _compare_programs(model, options, other, ids)
-    found = found if found.kind else study.find_wrong_kernel(subject, module, say=_say)
+    found = (
+        found
+        if found.kind
+        else study.find_wrong_kernel(subject, module, say=_say, device=options.device)
+    )
     if other is not None and not found.kind:
         found = _compare_answers(model, subject, module, options, other)
     if found.kind:

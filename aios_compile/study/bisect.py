@@ -22,8 +22,9 @@ from torch import Tensor, fx
 from aios_compile.capture.capture import capture
 from aios_compile.capture.compare import compare_with_eager
 from aios_compile.codegen.cpp.emitters import EMITTERS
-from aios_compile.codegen.emit_kernels import emit_kernels
+from aios_compile.codegen.emit_kernels import Emitted, emit_kernels
 from aios_compile.codegen.pack_weights import CheckpointTensors
+from aios_compile.codegen.targets import emit
 from aios_compile.compiler import pass_options
 from aios_compile.config import CompileOptions
 from aios_compile.errors import CaptureError, CheckpointError, ConfigError
@@ -38,8 +39,10 @@ from aios_compile.passes.graph_pass import PassFunction, info_of
 from aios_compile.passes.measure import FLOOR_ROUNDINGS, Samples, one_thread, run_steps
 from aios_compile.passes.pipeline import STAGES
 from aios_compile.passes.runner import Stage, run_pipeline
-from aios_compile.study.kernel_check import Kernels, check
+from aios_compile.runtime.torch_device import card_name, open_device
+from aios_compile.study.kernel_check import Checked, Kernels, check
 from aios_compile.study.node_values import Trace, first_difference
+from aios_compile.study.triton_check import TritonKernels
 
 MAX_TOKENS = 8 * inputs.PAGE_SIZE  # what the smallest page table holds
 Say = Callable[[str], None]
@@ -231,38 +234,65 @@ def find_wrong_kernel(
     emitters: Sequence[ModuleType] = EMITTERS,
     folder: Path | None = None,
     say: Say = lambda text: None,
+    device: str = "cpu",
 ) -> Finding:
     """Run each kernel of a level-3 program on the values that PyTorch gives it; return the first
     one that is wrong. Each text is checked in the first call of it only.
+
+    device: where the kernels of the Triton target run.
     """
     refresh(module)
-    emitted = emit_kernels(module, emitters)
     trace, sizes = _trace(subject, module, None)
     with tempfile.TemporaryDirectory() as temporary:
-        kernels = Kernels(emitted.sources, folder or Path(temporary))
-        done: set[int] = set()
+        where = folder or Path(temporary)
+        if subject.options.target == "triton":
+            on_device = open_device(device)
+            emitted = emit(module, device, card=card_name(device))
+            modules = TritonKernels(emitted, where, on_device)
+            return _first_wrong(
+                emitted, lambda c, v: modules.check(c, v, sizes), "codegen/triton/", trace, say
+            )
+        emitted = emit_kernels(module, emitters)
+        kernels = Kernels(emitted.sources, where)
         try:
-            for (region, call), _ in list(trace.values.items()):
-                if not is_kernel_call(call) or emitted.by_call[call] in done:
-                    continue
-                source = emitted.sources[emitted.by_call[call]]
-                done.add(emitted.by_call[call])
-                places: list[Any] = [(region, a) for a in call.args]
-                values = [trace.values.get(place, place[1]) for place in places]
-                checked = check(call, emitted, values, sizes, lambda p: p.run(kernels, splits=3))
-                say(f"{source.name}: error {checked.error:.1e}")
-                if not checked.holds:
-                    found = Finding(
-                        "kernel",
-                        source.name,
-                        file=f"codegen/cpp/ (kind {call.meta.get('kernel', '')})",
-                        detail=f"in call {region or 'of the outer graph'}",
-                        error=checked.error,
-                        budget=checked.budget,
-                    )
-                    return _placed(found, call)
+            return _first_wrong(
+                emitted,
+                lambda c, v: check(c, emitted, v, sizes, lambda p: p.run(kernels, splits=3)),
+                "codegen/cpp/",
+                trace,
+                say,
+            )
         finally:
             kernels.close()
+
+
+def _first_wrong(
+    emitted: Emitted,
+    measure: Callable[[fx.Node, Sequence[Any]], Checked],
+    folder: str,
+    trace: Trace,
+    say: Say,
+) -> Finding:
+    """Return the first kernel call of a trace whose kernel is wrong on the values of the trace."""
+    done: set[int] = set()
+    for (region, call), _ in list(trace.values.items()):
+        if not is_kernel_call(call) or emitted.by_call[call] in done:
+            continue
+        source = emitted.sources[emitted.by_call[call]]
+        done.add(emitted.by_call[call])
+        places: list[Any] = [(region, a) for a in call.args]
+        checked = measure(call, [trace.values.get(place, place[1]) for place in places])
+        say(f"{source.name}: error {checked.error:.1e}")
+        if not checked.holds:
+            found = Finding(
+                "kernel",
+                source.name,
+                file=f"{folder} (kind {call.meta.get('kernel', '')})",
+                detail=f"in call {region or 'of the outer graph'}",
+                error=checked.error,
+                budget=checked.budget,
+            )
+            return _placed(found, call)
     return Finding()
 
 

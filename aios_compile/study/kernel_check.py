@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,9 +225,26 @@ def check(
     sizes: Mapping[str, int],
     run: Callable[[Prepared], None],
 ) -> Checked:
-    """Run a kernel on the values of its arguments; return how far it is from its body in float64.
+    """Run a C++ kernel on the values of its arguments, against its body in float64."""
 
-    The budget is FACTOR times the error of the body in PyTorch, plus a few roundings.
+    def results(values: Sequence[Any]) -> list[Tensor]:
+        prepared = prepare(call, emitted, values, sizes)
+        run(prepared)
+        return prepared.tensors()
+
+    return compare_with_body(call, values, results)
+
+
+def compare_with_body(
+    call: fx.Node,
+    values: Sequence[Any],
+    results: Callable[[Sequence[Any]], list[Tensor]],
+    least: float = 0.0,
+) -> Checked:
+    """Return how far the results of a kernel on values are from those of its body in float64.
+
+    The budget is FACTOR times the error of the body in PyTorch, plus a few roundings; of floats
+    at least `least`.
     """
     body = body_of(call)
     kinds = [n.meta["val"] for n in placeholders(body.graph)]
@@ -235,11 +252,10 @@ def check(
     native = _results(evaluate.call(body, values))
     wide = [v.double() if _is_float(v) else v for v in values]
     oracle = _results(evaluate.call(body, wide, computed_in=torch.float64))
-    prepared = prepare(call, emitted, values, sizes)
-    run(prepared)
     worst = Checked(0.0, math.inf)
-    for o, b, a in zip(oracle, native, prepared.tensors()):
+    for o, b, a in zip(oracle, native, results(values)):
         found = _compare(o, b, a)
+        found = replace(found, budget=max(found.budget, least))
         if found.error / found.budget >= worst.error / worst.budget:
             worst = found
     return worst

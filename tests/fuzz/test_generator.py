@@ -17,13 +17,14 @@ from aios_compile.study.fuzz.contexts import SOURCES, USES
 from aios_compile.study.fuzz.example import Example, Setup, capture, options_of, stages_of
 from aios_compile.study.fuzz.generate import INFO_OF, OFTEN, REPEATS, draw
 from aios_compile.study.fuzz.graph_ops import OPS
+from aios_compile.study.fuzz.names import PLANTED
 from aios_compile.study.fuzz.patterns import PATTERNS
 from aios_compile.study.fuzz.program import Rejected
 
 
 def test_every_pass_has_a_pattern() -> None:
     names = {info_of(p).name for p in PIPELINE}
-    assert {p.pass_name for p in PATTERNS} == names
+    assert {p.pass_name for p in PATTERNS} == names == set(PLANTED)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p.pass_name}-{p.name}")

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from aios_compile.cli import bisect as command
 from aios_compile.cli.main import app
 from aios_compile.codegen.cpp.emitters import EMITTERS
+from aios_compile.codegen.triton.dialect import FORMULAS
 from aios_compile.config import CompileOptions
 from aios_compile.errors import ConfigError
 from aios_compile.ir import snapshot
@@ -195,14 +196,27 @@ def test_a_planted_emitter_is_found(
     assert found.error > found.budget
 
 
+def test_a_planted_triton_kernel_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C++ kernels were checked instead, and the step was blamed."""
+    searched = subject("qwen3", PassOptions(target="triton"))
+    module = snapshot.take(searched.captured)
+    run_pipeline(module, STAGES, searched.options, verify=0)
+    monkeypatch.setitem(FORMULAS, "silu", "({0} / (1.0 + tl.exp(-1.02 * {0})))")
+    found = find_wrong_kernel(searched, module, folder=tmp_path, device="interpreter")
+    assert found.kind == "kernel" and "gated_activation" in found.node, found
+    assert found.source_line and found.file.startswith("codegen/triton/")
+
+
+@pytest.mark.parametrize("target", ["cpp", "triton"])
 @pytest.mark.parametrize("name", nightly("half", "quantised"))
-def test_right_passes_and_kernels_are_acquitted(name: str, tmp_path: Path) -> None:
+def test_right_passes_and_kernels_are_acquitted(name: str, target: str, tmp_path: Path) -> None:
     """Those of quantised rows ended the search once: "weights ... cannot be checked"."""
-    searched = subject(name, programs.options_of(name))
+    options = replace(programs.options_of(name), target=target)
+    searched, device = subject(name, options), {"cpp": "cpu", "triton": "interpreter"}[target]
     said: list[str] = []
     found, module = find_wrong_pass(searched, say=said.append)
     assert not found.kind and len(said) > 10, found
-    found = find_wrong_kernel(searched, module, folder=tmp_path, say=said.append)
+    found = find_wrong_kernel(searched, module, folder=tmp_path, say=said.append, device=device)
     assert not found.kind and any("linear" in text for text in said), found
     assert "nothing is wrong" in str(found)
 

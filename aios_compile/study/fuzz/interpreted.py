@@ -1,7 +1,7 @@
 """The Triton target without a GPU: a level-3 program whose kernels run in Triton's interpreter.
 
 TRITON_INTERPRET=1 must be set before triton is first imported. Tensors have the strides that level
-3 says; results and workspaces are poisoned before each launch.
+3 says (study/triton_check.py).
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from aios_compile.codegen.emit_kernels import (
     linear_weights,
     tensor_arguments,
 )
-from aios_compile.codegen.expression import TORCH_DTYPES
 from aios_compile.codegen.layout import kernel_calls
-from aios_compile.codegen.operand import Operand, dim_value
 from aios_compile.codegen.planar import pack_planar
 from aios_compile.codegen.plane import PREFIX
 from aios_compile.codegen.quantized_weights import form_of
@@ -33,6 +31,7 @@ from aios_compile.passes.result import PassResult
 from aios_compile.passes.runner import Stage, run_pipeline
 from aios_compile.runtime.torch_device import open_device
 from aios_compile.study.fuzz.compile_graph import prepare
+from aios_compile.study.triton_check import TritonKernels
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class InterpretedGraph:
 
     module: IRModule
     emitted: Emitted
-    kernels: list[Any]
+    kernels: TritonKernels
     results: list[PassResult] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -104,19 +103,8 @@ class InterpretedGraph:
         raise AssertionError("the graph has no output")
 
     def _launch(self, call: fx.Node, env: Mapping[fx.Node, Any], sizes: dict[str, int]) -> Any:
-        index = self.emitted.by_call[call]
-        source, kernel = self.emitted.sources[index], self.kernels[index]
-        tensors = [env[a] for a in tensor_arguments(call)]
+        results = self.kernels.launch(call, env, sizes)
         several = isinstance(call.meta["val"], (tuple, list))
-        kinds = call.meta["val"] if several else [call.meta["val"]]
-        in_place: Mapping[int, int] = call.meta.get("written_in_place", {})
-        results = []
-        for i, kind in enumerate(kinds):
-            held = env[call.args[in_place[i]]] if i in in_place else None  # type: ignore[index]
-            results.append(_poisoned(Operand.of_value("", kind), sizes) if held is None else held)
-        spaces = [_poisoned(o, sizes) for o in source.workspace]
-        counters = [torch.zeros(source.counters, dtype=torch.int32)] if source.counters else []
-        kernel.launch([*tensors, *results, *spaces, *counters], **sizes)
         return tuple(results) if several else results[0]
 
 
@@ -131,14 +119,6 @@ def _layouts(module: IRModule) -> dict[str, str]:
                 names = bound_weights(module, region, arguments[index])
                 found.update(dict.fromkeys(names, layout))
     return found
-
-
-def _poisoned(operand: Operand, sizes: Mapping[str, int]) -> Tensor:
-    """Return a tensor of an operand's shape and strides, full of NaN, or of -7."""
-    shape = [dim_value(d, sizes) for d in operand.shape]
-    dtype = TORCH_DTYPES[operand.dtype]
-    made = torch.empty_strided(shape, [dim_value(d, sizes) for d in operand.strides], dtype=dtype)
-    return made.fill_(float("nan") if dtype.is_floating_point else 1 if dtype is torch.bool else -7)
 
 
 def interpret_graph(
@@ -159,10 +139,4 @@ def interpret_graph(
     prepare(module)
     results = run_pipeline(module, stages, options, disabled=disabled, verify=verify)
     emitted = emit(module, "interpreter")
-    objects.mkdir(parents=True, exist_ok=True)
-    kernels = []
-    for source in emitted.sources:
-        path = objects / f"{source.symbol}_{source.digest()[:12]}.py"
-        path.write_text(source.text, encoding="utf-8")
-        kernels.append(device.load(path))
-    return InterpretedGraph(module, emitted, kernels, results)
+    return InterpretedGraph(module, emitted, TritonKernels(emitted, objects, device), results)

@@ -25,6 +25,9 @@ ROUNDING = torch.finfo(torch.float32).eps
 OPINIONS = 6
 # Triton multiplies float32 by bf16 weights and by codes as two parts of bf16: they hold 16 bits.
 TWO_PARTS = 2.0**-16
+# Triton's attention over codes multiplies one part of bf16, and so does level 3 here: a probability
+# next to a tie may still round the other way, by one step of bf16.
+STEP = 2.0**-8
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 
 

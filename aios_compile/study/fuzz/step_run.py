@@ -25,10 +25,6 @@ from aios_compile.study.fuzz.rounded_attention import with_rounded_attention
 if TYPE_CHECKING:
     from aios_compile.study.fuzz.example import Example, Outcome, Runnable
 
-# Triton's attention over codes multiplies one part of bf16, and so does level 3 here: a probability
-# next to a tie may still round the other way, by one step of bf16.
-STEP = 2.0**-8
-
 __all__ = ["MAX_TOKENS", "check"]
 
 
@@ -155,7 +151,7 @@ class _Run:
         """
         from aios_compile.study.fuzz import judge
         from aios_compile.study.fuzz.example import FuzzFailure, message
-        from aios_compile.study.fuzz.judge import FACTOR, OPINIONS, Verdict, compare
+        from aios_compile.study.fuzz.judge import FACTOR, OPINIONS, STEP, Verdict, compare
 
         module = self.compiled.module
         if self.exact_activations and self.example.setup.kv:
