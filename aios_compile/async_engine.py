@@ -138,8 +138,8 @@ class AsyncEngine:
     def health(self) -> Health:
         """Return whether the engine is live and ready, and why not."""
         health = self._backend.health(self.stall_s, self.probe_s)
-        if self._is_draining and health.ready:
-            return Health(health.live, False, False, "the engine is draining")
+        if self._is_draining and health.live:  # that comes first, whatever it waits for besides
+            return Health(True, False, False, "the engine is draining")
         return health
 
     def metrics(self) -> MetricsSnapshot:
