@@ -28,7 +28,10 @@ def resolve(model: str | Path, local_files_only: bool = False) -> Path:
         raise CheckpointError(f"{folder}: no such file")
     repository, _, revision = str(model).partition("@")
     if not HUB_ID.fullmatch(repository) or ".." in repository or "--" in repository:
-        raise CheckpointError(f"{str(model)[:200]!r} is neither a folder nor a hub id")
+        raise CheckpointError(
+            f"{str(model)[:200]!r} is neither a folder nor a hub id",
+            advice="give a model folder, a GGUF file, owner/name, or FILE.py:NAME to a command",
+        )
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError

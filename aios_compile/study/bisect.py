@@ -101,7 +101,10 @@ def open_subject(source: ModelSource, options: CompileOptions, prompt: Sequence[
     """Capture a model and read its weights. Raises CaptureError when capture is wrong already."""
     limit = min(MAX_TOKENS, source.max_model_len)
     if not 1 <= len(prompt) <= limit:
-        raise ConfigError(f"a prompt of {len(prompt)} tokens, expected 1 to {limit}")
+        raise ConfigError(
+            f"a prompt of {len(prompt)} tokens, expected 1 to {limit}",
+            advice="give a shorter --prompt, or --tokens N",
+        )
     sizes = options.resolve_sizes(source.max_model_len)
     model = source.build()
     captured = capture(model, flat=source.flat, max_tokens=sizes.max_num_batched_tokens)
