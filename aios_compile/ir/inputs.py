@@ -330,7 +330,8 @@ def _sampling_inputs(step: Step, generator: torch.Generator, vocabulary: int) ->
 
     Even rows are greedy: of two ids with a large bias the second wins (row 0), unless one of the
     penalties takes it back (2: repetition, 4: presence, 6: frequency). Odd rows draw: with a
-    top_k (1), top_p (3) or min_p (5), or have their token given (7).
+    top_k (1), top_p (3) or min_p (5), or have their token given (7). The second row of kind 0 may
+    not take the id that wins.
     """
     rows = len(step.rows)
     kind = torch.arange(rows) % _ROW_KINDS
@@ -340,6 +341,7 @@ def _sampling_inputs(step: Step, generator: torch.Generator, vocabulary: int) ->
     def where(row: int, value: float, other: float) -> Tensor:
         return torch.where(kind == row, value, other)
 
+    zeros = torch.zeros(2 * rows, dtype=torch.int64)
     biases = torch.tensor([100.0, 120.0]) * greedy[:, None] + torch.tensor([0.5, -0.5])
     return {
         "temperature": torch.where(greedy, 0.0, 0.7),
@@ -350,15 +352,15 @@ def _sampling_inputs(step: Step, generator: torch.Generator, vocabulary: int) ->
         "sample_positions": torch.arange(rows) + 1,
         "repetition_penalty": where(2, 1.5, 1.0),
         "presence_penalty": where(4, 40.0, 0.0),
-        "frequency_penalty": where(6, 20.0, 0.0),
+        "frequency_penalty": where(6, 12.0, 0.0),  # only twice as much changes the winner
         "penalty_starts": pairs,
         "penalty_ids": ids[:, 1:].reshape(-1),
         "penalty_counts": torch.tensor([2, 0]).repeat(rows),
         "bias_starts": pairs,
         "bias_ids": ids[:, :2].reshape(-1),
         "bias_values": biases.reshape(-1),
-        "allowed_starts": torch.zeros(rows + 1, dtype=torch.int64),
-        "allowed_ids": torch.zeros(2 * rows, dtype=torch.int64),
+        "allowed_starts": (torch.arange(rows + 1) > _ROW_KINDS) * 2,
+        "allowed_ids": torch.cat([ids[_ROW_KINDS:, ::2].reshape(-1), zeros])[: 2 * rows],
         "logprob_counts": torch.full((rows,), 5),
         "given_ids": torch.ones(rows, dtype=torch.int64),
         "has_given": (kind == 7).to(torch.int64),

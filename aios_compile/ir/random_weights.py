@@ -25,6 +25,12 @@ VOCABULARY_ROWS = 64
 _SLACK = 1 << 16  # offsets are spread over this many elements
 _LIMIT = 1 << 26  # larger tensors repeat the buffer
 _KEPT_BYTES = 512 << 20
+ROW_BY_ROW = frozenset(
+    {
+        *(torch.ops.aios.quantize_rows.default, torch.ops.aios.dequantize_rows.default),
+        *(torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype),
+    }
+)
 
 
 @dataclass
@@ -185,8 +191,8 @@ def quantized_recipes(before: IRModule, after: IRModule) -> dict[str, Recipe]:
 def shrinkable_vocabulary(*modules: IRModule) -> int:
     """Return the vocabulary size when it can be cut to a few rows in all these programs, else 0.
 
-    It can where only the outer graph's own nodes read tables of that many rows and no node has the
-    number as an argument.
+    It can where only the outer graph's own nodes read tables of that many rows, none of which is
+    made of others but row by row, and no node has the number as an argument.
     """
     sizes = {_vocabulary(module) for module in modules}
     return sizes.pop() if len(sizes) == 1 else 0
@@ -206,6 +212,10 @@ def _vocabulary(module: IRModule) -> int:
     rows = int(tables[0].meta["val"].shape[0])
     if rows <= VOCABULARY_ROWS:
         return 0
+    for node in placeholders(graph):
+        value, recipe = node.meta["val"], module.weights.get(node.name)
+        if recipe is not None and value.dim() and value.shape[0] == rows and _mixes_rows(recipe):
+            return 0
     for name, graph_module in module.graphs().items():
         for node in graph_module.graph.nodes:
             if _mentions(node.args, rows) or _mentions(tuple(node.kwargs.values()), rows):
@@ -215,6 +225,12 @@ def _vocabulary(module: IRModule) -> int:
             if inside and value.dim() and value.shape[0] == rows:
                 return 0
     return rows
+
+
+def _mixes_rows(recipe: Recipe) -> bool:
+    """Return whether a recipe holds anything that is not known to make each row of one row."""
+    calls = [n for n in recipe.graph.nodes if n.op not in ("placeholder", "output")]
+    return any(n.target not in ROW_BY_ROW for n in calls)
 
 
 def _mentions(value: object, number: int) -> bool:

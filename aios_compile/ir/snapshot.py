@@ -35,6 +35,26 @@ def restore(module: IRModule, saved: IRModule) -> None:
     module.level = saved.level
     module.weights, module.inputs, module.states = saved.weights, saved.inputs, saved.states
     module.outputs, module.aliases, module.tensors = saved.outputs, saved.aliases, saved.tensors
+    module.not_generatable, module.length_limit = saved.not_generatable, saved.length_limit
+
+
+def same(module: IRModule, other: IRModule) -> bool:
+    """Return whether two programs spell the same, without spelling out shapes and recipes."""
+    return _tables(module) == _tables(other) and _nodes(module) == _nodes(other)
+
+
+def _tables(module: IRModule) -> tuple[object, ...]:
+    weights = {name: id(recipe) for name, recipe in module.weights.items()}
+    tables = weights, module.inputs, module.states, module.outputs, module.aliases
+    return *tables, module.not_generatable, module.length_limit
+
+
+def _nodes(module: IRModule) -> list[tuple[object, ...]]:
+    graphs = [g.graph for g in module.graphs().values()]
+    calls = [n for graph in graphs for n in graph.nodes if is_kernel_call(n)]
+    graphs += [body_of(n).graph for n in calls]
+    nodes = [n for graph in graphs for n in graph.nodes]
+    return [(n.name, n.op, n.target, str(n.args), str(n.kwargs)) for n in nodes]
 
 
 def target_name(node: fx.Node) -> str:

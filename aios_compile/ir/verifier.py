@@ -102,6 +102,11 @@ def _check_function(level: Level, node: fx.Node, region: str) -> None:
     namespace, name = str(node.target).split(".")[:2]
     if namespace not in ("aten", "aios", "prims"):
         raise fail(f"{node.target} is neither an aten nor an aios operator", node, region)
+    if node.target is aios.bf16_linear.default:
+        weight: Any = node.args[1]
+        if weight.meta["val"].dtype is not torch.bfloat16:
+            given = _description(weight.meta["val"], False)
+            raise fail(f"rounds activations for a weight of {given}, not of bf16", node, region)
     if level >= Level.SEMANTIC and node.target is aios.sdpa.default:
         raise fail(
             "attention was not recognised and stays scaled_dot_product_attention", node, region

@@ -20,7 +20,8 @@ error is the one that is shown.
 A pass that pages the KV cache is proven by running the program after it in two chunks over permuted
 pages, together with a second prompt, against one whole sequence at a time; from then on the samples
 are mixed batches over filled caches. Windows and chunks that the samples would not reach are made
-small in both programs, or the samples longer (long_context.py). Outputs that only the program after
+small in both programs, or the samples longer (long_context.py); bounds that only the program after
+has are made small in it (unreached_bounds.py). Outputs that only the program after
 has (what was sampled) are compared with the op's reference on the logits of the program before.
 """
 
@@ -47,6 +48,7 @@ from aios_compile.passes import (
     measure,
     sampled_layers,
     small_constants,
+    unreached_bounds,
 )
 from aios_compile.passes.context import PassOptions
 from aios_compile.passes.graph_pass import PassFunction, info_of
@@ -214,6 +216,7 @@ class Certifier:
         if not lossy or storage <= storage_roundoff(chain.start):
             storage = 0.0  # nothing is stored in less precision than before
         after = long_context.shrunk(after, chain.smaller)
+        after = after if chain.whole else unreached_bounds.reached(after, chain.start)
         rows: list[Row] = []
         rounded: list[Row] = []
         epsilons = chain.factor_of_epsilons
@@ -319,6 +322,7 @@ def _measuring_code() -> str:
         sampled_layers,
         small_constants,
         snapshot,
+        unreached_bounds,
     ]
     here = inspect.getsource(inspect.getmodule(_measuring_code) or Certifier)
     return here + "".join(inspect.getsource(m) for m in modules)

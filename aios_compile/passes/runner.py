@@ -88,7 +88,7 @@ def run_pipeline(
             else:
                 saved = saved or snapshot.take(module)
                 result = _run_pass(module, saved, function, options, certifier, remaining)
-                if result.hits or not result.kept:
+                if result.hits or not result.kept or result.op_deltas is not None:
                     saved = None
             if result.kept and not info.required:
                 optional_hits += result.hits
@@ -152,12 +152,14 @@ def _run_pass(
             refusals=tuple(dict.fromkeys(map(_refusal_text, hits.refusals))),
         )
         result = replace(result, milliseconds=1e3 * (time.perf_counter() - started))
-        if not hits.count:
-            return result
+        if not hits.count and snapshot.same(module, saved):
+            return result  # what changed without being counted (layouts) is proven all the same
         if remaining is not None and hits.count > remaining:
             snapshot.restore(module, saved)
             return replace(result, kept=False, reason="left out by AIOS_BISECT")
         _check(module)
+        if module.length_limit != saved.length_limit:
+            raise PassError("it changed the limit of tokens, which is the model's")
     except Exception as error:  # noqa: BLE001 - any crash of a pass is reported under its name
         return _failed(module, saved, result, _error_text(error), error)
     after = snapshot.count_ops(module)

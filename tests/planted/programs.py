@@ -71,6 +71,7 @@ def _traced(function: Callable[..., Any]) -> IRModule:
 
 
 DYNAMIC = {"rope_scaling": {"type": "dynamic", "factor": 3.0}, "max_position_embeddings": 12}
+FAR = {**DYNAMIC, "max_position_embeddings": 4096}
 PROGRAMS: dict[str, Callable[[], IRModule]] = {
     "qwen3": lambda: captured("qwen3"),
     "qwen2": lambda: captured("qwen2"),
@@ -81,6 +82,9 @@ PROGRAMS: dict[str, Callable[[], IRModule]] = {
     "wide_window": lambda: captured("mistral", sliding_window=48),
     "huge_window": lambda: captured("mistral", sliding_window=512, max_position_embeddings=1024),
     "dynamic": lambda: captured("llama", **DYNAMIC),
+    "far": lambda: captured("llama", **FAR),
+    "vocabulary": lambda: captured("qwen3", vocab_size=160),
+    "not_rounded": lambda: captured("qwen3"),
     "layer_norm": lambda: captured_foreign("neox"),
     "gemma2": lambda: captured_foreign("gemma2"),
     "quantised": lambda: captured("qwen3"),
@@ -101,6 +105,7 @@ OPTIONS = {
     "quantised": PassOptions(quantization="int8_g32_f16"),
     "triton": PassOptions(target="triton"),
     "rounded": PassOptions(bf16_dot=True),
+    "not_rounded": PassOptions(bf16_dot=True),
     "int8_kv": PassOptions(quantize_kv="int8"),
     "e4m3_kv": PassOptions(quantize_kv="e4m3"),
 }

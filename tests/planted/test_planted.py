@@ -6,18 +6,26 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from torch import fx
 
 from aios_compile.errors import PassError
 from aios_compile.ir import snapshot
 from aios_compile.passes import long_context
-from aios_compile.passes.context import PassOptions
+from aios_compile.passes.context import PassContext, PassOptions
 from aios_compile.passes.graph_pass import PassFunction, info_of
 from aios_compile.passes.pipeline import PIPELINE, STAGES
 from aios_compile.passes.runner import Stage, run_pipeline
-from tests.planted import fuse_plants, programs, raise_plants, rare_plants, rewrite_plants
+from tests.planted import (
+    carried_plants,
+    fuse_plants,
+    programs,
+    raise_plants,
+    rare_plants,
+    rewrite_plants,
+)
 from tests.planted.plants import PLANTS, Plant
 
-MISTAKES = (raise_plants, rewrite_plants, fuse_plants, rare_plants)
+MISTAKES = (raise_plants, rewrite_plants, fuse_plants, rare_plants, carried_plants)
 assert all(MISTAKES), "they register themselves"
 # What is no longer a program is seen without numbers.
 SEEN = {
@@ -25,6 +33,8 @@ SEEN = {
     "caches_before_the_write_are_read": "expected one write",
     "scales_of_the_step_before": "expected one write",
     "dropped_residual": "returns its input",
+    "activations_of_float_weights_rounded": "not of bf16",
+    "limit_of_the_model_replaced": "limit",
 }
 WINDOWS = {"wide_window": {48}, "huge_window": {512}}
 
@@ -71,6 +81,21 @@ def test_the_pipeline_goes_on_without_the_wrong_pass(name: str) -> None:
     without = snapshot.take(programs.level_1(plant.program))
     run_pipeline(without, STAGES, PassOptions(), disabled=[plant.pass_name], verify=0)
     assert snapshot.module_text(module) == snapshot.module_text(without)
+
+
+def test_a_rewrite_that_is_not_counted_is_proven() -> None:
+    plant = next(p for p in PLANTS if p.name == "bias_dropped")
+    wrong = plant.apply_to(programs.pass_named(plant.pass_name))
+
+    def silent(graph: fx.Graph, context: PassContext) -> int:
+        return 0 * wrong(graph, context)
+
+    silent.info = info_of(wrong)  # type: ignore[attr-defined]
+    module = programs.before(plant.program, plant.pass_name)
+    before = snapshot.module_text(module)
+    (result,) = run_pipeline(module, [Stage(module.level, (silent,))], PassOptions())
+    assert not result.kept and "exceeds the budget" in result.reason
+    assert snapshot.module_text(module) == before
 
 
 def _planted(plant: Plant, function: PassFunction) -> PassFunction:
