@@ -7,14 +7,13 @@ object is made, so an option that got this far is in range.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from aios_compile import env
-from aios_compile.errors import ConfigError
+from aios_compile.errors import ConfigError, did_you_mean
 from aios_compile.ir.quant_format import SHORT_NAMES, QuantFormat
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -193,8 +192,7 @@ class CompileOptions:
         """Return the options in `keywords`; an unknown name raises and lists the known ones."""
         for name in keywords:
             if name not in _FIELDS:
-                close = difflib.get_close_matches(name, _FIELDS, 1)
-                hint = f"did you mean {close[0]}; " if close else ""
+                hint = did_you_mean(name, _FIELDS)
                 raise ConfigError(
                     f"unknown option {name!r}", advice=f"{hint}the options are {', '.join(_FIELDS)}"
                 )

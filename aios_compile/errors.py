@@ -7,6 +7,9 @@ asserts, not these.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class AiosError(Exception):
     """Base of all errors raised on purpose. `str()` is the whole text that a user should read."""
@@ -122,3 +125,9 @@ def error_code(error: BaseException) -> str:
 def error_class(code: str) -> type[AiosError]:
     """Return the class of a code; EngineError for one that is not in the table."""
     return next((kind for kind, known in _CODES if known == code), EngineError)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return how an advice begins: with the known name that is most like an unknown one, if any."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {close[0]}; " if close else ""

@@ -78,10 +78,10 @@ def floor_seconds(model: Any, work: list[tuple[list[int], int]], clock: Clock) -
     return float((cached + rounds * weights) / clock.bytes_per_us() + prefill) / 1e6
 
 
-def generate_row(shape: str, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
-    """Serve the workload with transformers' generate: batches as large as ours, padded on the left,
-    each to its longest output.
-    """
+def transformers_model(
+    shape: str, options: argparse.Namespace, clock: Clock
+) -> tuple[Any, list[tuple[list[int], int]]]:
+    """Return transformers' model of a shape where the clock runs, and the workload."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -90,8 +90,17 @@ def generate_row(shape: str, options: argparse.Namespace, clock: Clock) -> dict[
     folder = make(shape, Path(tempfile.mkdtemp(prefix="aios-gpu-hf-")) / shape, options.layers)
     work = workload(options, min(1000, config_of(shape)["vocab_size"]))
     dtype = torch.bfloat16 if clock.cuda else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    model = model.to(clock.torch_device)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(clock.torch_device), work
+
+
+def generate_row(shape: str, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    """Serve the workload with transformers' generate: batches as large as ours, padded on the left,
+    each to its longest output.
+    """
+    import torch
+
+    model, work = transformers_model(shape, options, clock)
     begin = time.perf_counter()
     for first in range(0, len(work), GENERATE_BATCH):
         some = work[first : first + GENERATE_BATCH]
@@ -116,22 +125,17 @@ def generate_row(shape: str, options: argparse.Namespace, clock: Clock) -> dict[
 
 def transformers_row(shape: str, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """Serve the workload with transformers' continuous batching, greedy, with its own settings."""
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
     from benchmarks.engine_peers import continuous
-    from benchmarks.shapes import config_of, make
 
-    folder = make(shape, Path(tempfile.mkdtemp(prefix="aios-gpu-hf-")) / shape, options.layers)
-    work = workload(options, min(1000, config_of(shape)["vocab_size"]))
+    model, work = transformers_model(shape, options, clock)
     prompts, counts = [prompt for prompt, _ in work], [count for _, count in work]
-    dtype = torch.bfloat16 if clock.cuda else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     small = {"block_size": 16, "num_blocks": 64, "max_batch_tokens": 64, "use_cuda_graph": False}
     settings = ContinuousBatchingConfig(**({} if clock.cuda else small))
     config = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)
-    done = continuous(model.cuda() if clock.cuda else model, config, settings, prompts, counts)
+    done = continuous(model, config, settings, prompts, counts)
     tokens = sum(map(len, prompts)) + sum(counts)
     assert [len(x) for x in done.tokens] == counts, "every request has its length"
     return {

@@ -10,18 +10,9 @@ from torch import fx
 
 from aios_compile.ir.module import LengthLimit, body_of, is_kernel_call
 from aios_compile.passes.context import PassContext
-from tests.planted.plants import calls, input_named, plant, rebuild, set_argument
+from tests.planted.plants import behind, calls, input_named, plant, rebuild, set_argument
 
 aten, aios = torch.ops.aten, torch.ops.aios
-
-
-def _behind(
-    graph: fx.Graph, context: PassContext, node: fx.Node, target: Any, *arguments: Any
-) -> int:
-    with graph.inserting_after(node):
-        new = context.call(graph, target, node, *arguments, source=list(node.users))
-    node.replace_all_uses_with(new, lambda user: user is not new)
-    return 1
 
 
 def _in_front(user: fx.Node, index: int, context: PassContext, target: Any, *more: Any) -> int:
@@ -55,14 +46,14 @@ def far_length_exchanged_in_the_kernel(graph: fx.Graph, context: PassContext) ->
 @plant("raise_rope", "far")
 def rotation_ends_at_4096(graph: fx.Graph, context: PassContext) -> int:
     positions = _bound_to(graph, context, "positions")
-    return _behind(graph, context, positions, aten.clamp.default, None, 4095)
+    return behind(graph, context, positions, aten.clamp.default, None, 4095)
 
 
 @plant("page_attention", "qwen3")
 @plant("merge_qkv", "qwen3")
 def context_ends_at_128(graph: fx.Graph, context: PassContext) -> int:
     lengths = input_named(graph, "context_lengths")
-    return _behind(graph, context, lengths, aten.clamp.default, None, 128)
+    return behind(graph, context, lengths, aten.clamp.default, None, 128)
 
 
 @plant("raise_gated_mlp", "qwen3")
@@ -74,7 +65,7 @@ def large_gates_cut(graph: fx.Graph, context: PassContext) -> int:
 @plant("raise_linear", "vocabulary")
 def ids_end_at_100(graph: fx.Graph, context: PassContext) -> int:
     ids = _bound_to(graph, context, "token_ids")
-    return _behind(graph, context, ids, aten.clamp.default, None, 100)
+    return behind(graph, context, ids, aten.clamp.default, None, 100)
 
 
 @plant("raise_linear", "vocabulary")

@@ -103,3 +103,13 @@ def rebuild(context: PassContext, suffix: str, change: Callable[..., Any]) -> in
 
 def input_named(graph: fx.Graph, name: str) -> fx.Node:
     return next(n for n in placeholders(graph) if n.name.endswith(name))
+
+
+def behind(
+    graph: fx.Graph, context: PassContext, node: fx.Node, target: Any, *arguments: Any
+) -> int:
+    """Let everybody who reads a value read what an operator makes of it."""
+    with graph.inserting_after(node):
+        new = context.call(graph, target, node, *arguments, source=list(node.users))
+    node.replace_all_uses_with(new, lambda user: user is not new)
+    return 1

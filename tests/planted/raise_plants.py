@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from aios_compile.passes.context import PassContext
-from tests.planted.plants import calls, drop, plant, rebuild, set_argument, swap
+from tests.planted.plants import behind, calls, drop, plant, rebuild, set_argument, swap
 
 aten, aios = torch.ops.aten, torch.ops.aios
 RMS, ROPE = aios.rms_norm.default, aios.rope.default
@@ -258,10 +258,7 @@ def exact_gelu_for_tanh(graph: fx.Graph, context: PassContext) -> int:
 @plant("raise_sequence_lengths", "dynamic")
 def length_off_by_one(graph: fx.Graph, context: PassContext) -> int:
     node = next(n for n in graph.nodes if n.name == "sequence_lengths")
-    with graph.inserting_after(node):
-        new = context.call(graph, aten.sub.Tensor, node, 1, source=list(node.users))
-    node.replace_all_uses_with(new, lambda user: user is not new)
-    return 1
+    return behind(graph, context, node, aten.sub.Tensor, 1)
 
 
 @plant("raise_sequence_lengths", "dynamic")

@@ -10,7 +10,7 @@ from torch import fx
 
 from aios_compile.ir.module import Recipe
 from aios_compile.passes.context import PassContext
-from tests.planted.plants import calls, input_named, plant, set_argument
+from tests.planted.plants import behind, calls, input_named, plant, set_argument
 
 aten, aios = torch.ops.aten, torch.ops.aios
 RMS = aios.rms_norm.default
@@ -70,10 +70,7 @@ def rotation_ends_at_64(graph: fx.Graph, context: PassContext) -> int:
     """Look tables of 64 positions up, as if no prompt were longer."""
     names = context.module.inputs
     node = next(n for n in graph.nodes if names.get(n.name) == "positions")
-    with graph.inserting_after(node):
-        new = context.call(graph, aten.clamp.default, node, None, 63, source=list(node.users))
-    node.replace_all_uses_with(new, lambda user: user is not new)
-    return 1
+    return behind(graph, context, node, aten.clamp.default, None, 63)
 
 
 @plant("page_attention", "qwen3")
@@ -95,10 +92,7 @@ def pages_of_the_first_sequence(graph: fx.Graph, context: PassContext) -> int:
 @plant("page_attention", "qwen3")
 def context_ends_at_64(graph: fx.Graph, context: PassContext) -> int:
     node = input_named(graph, "context_lengths")
-    with graph.inserting_after(node):
-        new = context.call(graph, aten.clamp.default, node, None, 64, source=list(node.users))
-    node.replace_all_uses_with(new, lambda user: user is not new)
-    return 1
+    return behind(graph, context, node, aten.clamp.default, None, 64)
 
 
 @plant("page_attention", "layers")

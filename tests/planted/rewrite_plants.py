@@ -11,7 +11,15 @@ from torch import fx
 
 from aios_compile.ir.module import Recipe
 from aios_compile.passes.context import PassContext
-from tests.planted.plants import calls, input_named, plant, rebuild, set_argument, swap
+from tests.planted.plants import (
+    behind,
+    calls,
+    input_named,
+    plant,
+    rebuild,
+    set_argument,
+    swap,
+)
 
 aten, aios = torch.ops.aten, torch.ops.aios
 WRITE, PAGED = aios.kv_write.default, aios.paged_attention.default
@@ -56,10 +64,7 @@ def pages_in_another_order(graph: fx.Graph, context: PassContext) -> int:
     if not context.region:
         return 0
     node = input_named(graph, "page_tables")
-    with graph.inserting_after(node):
-        new = context.call(graph, aten.flip.default, node, [1], source=list(node.users))
-    node.replace_all_uses_with(new, lambda user: user is not new)
-    return 1
+    return behind(graph, context, node, aten.flip.default, [1])
 
 
 @plant("page_attention", "qwen3")
@@ -170,10 +175,7 @@ def wrong_gather_row(graph: fx.Graph, context: PassContext) -> int:
 @plant("gather_last_tokens", "qwen3")
 def gather_rows_in_reverse(graph: fx.Graph, context: PassContext) -> int:
     node = input_named(graph, "logit_rows")
-    with graph.inserting_after(node):
-        new = context.call(graph, aten.flip.default, node, [0], source=list(node.users))
-    node.replace_all_uses_with(new, lambda user: user is not new)
-    return 1
+    return behind(graph, context, node, aten.flip.default, [0])
 
 
 @plant("gather_last_tokens", "qwen3")

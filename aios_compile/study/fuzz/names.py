@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
-from aios_compile.errors import ConfigError
+from aios_compile.errors import ConfigError, did_you_mean
 from aios_compile.study.fuzz.graph_ops import OPS
 from aios_compile.study.fuzz.raise_patterns import SOURCES
 from aios_compile.study.fuzz.step_patterns import FUSED, STEPS
@@ -20,8 +19,7 @@ def check_names(passes: Sequence[str], ops: Sequence[str]) -> None:
     for kind, names, known in (("pass", passes, PLANTED), ("operator", ops, tuple(OPS))):
         for name in names:
             if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {close[0]}; " if close else ""
+                hint = did_you_mean(name, known)
                 raise ConfigError(
                     f"no {kind} {name!r}", advice=f"{hint}there are {', '.join(known)}"
                 )
