@@ -8,7 +8,7 @@ whole is an ordinary GraphModule that runs in eager PyTorch.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -163,6 +163,14 @@ class IRModule:
     def graphs(self) -> dict[str, fx.GraphModule]:
         """Return every graph that passes work on: the regions, then the outer graph as ""."""
         return {**self.regions(), "": self.root}
+
+    def nodes(self) -> Iterator[fx.Node]:
+        """Go through the nodes of every graph, a kernel's body behind each call of it."""
+        for graph_module in self.graphs().values():
+            for node in graph_module.graph.nodes:
+                yield node
+                if is_kernel_call(node):
+                    yield from body_of(node).graph.nodes
 
 
 def depends_on(node: fx.Node, source: fx.Node) -> bool:

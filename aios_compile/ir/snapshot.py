@@ -50,11 +50,7 @@ def _tables(module: IRModule) -> tuple[object, ...]:
 
 
 def _nodes(module: IRModule) -> list[tuple[object, ...]]:
-    graphs = [g.graph for g in module.graphs().values()]
-    calls = [n for graph in graphs for n in graph.nodes if is_kernel_call(n)]
-    graphs += [body_of(n).graph for n in calls]
-    nodes = [n for graph in graphs for n in graph.nodes]
-    return [(n.name, n.op, n.target, str(n.args), str(n.kwargs)) for n in nodes]
+    return [(n.name, n.op, n.target, str(n.args), str(n.kwargs)) for n in module.nodes()]
 
 
 def target_name(node: fx.Node) -> str:

@@ -19,7 +19,7 @@ from torch import fx
 
 from aios_compile.ir import inputs, ops, snapshot
 from aios_compile.ir.counted_tokens import slice_of
-from aios_compile.ir.module import IRModule, body_of, depends_on, is_kernel_call, placeholders
+from aios_compile.ir.module import IRModule, depends_on, placeholders
 
 assert ops.TABLE, "the op table registers the aios operators"
 aten, aios = torch.ops.aten, torch.ops.aios
@@ -165,13 +165,7 @@ def _comparisons(module: IRModule) -> Iterator[fx.Node]:
 
 
 def _attentions(module: IRModule) -> Iterator[fx.Node]:
-    for graph_module in module.graphs().values():
-        for node in graph_module.graph.nodes:
-            if node.op == "call_function" and node.target in BOUNDS:
-                yield node
-            elif is_kernel_call(node):
-                inner = body_of(node).graph.nodes
-                yield from (n for n in inner if n.op == "call_function" and n.target in BOUNDS)
+    yield from (n for n in module.nodes() if n.op == "call_function" and n.target in BOUNDS)
 
 
 def _cost_of_a_token(module: IRModule) -> int:

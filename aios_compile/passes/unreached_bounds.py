@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from aios_compile.ir import snapshot
-from aios_compile.ir.module import IRModule, body_of, is_kernel_call
+from aios_compile.ir.module import IRModule
 from aios_compile.passes.long_context import SEEN
 
 aten = torch.ops.aten
@@ -46,7 +46,7 @@ def _new(module: IRModule, known: set[object]) -> list[tuple[fx.Node, int, float
     """Return each bound that is none of the known numbers: node, position, what it becomes."""
     return [
         (node, position, small)
-        for node in _nodes(module)
+        for node in module.nodes()
         if node.op == "call_function" and node.target in LIMITS
         for position, value in enumerate(node.args)
         if value not in known and (small := _small(node, value))
@@ -64,7 +64,7 @@ def _small(node: fx.Node, bound: object) -> float:
 
 def _numbers(module: IRModule) -> set[object]:
     """Return every number that is an argument in a program."""
-    return {v for node in _nodes(module) for v in _flat((*node.args, *node.kwargs.values()))}
+    return {v for node in module.nodes() for v in _flat((*node.args, *node.kwargs.values()))}
 
 
 def _flat(values: Iterable[object]) -> Iterator[object]:
@@ -73,12 +73,3 @@ def _flat(values: Iterable[object]) -> Iterator[object]:
             yield from _flat(value)
         elif type(value) in (int, float):
             yield value
-
-
-def _nodes(module: IRModule) -> Iterator[fx.Node]:
-    """Go through the nodes of every graph and of the kernel bodies that it calls."""
-    for graph_module in module.graphs().values():
-        for node in graph_module.graph.nodes:
-            yield node
-            if is_kernel_call(node):
-                yield from body_of(node).graph.nodes
