@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     import torch
 
 MakeExecutor = Callable[[Limits], Executor]
+logger = logging.getLogger(__name__)
 # A step that reads more than this is bound by memory: all threads, and a quicker start. Judged by
 # the bytes and not by the time, which a busy machine stretches.
-logger = logging.getLogger(__name__)
 LARGE_MODEL_BYTES = 256 << 20
 WARM_UP_SECONDS = 0.02
 

@@ -6,10 +6,11 @@ capture -> passes (raise, rewrite, fuse) -> emit -> plan -> step -> build and pa
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,10 +27,17 @@ from aios_compile.codegen.pack_weights import CheckpointTensors, pack_weights
 from aios_compile.codegen.program import Program
 from aios_compile.codegen.quantized_weights import QuantizedWeight, kv_remarks, remarks
 from aios_compile.codegen.source import KernelSource
-from aios_compile.codegen.targets import SUFFIXES, emit, family, lower_for
-from aios_compile.config import KV_CODES, CompileOptions, ResolvedSizes
-from aios_compile.errors import ConfigError
-from aios_compile.ir.attention_window import window_tokens
+from aios_compile.codegen.targets import SUFFIXES, emit, lower_for
+from aios_compile.compile_settings import (
+    gpu_card,
+    limits_of,
+    page_table_width,
+    pass_options,
+    settings_of,
+    tuning_for,
+    within,
+)
+from aios_compile.config import CompileOptions, ResolvedSizes
 from aios_compile.ir.module import IRModule, placeholders
 from aios_compile.ir.quantization_error import Measured, measure
 from aios_compile.ir.random_weights import RandomWeights
@@ -37,20 +45,16 @@ from aios_compile.ir.refresh import refresh
 from aios_compile.ir.stored_weights import bind_stored_weights
 from aios_compile.model_source import ModelSource
 from aios_compile.passes.certificate import CertificateCache
-from aios_compile.passes.context import PassOptions
 from aios_compile.passes.pipeline import STAGES
 from aios_compile.passes.plan_memory import plan_memory
+from aios_compile.passes.result import PassResult
 from aios_compile.passes.runner import run_pipeline
 from aios_compile.progress import Progress
 from aios_compile.runtime.launch_list import launch_list, launch_text
 from aios_compile.study import debug
 from aios_compile.study.dump import Dumper
-from aios_compile.study.kernel_table import KERNEL_TABLE, kernel_rows
+from aios_compile.study.kernel_table import KERNEL_TABLE, KernelRow, kernel_rows
 from aios_compile.study.verify_override import apply_overrides
-
-PAGE_SIZE = 16  # tokens; one AVX-512 vector of keys
-MIN_PAGE_TABLE = 8  # entries; the batches that passes are proven on need 4 (ir/inputs.py: mixed)
-MAX_LOGIT_ROWS = 32  # rows of [R, vocabulary] logits that are planned for at least
 
 
 @dataclass(frozen=True)
@@ -111,34 +115,18 @@ def compile_model(
         writer.write_bytes(artefact.LIBRARY, b"")
     elif card:
         writer.write_bytes(artefact.LIBRARY, b"")
-        sources = launched_sources(program, emitted)
-        with ThreadPoolExecutor(1) as pool:  # Triton runs in processes: packing overlaps it
-            binaries = pool.submit(_compile_triton, sources, card, options)
-            with progress.stage("pack"):
-                pack_weights(program, module, source.read, writer)
-            with progress.stage("build"):
-                for name, data in binaries.result():
-                    writer.write_bytes(name, data)
+        kernels = partial(_compile_triton, launched_sources(program, emitted), card, options)
+        _pack_beside(kernels, program, module, source, writer, progress)
     else:
-        with ThreadPoolExecutor(1) as pool:  # the compiler runs in processes: packing overlaps it
-            given = (emitted.sources, step, writer.folder, cache_root, progress)
-            library = pool.submit(_build, *given)
-            with progress.stage("pack"):
-                quantized = pack_weights(program, module, source.read, writer)
-            with progress.stage("build"):
-                library.result()
-    told = [] if measured is None else measured.remarks()
-    told += [*remarks(program, quantized), *kv_remarks(program), *source.notes]
-    notes = [*edits, *told, *unshared_layers(model, module)]
-    _write_texts(writer, program, emitted.sources, step, results, notes)
-    if quantized:
-        writer.write_json(artefact.QUANTIZATION, [asdict(w) for w in quantized])
-    rows = [row.as_dict() for row in kernel_rows(module, emitted, program)]
-    writer.write_json(KERNEL_TABLE, rows)
-    if source.tokenizer is not None:
-        folder = writer.folder / artefact.TOKENIZER
-        folder.mkdir(mode=0o700)
-        source.tokenizer.save(folder)
+        library = writer.folder / artefact.LIBRARY
+        kernels = partial(_compile_cpp, emitted.sources, step, library, cache_root, progress)
+        quantized = _pack_beside(kernels, program, module, source, writer, progress)
+    notes = [*edits, *([] if measured is None else measured.remarks())]
+    notes += [*remarks(program, quantized), *kv_remarks(program), *source.notes]
+    notes += unshared_layers(model, module)
+    _write_texts(writer, program, emitted.sources, step)
+    _write_tables(writer, results, notes, quantized, kernel_rows(module, emitted, program))
+    _write_tokenizer(writer, source)
     writer.finish()
     return Compiled(module, program)
 
@@ -149,26 +137,6 @@ def unshared_layers(model: torch.nn.Module, module: IRModule) -> list[str]:
     return [
         f"every layer of {path} is compiled by itself: its layers alias tensors" for path in lists
     ]
-
-
-def within(module: IRModule, sizes: ResolvedSizes, options: CompileOptions) -> ResolvedSizes:
-    """Return the sizes of a step, no longer than the model's own limit.
-
-    Raises ConfigError where an option asks for more.
-    """
-    if module.length_limit is None:
-        return sizes
-    limit, line = module.length_limit
-    for name in ("max_model_len", "max_num_batched_tokens"):
-        given = getattr(options, name)
-        if given is not None and given > limit:
-            raise ConfigError(
-                f"{name}={given} is out of range: expected at most the {limit} tokens that the "
-                "model's code takes",
-                source_line=line,
-            )
-    tokens = min(sizes.max_num_batched_tokens, limit)
-    return ResolvedSizes(min(sizes.max_model_len, limit), min(sizes.max_num_seqs, tokens), tokens)
 
 
 def measure_weights(
@@ -188,115 +156,11 @@ def measure_weights(
     return measure(((name, tensors[name]) for name in names), options.quantization_format())
 
 
-def pass_options(
-    options: CompileOptions,
-    source: ModelSource,
-    sizes: ResolvedSizes,
-    model: torch.nn.Module,
-    measured: Measured | None = None,
-    cpu: build.Target | None = None,
-) -> PassOptions:
-    """Return what the passes need to know of a model and its options.
-
-    measured: what quantising its weights loses; without it, all are quantised. cpu: the
-    instruction set on the CPU; the host's without it. Raises ConfigError for weights in a format
-    that the target does not multiply.
-    """
-    stored = next((p.dtype for p in model.parameters()), torch.float32)
-    name, target = options.kv_cache_dtype, family(options.device)
-    codes = KV_CODES.get(name, "")
-    kv_dtype = stored if name == "auto" or codes else getattr(torch, name)
-    width = _page_table_width(sizes)
-    form = options.quantization_format()
-    if form.startswith("e4m3") and target == "cpp":
-        raise ConfigError(
-            f"quantization={options.quantization!r}: no CPU multiplies 8-bit floats",
-            advice="quantization='int8' or 'int4' on the CPU; fp8 with device='cuda'",
-        )
-    bf16_dot = target == "cpp" and (cpu or build.Target.host()).bf16_dot
-    return PassOptions(
-        target,
-        PAGE_SIZE,
-        kv_dtype,
-        64,
-        width,
-        form,
-        bf16_dot,
-        quantize_kv=codes,
-        quantize_embeddings=options.quantize_embeddings,
-        kept_weights=() if measured is None else measured.kept_weights(),
-    )
-
-
-def _page_table_width(sizes: ResolvedSizes) -> int:
-    return max(MIN_PAGE_TABLE, -(-sizes.max_model_len // PAGE_SIZE))
-
-
-def limits_of(module: IRModule, sizes: ResolvedSizes) -> dict[str, int]:
-    """Return the largest value of each runtime size, which the plan is made for."""
-    tokens = sizes.max_num_batched_tokens
-    rows = min(max(MAX_LOGIT_ROWS, sizes.max_num_seqs), max(tokens, sizes.max_num_seqs))
-    rows = tokens if module.not_generatable else rows
-    return {"T": tokens, "S": sizes.max_num_seqs, "R": rows, "P": 0, "NP": 0, "NB": 0, "NA": 0}
-
-
-def gpu_card(device: str) -> str:
-    """Return the card that a device's kernels are made for: "cuda:90"; "" for the CPU.
-
-    Raises ConfigError for a GPU that is not there.
-    """
-    if family(device) == "cpp":
-        return ""
-    from aios_compile.runtime.torch_device import card_name
-
-    return card_name(device)
-
-
 def _emit(
     module: IRModule, options: CompileOptions, card: str, cache_root: Path, progress: Progress
 ) -> Emitted:
     tuning = tuning_for(options, card, cache_root)
     return emit(module, options.device, progress.update, card, options.joined_launches(), tuning)
-
-
-def tuning_for(options: CompileOptions, card: str, cache_root: Path | None = None) -> Any:
-    """Return who asks the compiler about candidates, or None; numbers are kept in the cache."""
-    if not (options.compile_candidates and card) or options.device == "interpreter":
-        return None
-    from aios_compile.codegen.triton.choice import Tuning
-    from aios_compile.codegen.triton.resource_report import ResourceReport
-
-    folder = None if cache_root is None else cache_root / "resources"
-    report = ResourceReport(card, options.threads(), folder)
-    return Tuning(report, options.compile_candidates)
-
-
-def settings_of(
-    source: ModelSource, module: IRModule, sizes: ResolvedSizes, card: str = "", joined: str = ""
-) -> dict[str, Any]:
-    """Return what the runtime needs to know of a model; it becomes Program.settings.
-
-    joined: the kind of device for which a layer's kernels become one launch, "" for none.
-    """
-    from aios_compile.ir.module import outputs
-
-    logits = outputs(module.root.graph)[0].meta["val"]
-    return {
-        "name": source.name,
-        "page_size": PAGE_SIZE,
-        "max_model_len": sizes.max_model_len,
-        "max_pages_per_sequence": _page_table_width(sizes),
-        "vocab_size": int(logits.shape[-1]),
-        "eos_token_ids": list(source.eos_token_ids),
-        "generation_config": source.generation_config,
-        "notes": list(source.notes),
-        "generatable": not module.not_generatable,
-        "why_not": module.not_generatable,
-        "window_tokens": window_tokens(module),
-        "target": card or build.Target.host().name,
-        "family": "triton" if card else "cpp",
-        "persistent_decode": joined,
-    }
 
 
 def _apply_edits(
@@ -308,7 +172,7 @@ def _apply_edits(
     progress: Progress,
 ) -> list[str]:
     """Use the edited kernels that are right; return a line for each edit."""
-    edits, width = overrides.texts(cache_root), _page_table_width(sizes)
+    edits, width = overrides.texts(cache_root), page_table_width(sizes)
     objects = cache_root / "objects"
     lines = [str(v) for v in apply_overrides(module, emitted, edits, weights, width, objects)]
     for line in lines:
@@ -321,12 +185,34 @@ def launched_sources(program: Program, emitted: Emitted) -> list[KernelSource]:
     return [emitted.sources[i] for i in sorted({call.kernel for call in launch_list(program)})]
 
 
+def _pack_beside(
+    compile_kernels: Callable[[], list[tuple[str, bytes]]],
+    program: Program,
+    module: IRModule,
+    source: ModelSource,
+    writer: ArtefactWriter,
+    progress: Progress,
+) -> list[QuantizedWeight]:
+    """Pack the weights while the kernels are compiled; return what was quantised.
+
+    The compilers run in processes of their own, so one thread that waits for them is enough.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        binaries = pool.submit(compile_kernels)
+        with progress.stage("pack"):
+            quantized = pack_weights(program, module, source.read, writer)
+        with progress.stage("build"):
+            for name, data in binaries.result():
+                writer.write_bytes(name, data)
+    return quantized
+
+
 def _compile_triton(
     sources: list[KernelSource], card: str, options: CompileOptions
 ) -> list[tuple[str, bytes]]:
-    """Compile every variant of every kernel for a card, in processes side by side.
+    """Compile every variant of every kernel for a card; return the files that the artefact keeps.
 
-    The interpreter has nothing to compile. Returns the files that the artefact keeps.
+    The interpreter has nothing to compile.
     """
     if options.device == "interpreter":
         return []
@@ -337,25 +223,25 @@ def _compile_triton(
         return list(binary_cache.keep(Path(folder) / compile_ahead.CACHE))
 
 
-def _build(
-    sources: list[KernelSource], step: str, folder: Path, cache_root: Path, progress: Progress
-) -> None:
-    target = build.Target.host()
+def _compile_cpp(
+    sources: list[KernelSource], step: str, library: Path, cache_root: Path, progress: Progress
+) -> list[tuple[str, bytes]]:
+    """Compile kernels and step, and link them straight into `library`: no file is left to write."""
     texts: list[build.Source] = [*sources, ("step", step)]
     objects = build.build_objects(
-        texts, cache_root / "objects", target, on_progress=lambda i, n, _: progress.update(i, n)
+        texts,
+        cache_root / "objects",
+        build.Target.host(),
+        on_progress=lambda i, n, _: progress.update(i, n),
     )
-    build.link(objects, folder / artefact.LIBRARY)
+    build.link(objects, library)
+    return []
 
 
 def _write_texts(
-    writer: ArtefactWriter,
-    program: Program,
-    sources: list[KernelSource],
-    step: str,
-    results: list[Any],
-    notes: list[str],
+    writer: ArtefactWriter, program: Program, sources: list[KernelSource], step: str
 ) -> None:
+    """Write the generated sources, the program and the memory plan."""
     for kernel in sources:
         suffix = SUFFIXES[kernel.language]
         writer.write_text(f"{artefact.KERNELS}/{kernel.name}{suffix}", kernel.text)
@@ -364,6 +250,26 @@ def _write_texts(
     writer.write_text(artefact.LAUNCHES if triton else artefact.STEP, step)
     writer.write_json(artefact.PROGRAM, data)
     writer.write_json(artefact.PLAN, data["plan"])
+
+
+def _write_tables(
+    writer: ArtefactWriter,
+    results: list[PassResult],
+    notes: list[str],
+    quantized: list[QuantizedWeight],
+    kernels: list[KernelRow],
+) -> None:
+    """Write what `aios report` and `aios kernels` show."""
     rows = [r.to_json() for r in results]
     writer.write_json(artefact.CERTIFICATES, rows)
     writer.write_json(artefact.REPORT, {"passes": rows, "notes": notes})
+    if quantized:
+        writer.write_json(artefact.QUANTIZATION, [asdict(w) for w in quantized])
+    writer.write_json(KERNEL_TABLE, [row.as_dict() for row in kernels])
+
+
+def _write_tokenizer(writer: ArtefactWriter, source: ModelSource) -> None:
+    if source.tokenizer is not None:
+        folder = writer.folder / artefact.TOKENIZER
+        folder.mkdir(mode=0o700)
+        source.tokenizer.save(folder)

@@ -25,7 +25,7 @@ from aios_compile.codegen.cpp.emitters import EMITTERS
 from aios_compile.codegen.emit_kernels import Emitted, emit_kernels
 from aios_compile.codegen.pack_weights import CheckpointTensors
 from aios_compile.codegen.targets import emit
-from aios_compile.compiler import pass_options
+from aios_compile.compile_settings import pass_options
 from aios_compile.config import CompileOptions
 from aios_compile.errors import CaptureError, CheckpointError, ConfigError
 from aios_compile.ir import inputs, provenance, snapshot

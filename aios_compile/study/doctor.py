@@ -18,7 +18,7 @@ from aios_compile.codegen.artefact import TensorRecord
 from aios_compile.codegen.cpp.step import num_barriers
 from aios_compile.codegen.operand import BYTES
 from aios_compile.codegen.program import Program
-from aios_compile.compiler import pass_options
+from aios_compile.compile_settings import pass_options
 from aios_compile.config import CompileOptions
 from aios_compile.errors import AiosError, ConfigError
 from aios_compile.passes.pipeline import STAGES

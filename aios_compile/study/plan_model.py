@@ -14,7 +14,13 @@ from aios_compile.codegen.cpp.build import Target
 from aios_compile.codegen.emit_kernels import Emitted
 from aios_compile.codegen.program import Program
 from aios_compile.codegen.targets import emit, lower_for
-from aios_compile.compiler import limits_of, pass_options, settings_of, tuning_for, within
+from aios_compile.compile_settings import (
+    limits_of,
+    pass_options,
+    settings_of,
+    tuning_for,
+    within,
+)
 from aios_compile.config import CompileOptions, ResolvedSizes
 from aios_compile.ir import snapshot
 from aios_compile.ir.module import IRModule

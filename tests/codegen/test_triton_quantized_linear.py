@@ -12,7 +12,7 @@ import torch
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.planar import pack_planar
 from aios_compile.codegen.plane import PREFIX, plane_of
-from aios_compile.compiler import pass_options
+from aios_compile.compile_settings import pass_options
 from aios_compile.config import CompileOptions
 from aios_compile.errors import CodegenError, ConfigError
 from aios_compile.ir import ops  # noqa: F401  (registers the ops)

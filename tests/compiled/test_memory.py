@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from aios_compile import compiler
+from aios_compile import compile_settings
 from aios_compile.capture.capture import capture
 from aios_compile.codegen.cpp import build
 from aios_compile.codegen.cpp.emitters import EMITTERS
@@ -140,8 +140,8 @@ class Level3:
 
     def program(self, planner: Callable[[Sequence[Lifetime]], Placement]) -> Program:
         sizes = self.options.resolve_sizes(self.source.max_model_len)
-        settings = compiler.settings_of(self.source, self.module, sizes)
-        limits = compiler.limits_of(self.module, sizes)
+        settings = compile_settings.settings_of(self.source, self.module, sizes)
+        limits = compile_settings.limits_of(self.module, sizes)
         return lower(self.module, self.emitted, limits, settings, planner)
 
     def logits(self, program: Program, folder: Path) -> Logits:
@@ -175,7 +175,9 @@ def level3(zoo_folder: Path, _quick: None) -> Iterator[Level3]:
     sizes = options.resolve_sizes(source.max_model_len)
     plain = source.build()
     module = capture(plain, flat=True, max_tokens=sizes.max_num_batched_tokens)
-    run_pipeline(module, STAGES, compiler.pass_options(options, source, sizes, plain), verify=0)
+    run_pipeline(
+        module, STAGES, compile_settings.pass_options(options, source, sizes, plain), verify=0
+    )
     refresh(module)
     emitted = emit_kernels(module, EMITTERS)
     ids = zoo.token_ids(path)
