@@ -2,6 +2,7 @@
 
     python -m benchmarks.cpu [--shape qwen3-0.6b] [--rows decode,...] [--weights bf16,int8,int4]
                              [--threads 2] [--rounds 9] [--without torch.compile] [--json]
+                             [--target avx2]
 
 Peers: llama.cpp (llama-cpp-python with BF16, Q8_0 and Q4_0 files of the same random checkpoint: the
 same bits a weight, output matrix included), transformers eager (the faster of float32 and bf16) and
@@ -12,7 +13,8 @@ that a healthy build reaches (judged where the weights fit no cache).
 
 Results are kept in benchmarks/results as rows are done; a run that was cut off goes on where it
 stopped (--again measures anew). --prepare makes everything that takes long (checkpoint, GGUF files,
-artefacts, reference logits, Inductor's cache) and measures nothing.
+artefacts, reference logits, Inductor's cache) and measures nothing. --target holds our kernels to a
+narrower instruction set than the machine has, for a llama.cpp that was built for the same one.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any
 
 import torch
 
+from aios_compile.codegen.cpp import build
 from benchmarks import processes, reference, report
 from benchmarks.floors import BITS, Rates, Work, decode_floor, prefill_floor
 from benchmarks.gguf_file import KINDS, write_gguf
@@ -268,6 +271,14 @@ def prepare(bench: Bench, weights: str, rows: list[str]) -> None:
             peer.prefill(bench.ids(COMPILED_PROMPT))
 
 
+def hold_to(target: str, rows: list[str]) -> None:
+    """Let our compiler see only the processor features of one of its targets."""
+    known = {t.name: needs for t, needs in build.TARGETS if needs <= build.cpu_features()}
+    if target not in known or set(rows) & {"starts", "memory"}:
+        raise SystemExit(f"--target: one of {', '.join(known)}, and no rows of other processes")
+    build.cpu_features = lambda: known[target]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", default="qwen3-0.6b", choices=[*SHAPES, "example"])
@@ -278,6 +289,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="turns of each engine")
     parser.add_argument("--without", default="", help=f"peers to leave out: {', '.join(PEERS)}")
     parser.add_argument("--results", type=Path, help="file of results; default in benchmarks/")
+    parser.add_argument("--target", help="instruction set of our kernels, e.g. avx2")
     parser.add_argument("--again", action="store_true", help="measure again what is there")
     parser.add_argument("--prepare", action="store_true", help="make files and artefacts only")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -287,6 +299,8 @@ def main() -> None:
     for name, known in ((args.without, PEERS), (rows, ROWS), (args.weights.split(","), BITS)):
         if unknown := set(name) - set(known):
             parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    if args.target:
+        hold_to(args.target, rows)
     torch.set_num_threads(args.threads)
     bench = Bench(args)
     results = report.Results(args.results, args.shape, args.threads)
@@ -298,7 +312,8 @@ def main() -> None:
 
         def keep(row: str, found: dict[str, Any], weights: str = weights) -> None:
             report.show(row, weights, found)
-            results.add(weights, row, {**found, "without": args.without}, describe())
+            found |= {"without": args.without, "target": build.Target.host().name}
+            results.add(weights, row, found, describe())
 
         run_rows(bench, weights, left, keep)
         gc.collect()

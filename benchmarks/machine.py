@@ -22,6 +22,7 @@ def describe() -> dict[str, Any]:
         "processor": _processor(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))}
         | {"g++": _output("g++", "-dumpfullversion"), "python": platform.python_version()},
+        "llama.cpp": _llama_cpp(),
     }
 
 
@@ -39,6 +40,15 @@ def _processor() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "instructions": [name for name in TOLD if name in flags],
     }
+
+
+def _llama_cpp() -> str:
+    """Return the instruction sets that llama.cpp was built for, as it prints them itself."""
+    try:
+        import llama_cpp
+    except ImportError:
+        return ""
+    return str(llama_cpp.llama_print_system_info().decode())
 
 
 def _commit() -> str:
