@@ -76,7 +76,12 @@ def compile_model(
     dumper = Dumper(writer.folder / "levels")
     with progress.stage("capture"):
         sizes, model = options.resolve_sizes(source.max_model_len), source.build()
-        module = capture(model, flat=source.flat, max_tokens=sizes.max_num_batched_tokens)
+        module = capture(
+            model,
+            flat=source.flat,
+            max_tokens=sizes.max_num_batched_tokens,
+            max_length=sizes.max_model_len,
+        )
         sizes = within(module, sizes, options)
         dumper.level("captured", module)
         weights = RandomWeights.of(module, options.seed)

@@ -23,6 +23,7 @@ from torch import fx, nn
 
 from aios_compile.capture import foreign, regions, torch_private
 from aios_compile.capture.assemble import assemble
+from aios_compile.capture.foreign_rope import trained_frequencies
 from aios_compile.capture.length_limit import guard_limits, line_of, table_limits
 from aios_compile.capture.size_bounds import decide_bounds
 from aios_compile.errors import CaptureError, UnsupportedModelError
@@ -37,15 +38,22 @@ CLAMPS = ("clamp_", "clamp_min_", "clamp_max_", "clip_")
 TRACE_SIZES = (37, 41, 43, 47, 53, 59, 61, 67, 71, 73)  # primes: no multiple of a tile or a head
 
 
-def capture(model: nn.Module, *, flat: bool | None = None, max_tokens: int = 8192) -> IRModule:
+def capture(
+    model: nn.Module,
+    *,
+    flat: bool | None = None,
+    max_tokens: int = 8192,
+    max_length: int | None = None,
+) -> IRModule:
     """Return level 1 of `model`, whose forward(input_ids, position_ids) gives logits.
 
     flat: token ids are [T] (True), [1, T] (False), or whichever the module takes (None, [1, T]
     first). max_tokens: the largest T that will run, unless the module's length_limit is less.
+    max_length: the longest sequence that will run, if that is known.
     Raises CaptureError with the model's source line when the forward does not capture as one graph.
     """
     _check_signature(model)
-    with foreign.evaluating(model):
+    with foreign.evaluating(model), trained_frequencies(model, max_length):
         try:
             return _in_regions_or_whole(model, flat is True, max_tokens)
         except CaptureError as error:

@@ -20,6 +20,7 @@ import torch._dynamo as dynamo
 from torch import fx
 from torch._decomp import core_aten_decompositions
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import variables
 from torch._dynamo.convert_frame import fullgraph_capture
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._guards import TracingContext, tracing
@@ -112,12 +113,28 @@ def full_graph(model: torch.nn.Module, kwargs: dict[str, Any]) -> Any:
     spaces = {id(g): g for g in _global_spaces(model)}
     before = {key: set(space) for key, space in spaces.items()}
     try:
-        return _traced(model, kwargs)
+        with _only_dynamic(kwargs):
+            return _traced(model, kwargs)
     finally:  # dynamo leaves helper names in the model's module globals
         for key, space in spaces.items():
             for name in set(space) - before[key]:
                 if name.startswith(("__compiled_fn_", "__builtins_dict_")):
                     del space[name]
+
+
+@contextlib.contextmanager
+def _only_dynamic(kwargs: dict[str, Any]) -> Iterator[None]:
+    """Give every tensor but the arguments its own sizes: dynamo takes those of a tensor that is
+    neither parameter nor buffer (an attribute, a global, a closure's) for sizes that may change.
+    """
+    always_static = variables.builder.tensor_always_has_static_shape
+
+    def is_static(tensor: Any, *args: Any, **others: Any) -> Any:
+        static, reason = always_static(tensor, *args, **others)
+        return static or all(tensor is not given for given in kwargs.values()), reason
+
+    with mock.patch.object(variables.builder, always_static.__name__, is_static):
+        yield
 
 
 def _traced(model: torch.nn.Module, kwargs: dict[str, Any]) -> Any:

@@ -107,7 +107,12 @@ def open_subject(source: ModelSource, options: CompileOptions, prompt: Sequence[
         )
     sizes = options.resolve_sizes(source.max_model_len)
     model = source.build()
-    captured = capture(model, flat=source.flat, max_tokens=sizes.max_num_batched_tokens)
+    captured = capture(
+        model,
+        flat=source.flat,
+        max_tokens=sizes.max_num_batched_tokens,
+        max_length=sizes.max_model_len,
+    )
     compare_with_eager(model, captured, seed=options.seed)
     tensors = CheckpointTensors(captured, source.read)
     weights = RandomWeights.of(captured, options.seed)

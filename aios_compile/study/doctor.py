@@ -132,7 +132,12 @@ def savings(model: str | nn.Module, options: CompileOptions, *, context: int = 2
     source = open_without_weights(model, options)
     sizes = options.resolve_sizes(source.max_model_len)
     module = source.build()
-    captured = capture(module, flat=source.flat, max_tokens=sizes.max_num_batched_tokens)
+    captured = capture(
+        module,
+        flat=source.flat,
+        max_tokens=sizes.max_num_batched_tokens,
+        max_length=sizes.max_model_len,
+    )
     passes = pass_options(options, source, sizes, module)
     return ablate(captured, STAGES, passes, context=context)
 

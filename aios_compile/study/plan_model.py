@@ -109,7 +109,12 @@ def rewrite_model(
     """Capture a model and run the passes: plan_model before it emits for a card."""
     sizes = options.resolve_sizes(source.max_model_len)
     model = source.build()
-    captured = capture(model, flat=source.flat, max_tokens=sizes.max_num_batched_tokens)
+    captured = capture(
+        model,
+        flat=source.flat,
+        max_tokens=sizes.max_num_batched_tokens,
+        max_length=sizes.max_model_len,
+    )
     sizes = within(captured, sizes, options)
     module = snapshot.take(captured)
     results = run_pipeline(

@@ -6,6 +6,7 @@ wrong mask or a forgotten bias would hide below the tolerance.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                 "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4, 2.5],
                 "original_max_position_embeddings": 16,
             },
+            "original_max_position_embeddings": 16,  # the config's own default goes before
         },
     ),
     "olmo": ("Olmo", {**SIZES, **GROUPED, "clip_qkv": 0.5}),
@@ -154,16 +156,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(name: str) -> nn.Module:
-    """Return a family's tiny model in eval mode, float32, seeded."""
+def build(name: str, **changed: Any) -> nn.Module:
+    """Return a family's tiny model in eval mode, float32, seeded; changed: of its arguments."""
     stem, arguments = FAMILIES[name]
     make = config_class(stem)
-    config = make(**arguments)
+    config = make(**copy.deepcopy({**arguments, **changed}))  # transformers changes some in place
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = model_class(stem)(config)
     scale_up(model)
     return model.eval()
+
+
+def run(model: nn.Module, count: int) -> torch.Tensor:
+    """Return the logits of `count` tokens, as a user has seen them before compiling."""
+    ids = torch.arange(count)[None] % VOCABULARY
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits[0]
 
 
 def config_class(stem: str) -> Callable[..., Any]:
