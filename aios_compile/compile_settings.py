@@ -1,6 +1,6 @@
 """What the parts of a compile are told: derived from the options, the model and the card.
 
-One function a receiver: pass_options for the passes, limits_of for the memory plan, settings_of for
+One function a receiver: capture_for for the capture, pass_options for the passes, limits_of for the memory plan, settings_of for
 the runtime, tuning_for for the choice of Triton configurations. The studies that compile a part of
 a model by themselves (doctor, bisect, plan_model) take them from here too.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from aios_compile.capture.capture import capture
 from aios_compile.codegen.cpp import build
 from aios_compile.codegen.targets import family
 from aios_compile.config import KV_CODES, CompileOptions, ResolvedSizes
@@ -25,6 +26,16 @@ from aios_compile.passes.context import PassOptions
 PAGE_SIZE = 16  # tokens; one AVX-512 vector of keys
 MIN_PAGE_TABLE = 8  # entries; the batches that passes are proven on need 4 (ir/inputs.py: mixed)
 MAX_LOGIT_ROWS = 32  # rows of [R, vocabulary] logits that are planned for at least
+
+
+def capture_for(model: torch.nn.Module, source: ModelSource, sizes: ResolvedSizes) -> IRModule:
+    """Return level 1 of a source's module for steps and sequences of these sizes."""
+    return capture(
+        model,
+        flat=source.flat,
+        max_tokens=sizes.max_num_batched_tokens,
+        max_length=sizes.max_model_len,
+    )
 
 
 def within(module: IRModule, sizes: ResolvedSizes, options: CompileOptions) -> ResolvedSizes:

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from aios_compile import env
-from aios_compile.capture.capture import capture
 from aios_compile.capture.compare import compare_with_eager
 from aios_compile.capture.regions import layer_lists
 from aios_compile.codegen import artefact, overrides
@@ -29,6 +28,7 @@ from aios_compile.codegen.quantized_weights import QuantizedWeight, kv_remarks, 
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.targets import SUFFIXES, emit, lower_for
 from aios_compile.compile_settings import (
+    capture_for,
     gpu_card,
     limits_of,
     page_table_width,
@@ -76,12 +76,7 @@ def compile_model(
     dumper = Dumper(writer.folder / "levels")
     with progress.stage("capture"):
         sizes, model = options.resolve_sizes(source.max_model_len), source.build()
-        module = capture(
-            model,
-            flat=source.flat,
-            max_tokens=sizes.max_num_batched_tokens,
-            max_length=sizes.max_model_len,
-        )
+        module = capture_for(model, source, sizes)
         sizes = within(module, sizes, options)
         dumper.level("captured", module)
         weights = RandomWeights.of(module, options.seed)

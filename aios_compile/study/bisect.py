@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from aios_compile.capture.capture import capture
 from aios_compile.capture.compare import compare_with_eager
 from aios_compile.codegen.cpp.emitters import EMITTERS
 from aios_compile.codegen.emit_kernels import Emitted, emit_kernels
 from aios_compile.codegen.pack_weights import CheckpointTensors
 from aios_compile.codegen.targets import emit
-from aios_compile.compile_settings import pass_options
+from aios_compile.compile_settings import capture_for, pass_options
 from aios_compile.config import CompileOptions
 from aios_compile.errors import CaptureError, CheckpointError, ConfigError
 from aios_compile.ir import inputs, provenance, snapshot
@@ -107,12 +106,7 @@ def open_subject(source: ModelSource, options: CompileOptions, prompt: Sequence[
         )
     sizes = options.resolve_sizes(source.max_model_len)
     model = source.build()
-    captured = capture(
-        model,
-        flat=source.flat,
-        max_tokens=sizes.max_num_batched_tokens,
-        max_length=sizes.max_model_len,
-    )
+    captured = capture_for(model, source, sizes)
     compare_with_eager(model, captured, seed=options.seed)
     tensors = CheckpointTensors(captured, source.read)
     weights = RandomWeights.of(captured, options.seed)

@@ -13,12 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from aios_compile.capture.capture import capture
 from aios_compile.codegen.artefact import TensorRecord
 from aios_compile.codegen.cpp.step import num_barriers
 from aios_compile.codegen.operand import BYTES
 from aios_compile.codegen.program import Program
-from aios_compile.compile_settings import pass_options
+from aios_compile.compile_settings import capture_for, pass_options
 from aios_compile.config import CompileOptions
 from aios_compile.errors import AiosError, ConfigError
 from aios_compile.passes.pipeline import STAGES
@@ -132,12 +131,7 @@ def savings(model: str | nn.Module, options: CompileOptions, *, context: int = 2
     source = open_without_weights(model, options)
     sizes = options.resolve_sizes(source.max_model_len)
     module = source.build()
-    captured = capture(
-        module,
-        flat=source.flat,
-        max_tokens=sizes.max_num_batched_tokens,
-        max_length=sizes.max_model_len,
-    )
+    captured = capture_for(module, source, sizes)
     passes = pass_options(options, source, sizes, module)
     return ablate(captured, STAGES, passes, context=context)
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from aios_compile.capture.capture import capture
 from aios_compile.codegen.cpp.build import Target
 from aios_compile.codegen.emit_kernels import Emitted
 from aios_compile.codegen.program import Program
 from aios_compile.codegen.targets import emit, lower_for
 from aios_compile.compile_settings import (
+    capture_for,
     limits_of,
     pass_options,
     settings_of,
@@ -109,12 +109,7 @@ def rewrite_model(
     """Capture a model and run the passes: plan_model before it emits for a card."""
     sizes = options.resolve_sizes(source.max_model_len)
     model = source.build()
-    captured = capture(
-        model,
-        flat=source.flat,
-        max_tokens=sizes.max_num_batched_tokens,
-        max_length=sizes.max_model_len,
-    )
+    captured = capture_for(model, source, sizes)
     sizes = within(captured, sizes, options)
     module = snapshot.take(captured)
     results = run_pipeline(
