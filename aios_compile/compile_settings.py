@@ -1,8 +1,9 @@
 """What the parts of a compile are told: derived from the options, the model and the card.
 
-One function a receiver: capture_for for the capture, pass_options for the passes, limits_of for the memory plan, settings_of for
-the runtime, tuning_for for the choice of Triton configurations. The studies that compile a part of
-a model by themselves (doctor, bisect, plan_model) take them from here too.
+One function a receiver: capture_for for the capture, pass_options for the passes, limits_of for the
+memory plan, settings_of for the runtime, tuning_for for the choice of Triton configurations. The
+studies that compile a part of a model by themselves (doctor, bisect, plan_model) take them from
+here too.
 """
 
 from __future__ import annotations
