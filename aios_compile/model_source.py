@@ -221,19 +221,45 @@ def _listed(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
+_STORED: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16"}
+
+
 def _storage_dtype(config: ModelConfig, folder: Checkpoint, options: CompileOptions) -> str:
     """Return how weights are kept: the option, the config's dtype, or the embedding's own.
 
-    Dequantised weights become bfloat16 unless the option says float32, which is exact.
+    Beside quantised weights it is the narrowest that holds all others to the bit: GGUF files keep
+    norms in float32, often a table in float16. Dequantised weights are rounded to it; float32 is
+    exact for those too.
     """
     if options.dtype != "auto":
         return options.dtype
     if config.dtype is not None:
         return config.dtype
-    if folder.weights.quantized_bytes():
-        return "bfloat16"
-    stored = folder.weights.info("model.embed_tokens.weight").dtype
-    return {"BF16": "bfloat16", "F16": "float16"}.get(stored, "float32")
+    weights = folder.weights
+    if weights.quantized_bytes():
+        plain = [name for name in weights.names() if not weights.is_quantized(name)]
+        fitting = (d for d in ("bfloat16", "float16") if all(_holds(d, weights, n) for n in plain))
+        return next(fitting, "float32")
+    stored = weights.info("model.embed_tokens.weight").dtype
+    return _STORED.get(stored, "float32")
+
+
+def _holds(dtype: str, weights: Tensors, name: str) -> bool:
+    """Say whether a dtype holds a tensor's values; of matrices only the stored dtype is looked at.
+
+    NaN and infinite values are refused by name when they are packed.
+    """
+    info = weights.info(name)
+    if _STORED.get(info.dtype) == dtype:
+        return True
+    if len(info.shape) != 1 or info.dtype not in ("F32", "F16"):
+        return info.dtype not in weights.float_dtypes
+    values = weights.read(name).astype(np.float32)
+    values = values[np.isfinite(values)]
+    if dtype == "bfloat16":
+        return not np.any(values.view(np.uint32) & 0xFFFF)
+    with np.errstate(over="ignore"):
+        return bool(np.all(values.astype(np.float16).astype(np.float32) == values))
 
 
 def _other_tokenizer(where: str, options: CompileOptions) -> Tokenizer:

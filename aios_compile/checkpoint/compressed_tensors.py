@@ -13,7 +13,7 @@ they are stored, which changes no difference of the two.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from aios_compile.checkpoint.packed_matrix import (
     PackedLayout,
     PackedMatrix,
     check_bits,
+    check_group,
     floats_of,
     matrix_of,
     part,
@@ -36,6 +37,27 @@ from aios_compile.errors import CheckpointError, UnsupportedModelError
 FORMAT = "pack-quantized"
 PRESETS = {"W4A16": 4, "W4A16_ASYM": 4, "W8A16": 8}  # groups given by name
 STRATEGIES = ("group", "channel")
+
+
+class Scheme(NamedTuple):
+    """What a config group says. group: columns a scale, -1 for a whole row, 0 where it is silent:
+    then the columns are cut evenly.
+    """
+
+    bits: int
+    group: int
+
+    def fits(self, columns: int, words: int, num_groups: int) -> bool:
+        """Say whether a matrix of these sizes may be packed so."""
+        if columns < 1 or -(-columns * self.bits // 32) != words:
+            return False
+        if not self.group:
+            return 0 < num_groups <= columns and columns % num_groups == 0
+        return num_groups == (1 if self.group == -1 else -(-columns // self.group))
+
+    def columns_a_scale(self, columns: int, num_groups: int) -> int:
+        """Return the columns of a group; the last group of a matrix may have fewer."""
+        return self.group if self.group > 0 else columns // num_groups
 
 
 class CompressedMatrix:
@@ -74,17 +96,17 @@ def find_compressed(
     weights: WeightFiles, settings: Mapping[str, Any], where: str
 ) -> dict[str, PackedMatrix]:
     """Return the quantised weights by their names' stems."""
-    known_bits = _check_settings(settings, where)
+    schemes = _check_settings(settings, where)
     found: dict[str, PackedMatrix] = {}
     for name in weights.names():
         stem, _, ending = name.rpartition(".")
         if ending == "weight_packed":
-            found[stem] = CompressedMatrix(weights, stem, _layout(weights, stem, known_bits))
+            found[stem] = CompressedMatrix(weights, stem, _layout(weights, stem, schemes))
     return found
 
 
-def _check_settings(settings: Mapping[str, Any], where: str) -> set[int]:
-    """Return the numbers of bits in use; refuse what is more than packed integer weights."""
+def _check_settings(settings: Mapping[str, Any], where: str) -> list[Scheme]:
+    """Return the schemes in use; refuse what is more than packed integer weights."""
     groups = settings.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError(f"{where}: config_groups is {repr(groups)[:40]}, expected groups")
@@ -99,14 +121,14 @@ def _check_settings(settings: Mapping[str, Any], where: str) -> set[int]:
     sparsity = settings.get("sparsity_config")
     if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
         raise _refused(where, f"sparsity_config format {repr(sparsity['format'])[:40]}")
-    return {_group_bits(name, group, f"{where}: {name}") for name, group in groups.items()}
+    return sorted({_scheme(name, group, f"{where}: {name}") for name, group in groups.items()})
 
 
-def _group_bits(name: str, group: Any, where: str) -> int:
+def _scheme(name: str, group: Any, where: str) -> Scheme:
     if isinstance(group, list):
         if name not in PRESETS:
             raise _refused(where, "the scheme", ", ".join(PRESETS))
-        return PRESETS[name]
+        return Scheme(PRESETS[name], 0)
     weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping):
         raise CheckpointError(f"{where}: no weights in the group")
@@ -119,7 +141,10 @@ def _group_bits(name: str, group: Any, where: str) -> int:
         raise _refused(where, f"weights of type {repr(weights['type'])[:40]}", "int")
     if weights.get("strategy") not in STRATEGIES:
         raise _refused(where, f"strategy {repr(weights.get('strategy'))[:40]}", "group, channel")
-    return check_bits(weights.get("num_bits"), where)
+    size = -1 if weights["strategy"] == "channel" else weights.get("group_size")
+    return Scheme(
+        check_bits(weights.get("num_bits"), where), 0 if size is None else check_group(size, where)
+    )
 
 
 def _refused(where: str, what: str, known: str = "") -> UnsupportedModelError:
@@ -130,22 +155,23 @@ def _refused(where: str, what: str, known: str = "") -> UnsupportedModelError:
     )
 
 
-def _layout(weights: WeightFiles, stem: str, known_bits: set[int]) -> PackedLayout:
+def _layout(weights: WeightFiles, stem: str, schemes: list[Scheme]) -> PackedLayout:
     rows, words = matrix_of(weights, f"{stem}.weight_packed")
     info = part(weights, f"{stem}.weight_shape", ("I64",), (2,))
     said_rows, columns = (int(size) for size in weights.read(f"{stem}.weight_shape"))
-    bits = [b for b in sorted(known_bits) if columns > 0 and -(-columns * b // 32) == words]
-    if said_rows != rows or not bits:
+    if said_rows != rows:
         raise CheckpointError(
             f"{info.file}: tensor {stem + '.weight_shape'!r} says {[said_rows, columns]}, which "
             f"weight_packed of {[rows, words]} words cannot hold"
         )
     scale = weights.info(f"{stem}.weight_scale")
     num_groups = scale.shape[1] if len(scale.shape) == 2 else 1
-    if not 0 < num_groups <= columns or columns % num_groups:
+    scheme = next((s for s in schemes if s.fits(columns, words, num_groups)), None)
+    if scheme is None:
+        known = ", ".join(f"{s.bits} bits in groups of {s.group or 'any size'}" for s in schemes)
         raise CheckpointError(
-            f"{scale.file}: tensor {stem + '.weight_scale'!r} is {list(scale.shape)}: {columns} "
-            "inputs cannot be cut so"
+            f"{info.file}: {stem}: {[rows, columns]} weights in {words} words a row with "
+            f"{num_groups} scales fit none of quantization_config's groups ({known})"
         )
     parts = {
         "codes": weights.info(f"{stem}.weight_packed"),
@@ -153,10 +179,11 @@ def _layout(weights: WeightFiles, stem: str, known_bits: set[int]) -> PackedLayo
         "shape": info,
     }
     if f"{stem}.weight_zero_point" in weights:
-        zero_words = -(-rows * bits[0] // 32)
+        zero_words = -(-rows * scheme.bits // 32)
         shape = (zero_words, num_groups)
         parts["zeros"] = part(weights, f"{stem}.weight_zero_point", ("I32",), shape)
     if f"{stem}.weight_g_idx" in weights:
         parts["order"] = part(weights, f"{stem}.weight_g_idx", ("I32",), (columns,))
-    label = f"compressed-tensors int{bits[0]}"
-    return PackedLayout(label, rows, columns, bits[0], columns // num_groups, parts)
+    group = scheme.columns_a_scale(columns, num_groups)
+    label = f"compressed-tensors int{scheme.bits}"
+    return PackedLayout(label, rows, columns, scheme.bits, group, parts)

@@ -237,7 +237,11 @@ def _rotary(header: GgufHeader, keys: _Keys, architecture: str, head_dim: int) -
             )
         found["partial_rotary_factor"] = rotary_dim / head_dim
     scaling = _scaling(header, keys)
-    factors = rope_factors_of(header) if architecture == "llama" else []
+    factors = rope_factors_of(header)
+    if factors and architecture != "llama":  # llama.cpp reads them for none of the others here
+        raise UnsupportedModelError(
+            f"{header.path}: rotary factors (rope_freqs) are not implemented for {architecture}"
+        )
     if factors and scaling:
         raise UnsupportedModelError(
             f"{header.path}: rotary factors (rope_freqs) together with rope.scaling.type "

@@ -7,7 +7,8 @@
 
 In the format "gptq" (v1) 1 was taken from every zero point, as one subtraction from the words, and
 is put back as one addition (gptqmodel: convert_gptq_v1_to_v2_format_module); "gptq_v2" stores them
-as they are.
+as they are. GPTQModel's `dynamic` gives layers bits and groups of their own by regular expressions;
+the tensors' shapes say the same, and no expression of a folder is run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aios_compile.checkpoint.packed_matrix import (
+    BITS,
     SCALE_DTYPES,
     Codes,
     PackedLayout,
@@ -83,9 +85,27 @@ def find_gptq(
     for name in weights.names():
         stem, _, ending = name.rpartition(".")
         if ending == "qweight":
-            layout = _layout(weights, stem, bits, group)
+            own = _own_scheme(weights, stem, bits, group) if settings.get("dynamic") else None
+            layout = _layout(weights, stem, *own or (bits, group))
             found[stem] = GptqMatrix(weights, stem, layout, kind == "gptq")
     return found
+
+
+def _own_scheme(weights: WeightFiles, stem: str, bits: int, group: int) -> tuple[int, int]:
+    """Return the bits and the group that the shapes of a layer's tensors mean; the settings' where
+    those fit, or where nothing does.
+    """
+    words, rows = matrix_of(weights, f"{stem}.qweight")
+    num_groups, zero_words = matrix_of(weights, f"{stem}.qzeros")
+    for own in (bits, *BITS):
+        columns = words * 32 // own
+        if -(-rows * own // 32) != zero_words:
+            continue
+        if num_groups == (1 if group == -1 else -(-columns // group)):
+            return own, group
+        if columns % num_groups == 0:
+            return own, columns // num_groups
+    return bits, group
 
 
 def _layout(weights: WeightFiles, stem: str, bits: int, group: int) -> PackedLayout:

@@ -101,6 +101,18 @@ def test_partial_rotary_of_qwen(tmp_path: Path) -> None:
     assert source.build().config.rope.rotary_dim == 8
 
 
+def test_rotary_factors_are_read_or_refused(tmp_path: Path) -> None:
+    """llama.cpp reads them for llama; left out in silence, every position would be wrong."""
+
+    def finish(writer: Any) -> None:
+        writer.add_tensor("rope_freqs.weight", np.full(8, 2, np.float32))
+
+    path = tmp_path / "model.gguf"
+    convert(zoo.make("qwen3_gqa", tmp_path), path, lambda _: Kind.F32, finish)
+    with pytest.raises(REFUSED, match=r"rope_freqs\) are not implemented for qwen3"):
+        GgufCheckpoint.open(path)
+
+
 def test_scale_of_infinity_is_found(tmp_path: Path) -> None:
     """R19: an infinite scale reaches the check that every packed weight passes."""
     path = tmp_path / "model.gguf"

@@ -155,7 +155,7 @@ def check_stored(model: aios_compile.CompiledModel, meant: dict[str, torch.Tenso
 
 
 def test_pieces_are_the_whole(wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large tensor is dequantised some rows at a time; the default dtype is bfloat16."""
+    """A large tensor is dequantised some rows at a time."""
     _, path, meant = wide
     monkeypatch.setattr("aios_compile.checkpoint.gguf_weights.PIECE_WEIGHTS", 3 * 256)
     checkpoint = GgufCheckpoint.open(path)
@@ -164,8 +164,33 @@ def test_pieces_are_the_whole(wide: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(pieces) > 20
     assert np.array_equal(np.concatenate([p for _, p in pieces]), meant[name].numpy())
     assert np.array_equal(checkpoint.weights.read(name), meant[name].numpy())
-    source = open_source(path, CompileOptions.parse({}))
+    source = open_source(path, CompileOptions.parse({"dtype": "bfloat16"}))
     assert torch.equal(source.read(name), meant[name].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "norms, table, dtype",
+    [
+        ("bfloat16", Kind.Q8_0, torch.bfloat16),
+        ("bfloat16", Kind.BF16, torch.bfloat16),
+        ("float16", Kind.F16, torch.float16),
+        ("float16", Kind.Q8_0, torch.float16),
+        ("float32", Kind.Q8_0, torch.float32),
+        ("float32", Kind.F16, torch.float32),
+        ("float16", Kind.BF16, torch.float32),
+    ],
+)
+def test_what_is_not_quantised_keeps_its_values(
+    norms: str, table: Kind, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Norms are float32 in every file, whatever they were before; a table may be float16."""
+    path = tmp_path / "model.gguf"
+    meant = convert(zoo.make("qwen3_gqa", tmp_path, norms), path, kinds(Kind.Q8_0, table))
+    source = open_source(path, CompileOptions.parse({}))
+    plain = {n: p for n, p in source.build().named_parameters() if n not in source.stored_forms()}
+    assert len(plain) >= 9 and {p.dtype for p in plain.values()} == {dtype}
+    for name in plain:
+        assert torch.equal(source.read(name).to(dtype).float(), meant[name]), name
 
 
 def test_a_folder_with_one_file(wide: Any, tmp_path: Path) -> None:

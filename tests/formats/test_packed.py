@@ -30,8 +30,15 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
 
 
-def scheme(bits: int, strategy: str = "group", symmetric: bool = True, **more: Any) -> Any:
-    weights = {"num_bits": bits, "type": "int", "strategy": strategy, "symmetric": symmetric}
+def scheme(
+    bits: int,
+    strategy: str = "group",
+    symmetric: bool = True,
+    group: int | None = None,
+    **more: Any,
+) -> Any:
+    weights = {"num_bits": bits, "type": "int", "strategy": strategy, "symmetric": symmetric,
+               "group_size": group}  # fmt: skip
     return {"targets": ["Linear"], "weights": weights, "input_activations": None, **more}
 
 
@@ -65,6 +72,13 @@ CASES: dict[str, tuple[str, Any, str, int, int, torch.dtype, Any]] = {
                         torch.bfloat16, partial(compressed, symmetric=False)),
     "compressed-order": ("mistral_full", packed(scheme(4, actorder="group")), "asym0+order", 4, 32,
                          torch.float16, partial(compressed, symmetric=False, index=True)),
+    # 48 columns a scale, and 16 or none left over: not two scales of 32 for rows of 64
+    "compressed-short-group": ("llama_gqa", packed(scheme(4, group=48)), "sym", 4, 48,
+                               torch.float16, partial(compressed, symmetric=True)),
+    # as GPTQModel writes layers that `dynamic` gives other bits and groups
+    "gptq-dynamic": ("llama_gqa", GPTQ | {"bits": 4, "group_size": 64, "dynamic":
+                                          {"+:.*": {"bits": 8, "group_size": 32}}}, "asym0", 8, 32,
+                     torch.float16, gptq),
     "compressed-preset": ("llama_gqa", {**packed(), "config_groups": {"W8A16": ["Linear"]}}, "sym",
                           8, 32, torch.float16, partial(compressed, symmetric=True)),
 }  # fmt: skip
@@ -201,6 +215,11 @@ STEM = "model.layers.0.self_attn.q_proj"
         ("compressed", lambda t: t[f"{STEM}.weight_shape"].fill_(64), None),
         ("compressed", lambda t: t[f"{STEM}.weight_shape"].fill_(-1), "says .-1, -1., which"),
         ("compressed", lambda t: t[f"{STEM}.weight_shape"].fill_(1 << 62), "cannot hold"),
+        (
+            "compressed-short-group",
+            lambda t: t.update({f"{STEM}.weight_scale": torch.ones(64, 4).half()}),
+            r"\[64, 64\] weights in 8 words a row with 4 scales fit none of .* in groups of 48\)",
+        ),
     ],
 )
 def test_damaged_parts(case: str, change: Any, reason: str | None, tmp_path: Path) -> None:
