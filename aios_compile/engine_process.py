@@ -10,6 +10,7 @@ import json
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from aios_compile.runtime.engine import Engine
@@ -32,11 +33,21 @@ def start_front(model: str, *, stall_s: float = 60.0, **options: Any) -> EngineF
     return EngineFront(command, seed=options.get("seed", 0), stall_s=stall_s)
 
 
+def log_of_epoch(log: Path, epoch: int) -> Path:
+    """Return where an engine process writes its decisions: log.jsonl, then log.2.jsonl, ...
+
+    Each starts from an empty scheduler, so each log is replayed on its own.
+    """
+    return log if epoch == 1 else log.with_name(f"{log.stem}.{epoch}{log.suffix}")
+
+
 def main(arguments: Sequence[str]) -> None:
     from aios_compile.api import load_and_compile
 
     path, epoch, text = arguments
     options = json.loads(text)
+    if options.get("decision_log"):
+        options["decision_log"] = str(log_of_epoch(Path(options["decision_log"]), int(epoch)))
     with load_and_compile(options.pop("model"), **options) as model:
         gc.collect()
         gc.freeze()  # what is here stays as long as the process

@@ -232,15 +232,23 @@ def _strings(name: str, value: Any) -> tuple[str, ...]:
     if len(items) > MAX_STOP_STRINGS:
         raise _out_of_range(name, items, expected)
     for item in items:
-        if not isinstance(item, str) or not 1 <= len(item) <= MAX_STOP_LENGTH:
+        if not _is_unicode(item) or not 1 <= len(item) <= MAX_STOP_LENGTH:
             raise _out_of_range(name, item, expected)
     return items
 
 
 def _tenant(name: str, value: Any) -> str:
-    if not isinstance(value, str) or len(value) > MAX_TENANT_LENGTH:
+    if not _is_unicode(value) or len(value) > MAX_TENANT_LENGTH:
         raise _out_of_range(name, value, f"a text of at most {MAX_TENANT_LENGTH} characters")
-    return value
+    return str(value)
+
+
+def _is_unicode(value: Any) -> bool:
+    """Return whether it is a text that has bytes; half a surrogate pair has none."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:

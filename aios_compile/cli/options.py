@@ -125,7 +125,8 @@ def command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command of `app`, with the options of `tables`.
 
-    Maps errors to exit codes: AiosError 1, Ctrl-C 130, a closed pipe 141.
+    Maps errors to exit codes: AiosError and a path that cannot be used 1, Ctrl-C 130, a closed
+    pipe 141.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -185,3 +186,8 @@ def _guarded(body: Callable[[], None], as_json: bool) -> None:
         # Python flushes stdout once more at exit; give it something that takes the bytes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_BROKEN_PIPE) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print_error(ConfigError(f"{error.filename}: {error.strerror}"), as_json)
+        raise typer.Exit(EXIT_MISTAKE) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,8 @@ def replay(
     else:
         print_table(("decision", "times"), [(k, str(n)) for k, n in sorted(result.kinds.items())])
         print(f"{result.num_events} events, {result.num_decisions} decisions made again")
+        if result.is_cut:
+            print("the log ends in the midst of the last event: its writer was killed")
     if result.difference is not None:
         found = result.difference
         raise LogError(
@@ -76,14 +79,24 @@ def simulate(
     if scheduling_policy and scheduling_policy not in SCHEDULING_POLICIES:
         known = ", ".join(SCHEDULING_POLICIES)
         raise ConfigError(f"scheduling_policy={scheduling_policy!r}: expected {known}")
-    for name, value in (("rate", rate), ("num_requests", num_requests), ("tenants", tenants)):
-        if value <= 0:
-            raise ConfigError(f"{name}={value} is out of range, expected more than 0")
+    if not 0 < rate < math.inf:
+        raise ConfigError(f"rate={rate} is out of range, expected more than 0")
+    for name, value, least in (
+        ("num_requests", num_requests, 1),
+        ("tenants", tenants, 1),
+        ("prompt_tokens", prompt_tokens, 0),
+        ("output_tokens", output_tokens, 0),
+        ("shared_tokens", shared_tokens, 0),
+        ("chunked_prefill_size", chunked_prefill_size, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"{name}={value} is out of range, expected {least} or more")
     limits, options, trace, really = recorded(Path(log))
     limits = _changed(
         limits,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
+        max_num_logit_rows=max_num_seqs and max(max_num_seqs, limits.max_num_logit_rows),
         num_pages=num_pages,
     )
     options = _changed(options, policy=scheduling_policy, chunked_prefill_size=chunked_prefill_size)
@@ -104,7 +117,10 @@ def simulate(
 
 def _changed(value: Any, **changes: Any) -> Any:
     """Return the dataclass with the changes that were asked for (not 0 or empty)."""
-    return dataclasses.replace(value, **{name: new for name, new in changes.items() if new})
+    try:
+        return dataclasses.replace(value, **{name: new for name, new in changes.items() if new})
+    except AssertionError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _show(result: Simulation, really: Simulation | None, model: Any, as_json: bool) -> None:

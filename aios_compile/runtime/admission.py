@@ -109,7 +109,7 @@ class Admission:
                 )
             ids = list(self.tokenizer.encode(prompt))
         else:
-            ids = _whole_numbers(prompt)
+            ids = whole_numbers(prompt)
         if not ids:
             raise RequestError("the prompt is empty: got 0 tokens, expected at least 1")
         self._check_ids("prompt", ids)
@@ -165,13 +165,16 @@ def not_params(given: object) -> RequestError:
     )
 
 
-def _whole_numbers(prompt: Sequence[int]) -> list[int]:
-    ids = []
-    for item in prompt:
+def whole_numbers(prompt: Sequence[int]) -> list[int]:
+    """Return a prompt's token ids as ints; raise RequestError for what is none."""
+    if not isinstance(prompt, Iterable):
+        kind = type(prompt).__name__
+        raise RequestError(f"prompt: got a {kind}, expected text or a list of whole numbers")
+    items = list(prompt)
+    for item in items:
         if not _is_whole_number(item):
             raise RequestError(f"prompt: got {item!r}, expected text or a list of whole numbers")
-        ids.append(operator.index(item))
-    return ids
+    return [operator.index(item) for item in items]
 
 
 def _is_whole_number(item: object) -> bool:

@@ -61,6 +61,8 @@ class DecisionLog:
                 self._write({"decision": asdict(decision)})
                 if decision.kind in ENDS:
                     self._pseudonyms.forget(decision.sequences)
+        if self._file is not None:
+            self._file.flush()  # the last lines of a process that was killed are the ones wanted
 
     def header(self, record: dict[str, Any]) -> None:
         """Write the first line of the sink: what a replay must know before the first event."""

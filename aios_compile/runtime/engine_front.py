@@ -33,7 +33,7 @@ from aios_compile.errors import (
     RequestError,
 )
 from aios_compile.runtime import wire
-from aios_compile.runtime.admission import Prompt
+from aios_compile.runtime.admission import Prompt, whole_numbers
 from aios_compile.runtime.engine_child import POLL_S, EngineChild
 from aios_compile.runtime.front_request import FrontRequest, FrontStream
 from aios_compile.runtime.health import Health, Pulse, judge, now_us
@@ -103,7 +103,8 @@ class EngineFront:
 
         Raises QueueFullError at once, and RequestError for values that are no plain data.
         """
-        plain = prompt if isinstance(prompt, str) else [int(i) for i in prompt]
+        plain = prompt if isinstance(prompt, str) else whole_numbers(prompt)
+        fields = wire.as_plain(fields)  # sent again after a death: no iterator that is used up
         with self._lock:
             if self._closing:
                 raise EngineClosedError(self._reason, advice="load the model again")
@@ -230,6 +231,12 @@ class EngineFront:
     # ---- the reader thread
 
     def _run(self) -> None:
+        try:
+            self._serve_epochs()
+        finally:  # whatever happens here, nobody waits for a thread that is gone
+            self._shut_down()
+
+    def _serve_epochs(self) -> None:
         num_failed = 0
         while not self._closing and num_failed < MAX_FAILED_STARTS:
             self.epoch += 1
@@ -253,7 +260,6 @@ class EngineFront:
                 child.kill()
             if not self._closing:
                 self._note_death(points)
-        self._shut_down()
 
     def _serve(self, child: EngineChild) -> bool:
         """Read messages until the process is gone or hangs; False if it was never ready."""
@@ -276,7 +282,7 @@ class EngineFront:
             if message["kind"] == "ready":
                 is_ready = True
                 self._send_all(child)
-            elif not self._handle(message):
+            elif not self._obeyed(message):
                 return is_ready
             if is_ready and self._hangs():
                 return True
@@ -306,6 +312,13 @@ class EngineFront:
             return True
         began = self._pulse.started_us
         return began is not None and now_us() - began > self._stall_s * 1e6
+
+    def _obeyed(self, message: dict[str, Any]) -> bool:
+        """Return what `_handle` does, False for fields that are missing or of another kind."""
+        try:
+            return self._handle(message)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            return False  # not our protocol either
 
     def _handle(self, message: dict[str, Any]) -> bool:
         """Apply one message; False if the engine says that it is at its end."""

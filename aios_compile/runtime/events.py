@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from aios_compile.sampling_params import MAX_N
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def event_record(event: Event, now_us: int) -> dict[str, Any]:
 
 
 def event_from_record(record: dict[str, Any]) -> tuple[Event, int]:
-    """Return (event, now_us)."""
+    """Return (event, now_us); raise TypeError, KeyError or ValueError for a damaged record."""
     values = {key: value for key, value in record.items() if key not in ("type", "now_us")}
     for name in ("finished", "drafts", "sampled"):
         if name in values:
@@ -125,4 +128,32 @@ def event_from_record(record: dict[str, Any]) -> tuple[Event, int]:
     if "tokens" in values:
         values["tokens"] = tuple(values["tokens"])
     event: Event = _KINDS[record["type"]](**values)
+    for item in fields(event):
+        if not _IS[str(item.type)](getattr(event, item.name)):
+            raise TypeError(f"{item.name} is not of type {item.type}")
+    if isinstance(event, Arrive) and not 1 <= event.num_sequences <= MAX_N:
+        raise ValueError(f"num_sequences={event.num_sequences}, expected 1 to {MAX_N}")
     return event, int(record["now_us"])
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and abs(value) < 1 << 63
+
+
+def _are_whole(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(_is_whole, value))
+
+
+_IS: dict[str, Callable[[Any], bool]] = {
+    "int": _is_whole,
+    "int | None": lambda value: value is None or _is_whole(value),
+    "float": lambda value: type(value) in (int, float),
+    "bool": lambda value: type(value) is bool,
+    "str": lambda value: type(value) is str,
+    "tuple[int, ...]": _are_whole,
+    "tuple[tuple[int, ...], ...]": lambda value: all(map(_are_whole, value)),
+    "tuple[tuple[int, int], ...]": lambda value: all(len(v) == 2 and _are_whole(v) for v in value),
+    "tuple[tuple[int, str], ...]": lambda value: all(
+        len(v) == 2 and _is_whole(v[0]) and type(v[1]) is str for v in value
+    ),
+}

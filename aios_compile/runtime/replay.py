@@ -2,7 +2,8 @@
 
 A log is JSON lines: {"header": ...} with its version, the limits and the options, then every
 {"event": ...} followed by the {"decision": ...}s that it led to. It carries no clock but the
-events' own and no token ids but pseudonyms, and it is all that the scheduler needs.
+events' own and no token ids but pseudonyms, and it is all that the scheduler needs. A log may end
+in the midst of an event or of a line, where its writer was killed.
 """
 
 from __future__ import annotations
@@ -40,12 +41,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """What a replay found; `difference` is None if every decision was made again."""
+    """What a replay found; `difference` is None if every decision was made again.
+
+    is_cut: the last event lacks decisions that it must have led to.
+    """
 
     num_events: int
     num_decisions: int
     kinds: dict[str, int]
     difference: Difference | None
+    is_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 try:
                     record = json.loads(text)
                 except ValueError as error:
+                    if number > 1 and text[-1] != "\n" and len(text) < MAX_LINE_BYTES:
+                        return  # the end of the file: its writer was killed as it wrote this
                     raise LogError(f"{path}:{number}: not JSON: {error}") from error
                 if not isinstance(record, dict):
                     raise LogError(f"{path}:{number}: got {type(record).__name__}, not an object")
@@ -112,6 +119,15 @@ def _events(path: Path, lines: Iterator[tuple[int, dict[str, Any]]]) -> Iterator
         yield current
 
 
+def follow(path: Path, state: SchedulerState, logged: LoggedEvent) -> Plan:
+    """Advance a state by an event of a log; raise LogError for one that cannot come now."""
+    try:
+        return advance(state, logged.event, logged.now_us)
+    except (AssertionError, LookupError) as error:
+        text = f"{path}:{logged.line}: the scheduler cannot follow this event: {error!r}"
+        raise LogError(text, advice="is the log cut, or of another version?") from error
+
+
 def replay_log(path: Path) -> ReplayResult:
     """Replay a log and compare every decision; stops at the first difference."""
     limits, options, events = read_records(path)
@@ -119,13 +135,11 @@ def replay_log(path: Path) -> ReplayResult:
     num_events, kinds = 0, dict[str, int]()
     for logged in events:
         num_events += 1
-        try:
-            plan = advance(state, logged.event, logged.now_us)
-        except (AssertionError, KeyError, IndexError) as error:
-            text = f"{path}:{logged.line}: the scheduler cannot follow this event: {error!r}"
-            raise LogError(text, advice="is the log cut, or of another version?") from error
+        plan = follow(path, state, logged)
         for i in range(max(len(plan.decisions), len(logged.decisions))):
             mine, theirs = _at(plan, i), logged.decisions[i : i + 1]
+            if not theirs and next(events, None) is None:
+                return ReplayResult(num_events, sum(kinds.values()), kinds, None, is_cut=True)
             if [mine] != theirs:
                 difference = Difference(logged.line + 1 + i, theirs[0] if theirs else None, mine)
                 return ReplayResult(num_events, sum(kinds.values()), kinds, difference)

@@ -26,6 +26,7 @@ from aios_compile.sampling_params import SamplingParams
 
 MAX_FRAME_BYTES = 1 << 28  # the log-probabilities of a long prompt are the largest; rule: bounded
 _LENGTH = struct.Struct(">I")
+_EVERY_MESSAGE = {"kind": str, "epoch": int, "request": int}
 
 
 class Connection:
@@ -42,9 +43,10 @@ class Connection:
         self._socket.sendall(frame)
 
     def receive(self, timeout_s: float | None = None) -> dict[str, Any] | None:
-        """Return the next message, None when the other end is gone; raises TimeoutError.
+        """Return the next message, None when the other end is gone.
 
-        The socket stays a blocking one: a timeout of its own would cut off what others send.
+        Raises TimeoutError, and EngineError for a frame that is none of ours. The socket stays a
+        blocking one: a timeout of its own would cut off what others send.
         """
         while True:
             if len(self._buffer) >= _LENGTH.size:
@@ -66,7 +68,14 @@ class Connection:
     def _pop(self, size: int) -> dict[str, Any]:
         payload = bytes(memoryview(self._buffer)[_LENGTH.size : _LENGTH.size + size])
         del self._buffer[: _LENGTH.size + size]
-        message: dict[str, Any] = msgpack.unpackb(payload, strict_map_key=False)
+        try:
+            message = msgpack.unpackb(payload, strict_map_key=False)
+        except (ValueError, TypeError) as error:  # all that msgpack raises for what it cannot read
+            raise EngineError(f"a frame that is not msgpack: {type(error).__name__}") from error
+        if not isinstance(message, dict) or any(
+            type(message.get(name)) is not kind for name, kind in _EVERY_MESSAGE.items()
+        ):
+            raise EngineError("a message without its kind, epoch and request")
         return message
 
     def close(self) -> None:
@@ -74,8 +83,13 @@ class Connection:
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
-    """Return the frame of a message."""
-    payload: bytes = msgpack.packb(message, default=_plain)
+    """Return the frame of a message; raise RequestError for what is no plain data."""
+    try:
+        payload: bytes = msgpack.packb(message, default=_plain)
+    except OverflowError:
+        raise RequestError("a parameter is a whole number of more than 64 bits") from None
+    except UnicodeEncodeError:
+        raise RequestError("a text of the request is not valid Unicode") from None
     if len(payload) > MAX_FRAME_BYTES:
         raise RequestError(f"a message of {len(payload)} bytes, at most {MAX_FRAME_BYTES}")
     return _LENGTH.pack(len(payload)) + payload
@@ -95,6 +109,12 @@ def _plain(value: Any) -> Any:
     except TypeError:
         kind = type(value).__name__
         raise RequestError(f"a parameter is of type {kind}, expected plain data") from None
+
+
+def as_plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values as the other end will see them, independent of the caller's objects."""
+    found: dict[str, Any] = msgpack.unpackb(pack(values)[_LENGTH.size :], strict_map_key=False)
+    return found
 
 
 def params_fields(params: SamplingParams) -> dict[str, Any]:

@@ -34,9 +34,8 @@ from numpy.typing import NDArray
 
 from aios_compile.errors import LogError
 from aios_compile.runtime.events import Arrive, Commit, Schedule
-from aios_compile.runtime.replay import read_records
+from aios_compile.runtime.replay import follow, read_records
 from aios_compile.runtime.schedule_state import Plan, SchedulerState
-from aios_compile.runtime.scheduler import advance
 
 VERSION = 4
 LEAST_STEPS = 20
@@ -202,7 +201,7 @@ def _read_steps(path: Path) -> _Steps:
                 arrived = arrived[0] + 1, arrived[1] + event.num_prompt_tokens
             elif submitted_us is None:
                 submitted_us = event.submitted_us
-        plan = advance(state, event, now_us)
+        plan = follow(path, state, logged)
         if isinstance(event, Schedule):
             step = plan, now_us, step is None
         elif isinstance(event, Commit):

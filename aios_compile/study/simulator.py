@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aios_compile.errors import LogError
+from aios_compile.errors import ConfigError, LogError
 from aios_compile.runtime.batch import Limits
 from aios_compile.runtime.events import Arrive, Commit, Schedule
-from aios_compile.runtime.replay import read_records
+from aios_compile.runtime.replay import follow, read_records
 from aios_compile.runtime.schedule_state import Plan, SchedulerOptions, SchedulerState
 from aios_compile.runtime.scheduler import advance
 from aios_compile.study.cost_model import CostModel
@@ -74,7 +74,14 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def simulate(
     arrivals: Sequence[Arrival], limits: Limits, options: SchedulerOptions, cost: CostModel
 ) -> Simulation:
-    """Play the arrivals, which are sorted by time, until all have ended."""
+    """Play the arrivals, which are sorted by time, until all have ended.
+
+    Raises ConfigError, as admission would, for one that can never have its pages.
+    """
+    most = min(limits.capacity_tokens, limits.max_model_len)
+    longest = max((len(a.prompt) + len(a.output) - 1 for a in arrivals), default=0)
+    if longest > most:
+        raise ConfigError(f"a request has {longest} tokens in the cache, expected at most {most}")
     run = _Run(arrivals, SchedulerState.empty(limits, options, b"simulate"), cost)
     while run.next_arrival < len(arrivals) or run.state.has_work:
         run.deliver()
@@ -236,7 +243,7 @@ def recorded(path: Path) -> tuple[Limits, SchedulerOptions, list[Arrival], Simul
             result.num_steps += 1
             result.num_tokens += plan.num_tokens
             end_us = logged.now_us
-        made = advance(state, event, logged.now_us)
+        made = follow(path, state, logged)
         result.num_preemptions += len(made.preempted)
         result.num_cached_tokens += sum(count for _, count in made.hits)
     arrivals = []

@@ -1,7 +1,8 @@
 """An engine process with the fake executor: `python -m tests.runtime.fake_child SOCKET EPOCH JSON`.
 
 What may go wrong is planted by the options: step_seconds; hang_at, exit_at, fail_at (a step of the
-first process); poison (a prompt's first token that kills whoever runs it); is_mute (never connect).
+first process); talks_nonsense (of the first process: pulses without their fields); poison (a
+prompt's first token that kills whoever runs it); is_mute (never connect).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from aios_compile.engine_process import serve_engine
 from aios_compile.runtime.engine import Engine
+from aios_compile.runtime.engine_server import EngineServer
 from tests.runtime.fake_executor import FakeExecutor, FakeTokenizer, limits
 
 
@@ -38,6 +40,9 @@ def main(path: str, epoch: str, text: str) -> None:
             raise MemoryError("planted")
 
     executor.before_step = go_wrong
+    if options.get("talks_nonsense") and epoch == "1":
+        nonsense = "_send_pulse", lambda server: server._send("pulse", 0)
+        setattr(EngineServer, *nonsense)
     with Engine(executor, FakeTokenizer(), eos_token_ids=[9]) as engine:
         serve_engine(engine, path, int(epoch))
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from aios_compile import AsyncEngine, SamplingParams
+from aios_compile.engine_process import log_of_epoch
 from aios_compile.errors import (
     EngineClosedError,
     EngineDiedError,
@@ -181,8 +182,18 @@ def test_refusals_abort_and_the_queue() -> None:
         for prompt, fields in (([999], {}), ([1], {"n": 0}), ([1], {"temprature": 1})):
             with pytest.raises(RequestError):
                 front.generate([prompt], **fields)
-        with pytest.raises(RequestError, match="plain data"):
-            front.stream([1], stop=object())
+        for prompt, fields, text in (
+            ([1], {"stop": object()}, "plain data"),
+            ([1.5], {}, "got 1.5"),
+            ([True], {}, "got True"),
+            (None, {}, "got a NoneType"),
+            ([1 << 65], {}, "more than 64 bits"),
+            ("a\ud800", {}, "not valid Unicode"),
+        ):
+            with pytest.raises(RequestError, match=text):
+                front.stream(prompt, **fields)
+        again = front.stream([1], stop=iter(["the"]))._request
+        assert again.start_message(1) == again.start_message(1), "another process gets less"
         stream = front.stream("the cat", max_tokens=60, ignore_eos=True)
         first = next(stream)
         front.end(stream._request, None)
@@ -269,6 +280,29 @@ os._exit(0)
     while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < end, "the engine process outlives its front"
         time.sleep(0.02)
+
+
+def test_an_engine_that_talks_nonsense_is_replaced() -> None:
+    """Readers are told by the thread that reads; it must not die of what it reads."""
+    with fake_front(talks_nonsense=True, step_seconds=0.002) as front:
+        output = front.generate([[5, 6]], temperature=0, max_tokens=12)[0].outputs[0]
+        assert output.token_ids == greedy([5, 6], 12) and front.epoch == 2
+
+
+@pytest.mark.parametrize(
+    "message", [b"\xc1", b"\x80\x80", b"", b"\x81\x90\x01", b"\x91\x01", b"\x07", b"\x80"]
+)
+def test_what_is_no_message_is_refused(message: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(EngineError, match=r"msgpack|without its kind"):
+        ours.sendall(len(message).to_bytes(4, "big") + message)
+        wire.Connection(theirs).receive(1)
+
+
+def test_each_process_has_a_log_of_its_own() -> None:
+    log = Path("some.folder/log.jsonl")
+    assert log_of_epoch(log, 1) == log
+    assert log_of_epoch(log, 3) == Path("some.folder/log.3.jsonl")
 
 
 def test_frames() -> None:

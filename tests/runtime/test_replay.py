@@ -12,6 +12,8 @@ from aios_compile.runtime.decisions import KINDS
 from aios_compile.runtime.policies import RANKS
 from aios_compile.runtime.replay import replay_log
 from aios_compile.runtime.schedule_state import SchedulerOptions
+from aios_compile.study.cost_model import fit_log
+from aios_compile.study.simulator import recorded
 from tests.runtime.conftest import checked_engine
 from tests.runtime.fake_executor import FakeExecutor
 
@@ -84,6 +86,28 @@ def test_a_changed_decision_is_found(tmp_path: Path) -> None:
     assert replay_log(path).difference is not None
 
 
+def test_a_log_whose_writer_was_killed_replays_up_to_there(tmp_path: Path) -> None:
+    """At any byte of its last two steps; while it is written, all but the last event is there."""
+    path = tmp_path / "log.jsonl"
+    write_log(path)
+    whole = path.read_bytes()
+    places = {len(whole) - 1, len(whole) - 2, *range(len(whole) - 900, len(whole), 41)}
+    results = []
+    for place in sorted(places):
+        path.write_bytes(whole[:place])
+        result = replay_log(path)
+        assert result.difference is None
+        results.append((result.num_decisions, result.is_cut))
+    assert results == sorted(results, key=lambda r: r[0]) and {c for _, c in results} == {
+        True,
+        False,
+    }
+    engine = checked_engine(decision_sink=path)
+    engine.generate([[1, 2, 3]], temperature=0, max_tokens=3)
+    assert replay_log(path).kinds["decode"] == 2, "lines wait in a buffer"
+    engine.close()
+
+
 def test_a_reader_who_leaves_is_a_disconnect() -> None:
     engine = checked_engine()
     executor = engine._core.executor
@@ -131,7 +155,11 @@ def test_damaged_lines_are_told(tmp_path: Path) -> None:
         (lambda x: [*x[:1], '{"event":{"type":"Nonsense"}}'], ":2: the record is damaged"),
         (lambda x: [x[0], '{"event":{"type":"Abort","now_us":1}}'], ":2: the record is damaged"),
         (lambda x: [x[0], '{"event":{"type":"Preempt","sequence_id":7,"now_us":1}}'], "follow"),
+        (lambda x: [y.replace('"sequence_id":3', '"sequence_id":"x"') for y in x], "damaged"),
+        (lambda x: [y.replace('"num_sequences":2', '"num_sequences":1e11') for y in x], "damaged"),
+        (lambda x: [y.replace('"tokens":[', '"tokens":[null,') for y in x], "damaged"),
     ):
         path.write_text("\n".join(change(list(lines))))
-        with pytest.raises(LogError, match=expected):
-            replay_log(path)
+        for read in (replay_log, recorded, fit_log):
+            with pytest.raises(LogError, match=expected):
+                read(path)

@@ -27,12 +27,12 @@ OUT_OF_RANGE = {
     "frequency_penalty": [-2.1, 2.1, float("inf")],
     "logit_bias": [{1: 101}, {-1: 0.0}, {"x": 1.0}, {1: float("nan")}, 5, [5], {"²": 1.0}],
     "allowed_token_ids": [[], [-1], [0.5], 5],
-    "bad_words": [[""], [1], 5],
+    "bad_words": [[""], [1], 5, ["\ud800"]],
     "logprobs": [-1, 21, 1.5],
     "prompt_logprobs": [-1, 21],
     "priority": [0.5, "high", None, 2**40],
     "timeout_s": [0, -1.0, float("nan"), "soon"],
-    "tenant": [None, 1, "x" * 257],
+    "tenant": [None, 1, "x" * 257, "\ud800"],
 }
 
 

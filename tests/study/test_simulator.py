@@ -160,8 +160,24 @@ def test_the_commands(tmp_path: Path) -> None:
     options = ["--arrivals", "bursts", "--cost", str(cost), "--scheduling-policy", "fair_share"]
     result = run(app, ["simulate", str(log), *options, "--num-requests", "20", "--json"])
     assert result.exit_code == 0 and json.loads(result.output)["simulated"]["requests"] == 20
-    for bad in (["--arrivals", "x"], ["--rate", "0"], ["--scheduling-policy", "x"]):
-        assert run(app, ["simulate", str(log), *bad]).exit_code == 1
+    for bad, expected in (
+        (["--arrivals", "x"], "expected poisson"),
+        (["--rate", "0"], "more than 0"),
+        (["--rate", "nan"], "more than 0"),
+        (["--scheduling-policy", "x"], "expected fcfs"),
+        (["--num-pages", "3"], "expected at most"),
+        (["--num-pages", "-4"], "num_pages=-4 must be"),
+        (["--chunked-prefill-size", "-3"], "expected 0 or more"),
+        (["--plot", str(tmp_path / "none" / "x.svg")], "No such file"),
+    ):
+        result = run(app, ["simulate", str(log), *bad])
+        assert result.exit_code == 1 and expected in result.output, (bad, result.output)
+    wider = ["--max-num-seqs", "9", "--arrivals", "bursts", "--rate", "1e6", "--json"]
+    wider += ["--num-pages", "400", "--num-requests", "40"]
+    result = run(app, ["simulate", str(log), *wider])
+    narrow = run(app, ["simulate", str(log), *wider[2:]])
+    steps = [json.loads(r.output)["simulated"]["steps"] for r in (result, narrow)]
+    assert steps[0] < steps[1], "more sequences than the log had rows"
     log.write_text(log.read_text().replace('"kind":"chunk"', '"kind":"wait"', 1))
     result = run(app, ["replay", str(log)])
     assert result.exit_code == 1
