@@ -95,7 +95,9 @@ AIOS_INLINE void quantize_row(const float* x, int64_t count, int8_t* codes, floa
   int64_t g = 0;
   for (; g + VL <= groups; g += VL)
     quantize_groups<STEP, VL>(x + g * 32, codes + g * 32, scales + g, sums + g * (32 / STEP));
-  for (int64_t rest = groups % VL; rest > 0; --rest, ++g)
+  for (; g + VL / 2 <= groups; g += VL / 2)
+    quantize_groups<STEP, VL / 2>(x + g * 32, codes + g * 32, scales + g, sums + g * (32 / STEP));
+  for (int64_t rest = groups % (VL / 2); rest > 0; --rest, ++g)
     quantize_groups<STEP, 1>(x + g * 32, codes + g * 32, scales + g, sums + g * (32 / STEP));
 }
 
@@ -191,14 +193,14 @@ template <int BITS> constexpr int32_t offset_of(int low) {
 }
 
 // The dot products of UNITS units from `first` on of COUNT vectors (of blocks `stride` bytes apart)
-// with WIDTH tokens, onto sums. x[unit][STRIDE] are four signed bytes each; AT_ONCE: a lone token's
-// are read together, where the processor can broadcast lanes of a register.
-template <int BITS, int UNITS, int STRIDE, bool AT_ONCE = false, int WIDTH, int COUNT>
+// with WIDTH tokens, onto sums. x[token * STRIDE + unit] are four signed bytes each; AT_ONCE: those
+// of a lone token are read together, where the processor can broadcast lanes of a register.
+template <int BITS, int UNITS, int64_t STRIDE, bool AT_ONCE = false, int WIDTH, int COUNT>
 AIOS_INLINE void dots(const uint8_t* group, int64_t stride, int first, const int32_t* x,
                       vi (&sums)[WIDTH][COUNT]) {
   constexpr int VECTORS = 16 / VL;
 #if AIOS_LANES
-  if constexpr (AT_ONCE && STRIDE == 1 && UNITS == 8) {
+  if constexpr (AT_ONCE && WIDTH == 1 && UNITS == 8) {
     vi four = (vi)_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)x));
     asm("" : "+v"(four));  // or the compiler makes eight loads of it again
     AIOS_LOOP (int c = 0; c < UNITS; ++c)
@@ -218,7 +220,7 @@ AIOS_INLINE void dots(const uint8_t* group, int64_t stride, int first, const int
     }
     AIOS_LOOP (int t = 0; t < WIDTH; ++t)
       AIOS_LOOP (int r = 0; r < COUNT; ++r)
-        sums[t][r] = dot4(sums[t][r], u[r], x[c * STRIDE + t]);
+        sums[t][r] = dot4(sums[t][r], u[r], x[t * STRIDE + c]);
   }
 #else
   // So many sums of pairs fit in 16 bits: two products of at most (2^BITS - 1) * 127 each.
@@ -229,7 +231,7 @@ AIOS_INLINE void dots(const uint8_t* group, int64_t stride, int first, const int
       vq u = unit_of<BITS>(group + r / VECTORS * stride, first + c, r % VECTORS);
       if (BITS == 8) u ^= 128;
       AIOS_LOOP (int t = 0; t < WIDTH; ++t) {
-        const int32_t four = x[c * STRIDE + t];
+        const int32_t four = x[t * STRIDE + c];
         pending[t] += BITS == 8 ? signed_pairs(u, four) : pairs(u, four);
         if ((c + 1) % FIT == 0 || c + 1 == UNITS) {
           sums[t][r] += sum_pairs(pending[t]);

@@ -6,8 +6,9 @@ halves included. Tokens are quantised to int8 by 32 values, then dot products ar
 vpdpbusd (AVX-512, AVX), vpmaddubsw (AVX2; four-bit codes are summed in 16 bits), sdot (NEON), or
 shifts and products of plain vectors. Their float part is one chain of fused multiply-adds over
 groups ascending: the same bits for every path, T, tile and split.
-Bytes: w once for up to 12 tokens (4 on AVX2), and once for each chunk of tokens whose prepared copy
-fits in L2 beyond that. Items: as in linear.py.
+Bytes: w once for up to 8 tokens (4 on AVX2), and once for each chunk of tokens whose prepared copy
+fits in L2 beyond that. Items: as in linear.py; prepared tokens lie row by row, each in cache lines
+of its own, so that all workers prepare them.
 """
 
 from __future__ import annotations
@@ -72,8 +73,9 @@ def reference(spec: QuantizedLinearSpec, body: fx.GraphModule, *tensors: Tensor)
 def emit(spec: QuantizedLinearSpec) -> KernelSource:
     """Return the kernel's text."""
     base = spec.linear
-    definitions = [*format_definitions(spec.form, base.depth), *linear.definitions(base)]
     words = prepared_words(spec.form, base.depth)
+    definitions = [*format_definitions(spec.form, base.depth), constants(WORDS=words)]
+    definitions += linear.definitions(base)
     rows = base.columns * base.streams
     source = kernel(
         "quantized_linear",
@@ -90,13 +92,14 @@ def emit(spec: QuantizedLinearSpec) -> KernelSource:
 
 
 def prepared_words(form: QuantFormat, depth: int) -> int:
-    """Return the words of 32 bits that a quantised token of `depth` values takes, at most.
+    """Return the words of 32 bits of a quantised token of `depth` values: Token in the template.
 
-    Codes; a scale a group of activations; where dot products begin (and the codes' sum, for formats
-    with minimums) for each group of the finer of weights and activations; padding of a tile.
+    Codes; a scale a group of activations; where dot products begin (and, for formats with minimums,
+    what those meet) for each group of the finer of weights and activations; whole cache lines.
     """
-    step = min(form.group, ACTIVATION_GROUP)
-    return depth // 4 + depth // ACTIVATION_GROUP + depth // step * (1 + bool(form.minimums)) + 64
+    steps = depth // min(form.group, ACTIVATION_GROUP)
+    words = depth // 4 + depth // ACTIVATION_GROUP + steps + (steps if form.minimums else 1)
+    return -(-words // linear.LINE_WORDS) * linear.LINE_WORDS
 
 
 def format_definitions(form: QuantFormat, depth: int) -> list[str]:

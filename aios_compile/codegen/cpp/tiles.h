@@ -64,17 +64,15 @@ struct Work {
   explicit Work(int64_t t)
       : tokens(t), tiles((t + TILE - 1) / TILE), chunks((tiles + CHUNK_TILES - 1) / CHUNK_TILES) {}
 
-  int64_t items() const { return tokens == 1 ? ITEMS : tiles * PARTS; }
+  int64_t items() const { return tokens == 1 ? ITEMS : tokens * PARTS; }
   int64_t finish_items() const { return tokens == 1 ? 0 : chunks * ITEMS; }
   int64_t tokens_of(int64_t tile) const { return min(tokens - tile * TILE, (int64_t)TILE); }
 
-  // Call use(tile, k0, k1, width) for each part of the items [begin, end) of the first phase.
-  template <class Use> void for_parts(int64_t begin, int64_t end, Use use) const {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t tile = item / PARTS, k = item % PARTS * PART;
-      with_width<TILE>(tokens_of(tile),
-                       [&](auto width) { use(tile, k, min(k + PART, K), width); });
-    }
+  // Call use(count) where token t is the last one: so many tokens behind it fill up its tile.
+  template <class Use> void behind_last(int64_t t, Use use) const {
+    if (t + 1 == tokens)
+      with_width<TILE>(tokens_of(t / TILE),
+                       [&](auto width) { use(t / TILE * TILE + width.value - t - 1); });
   }
 
   // Call use(block, stop, tile, width) for each group of blocks and tile of the second phase.
@@ -94,11 +92,3 @@ struct Work {
     }
   }
 };
-
-// Rows [WIDTH][count] (STRIDE apart) as out[count][WIDTH], token fastest.
-template <int WIDTH, int STRIDE, class X>
-AIOS_INLINE void interleave(const X* rows, int64_t count, X* out) {
-  for (int64_t i = 0; i < count; ++i)
-#pragma GCC unroll 16
-    for (int t = 0; t < WIDTH; ++t) out[i * WIDTH + t] = rows[t * STRIDE + i];
-}

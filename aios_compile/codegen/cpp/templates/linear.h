@@ -106,17 +106,13 @@ AIOS_NOINLINE void prepare(const Sizes* n, void* const* p, const LinearWork<>& w
   const int64_t begin = part * PART, end = min(begin + PART, K);
   Element* out = (Element*)workspace(p) + t * STRIDE + begin / PER;
   elements_of(x_row(n, p, t) + begin, end - begin, out);
-  if (t + 1 < work.tokens) return;
-  with_width<TILE>(work.tokens_of(t / TILE), [&](auto width) {
-    for (int64_t i = 1; i < t / TILE * TILE + width.value - t; ++i)
+  work.behind_last(t, [&](int64_t count) {
+    for (int64_t i = 1; i <= count; ++i)
       memset(out + i * STRIDE, 0, (end - begin + PER - 1) / PER * sizeof(Element));
   });
 }
 
-AIOS_INLINE int64_t linear_items(const Sizes* n) {
-  const int64_t tokens = num_tokens(n);
-  return tokens == 1 ? LinearWork<>::ITEMS : tokens * LinearWork<>::PARTS;
-}
+AIOS_INLINE int64_t linear_items(const Sizes* n) { return LinearWork<>(num_tokens(n)).items(); }
 
 template <class C = Standard>
 AIOS_INLINE void linear(const Sizes* n, void* const* p, int64_t begin, int64_t end) {

@@ -3,8 +3,8 @@
 // The text before this one defines K, COLUMNS (output columns), STREAMS (1, or 2 when row n of the
 // second half of the matrix belongs to row n of the first), BITS, GROUP, LOW, SPAN, HEADER,
 // GROUP_BYTES (of a row), JOINT, Scale, MINIMUMS, Minimum, SUPER_SCALE, SUPER_MINIMUM, ZERO_POINT,
-// num_tokens(n), x_row(n, p, t), weight(n, p), workspace(p) and
-// epilogue(n, p, i0, begin, end, sum0, sum1).
+// WORDS (of a prepared token, 32 bits each), num_tokens(n), x_row(n, p, t), weight(n, p),
+// workspace(p) and epilogue(n, p, i0, begin, end, sum0, sum1).
 //
 // A block is 16 rows: K / SPAN super-blocks of [HEADER][codes, scales, minimums of each group],
 // every field of the 16 rows side by side. JOINT groups (of formats without super-blocks) lie
@@ -21,38 +21,36 @@ constexpr int64_t PER_SPAN = SPAN / GROUP;
 // 79 % of plain reading word by word, 88 % at once. 8 bits lose 5 to 10 % so, and blocks that are
 // short or lie in a cache up to 15 %: a lane of a register costs more there than a load.
 constexpr bool AT_ONCE = BITS == 4 && BLOCK_BYTES > 24576;
-constexpr int TILE = VL == 16 ? 12 : VL == 8 ? 4 : 2;  // tokens of a full tile
+// Tokens of a full tile: so many that two blocks' sums fit in registers and share each broadcast
+// of activations. 12 tokens of one block are bound by loads, one a cycle; 8 of two are 1.12x as
+// fast at 16 tokens in 8 bits and 1.04x in 4, 1.0 to 1.06x at 256 (K = 1024 and 3072, one core of
+// Zen 4).
+constexpr int TILE = VL == 16 ? 8 : VL == 8 ? 4 : 2;
 
-// A tile of tokens, token fastest.
-struct Tile {
-  alignas(64) int32_t codes[K / 4 * TILE];       // [K / 4][width] four signed bytes
-  float scales[K / 32 * TILE];                   // [K / 32][width]
-  int32_t offsets[K / STEP * TILE];              // [K / STEP][width] what dot products begin with
-  float sums[MINIMUMS ? K / STEP * TILE : 1];    // [K / STEP][width] sum of the group's values
+// A prepared token. Each lies by itself, so that workers who prepare neighbours share no line.
+struct alignas(64) Token {
+  int32_t codes[K / 4];                        // four signed bytes each
+  float scales[K / 32];
+  int32_t offsets[K / STEP];                   // what dot products begin with
+  float sums[MINIMUMS ? K / STEP : 1];         // of a group's values
 };
+static_assert(sizeof(Token) == WORDS * 4, "codegen/cpp/quantized_linear.py counts the words");
 
 template <class C = Standard>
-using LinearWork = Work<K, COLUMNS, TILE, (int64_t)sizeof(Tile), C>;
+using LinearWork = Work<K, COLUMNS, TILE, TILE * (int64_t)sizeof(Token), C>;
 constexpr int64_t NUM_BLOCKS = LinearWork<>::NUM_BLOCKS;
 
-// Values [begin, end) of a tile's tokens, at most LENGTH; missing tokens are zeros.
-template <int WIDTH, int64_t LENGTH>
-AIOS_NOINLINE void quantize(const Sizes* n, void* const* p, int64_t first, int64_t count,
-                            int64_t begin, int64_t end, Tile& out) {
-  alignas(64) int32_t codes[WIDTH][LENGTH / 4] = {}, sums[WIDTH][LENGTH / STEP] = {};
-  alignas(64) float scales[WIDTH][LENGTH / 32] = {};
-  const int64_t length = end - begin;
-  for (int64_t t = 0; t < count; ++t)
-    quantize_row<STEP>(x_row(n, p, first + t) + begin, length, (int8_t*)codes[t], scales[t],
-                       sums[t]);
-  interleave<WIDTH, LENGTH / 4>(codes[0], length / 4, out.codes + begin / 4 * WIDTH);
-  interleave<WIDTH, LENGTH / 32>(scales[0], length / 32, out.scales + begin / 32 * WIDTH);
-  for (int64_t i = 0; i < length / STEP; ++i)
-    AIOS_LOOP (int t = 0; t < WIDTH; ++t) {
-      const int64_t at = (begin / STEP + i) * WIDTH + t;
-      out.offsets[at] = offset_of<BITS>(LOW) * sums[t][i];
-      if (MINIMUMS) out.sums[at] = scales[t][i * STEP / 32] * (float)sums[t][i];
-    }
+// Values [begin, end) of token t.
+AIOS_NOINLINE void quantize(const Sizes* n, void* const* p, int64_t t, int64_t begin, int64_t end,
+                            Token& out) {
+  int32_t* sums = out.offsets + begin / STEP;
+  quantize_row<STEP>(x_row(n, p, t) + begin, end - begin, (int8_t*)(out.codes + begin / 4),
+                     out.scales + begin / 32, sums);
+  for (int64_t i = 0; i < (end - begin) / STEP; ++i) {
+    const int64_t at = begin / STEP + i;
+    if (MINIMUMS) out.sums[at] = out.scales[at * STEP / 32] * (float)sums[i];
+    sums[i] *= offset_of<BITS>(LOW);
+  }
 }
 
 // The first of the JOINT groups from `g` on, in the block at w.
@@ -85,7 +83,7 @@ AIOS_INLINE void scales_of(const uint8_t* span, const uint8_t* groups, int64_t j
 // activations: loads, one a cycle, would be the limit. The float sums stay in registers, so the
 // whole numbers of a group are those of LANES tokens at a time.
 template <int BLOCKS, int WIDTH, class C>
-AIOS_NOINLINE void tile(const uint8_t* w, const Tile& x, float* out) {
+AIOS_NOINLINE void tile(const uint8_t* w, const Token* x, float* out) {
   constexpr int COUNT = BLOCKS * VECTORS, LANES = BLOCKS > 1 && WIDTH > 4 ? 4 : WIDTH;
   constexpr int64_t AHEAD = BLOCKS > 1 ? BLOCKS * BLOCK_BYTES : C::AHEAD;
   vf acc[WIDTH][COUNT] = {};
@@ -104,19 +102,21 @@ AIOS_NOINLINE void tile(const uint8_t* w, const Tile& x, float* out) {
     const uint8_t* codes = groups + j * CODE_BYTES;
     AIOS_LOOP (int s = 0; s < GROUP / STEP; ++s)
       AIOS_LOOP (int first = 0; first < WIDTH; first += LANES) {
-        const int64_t step = g * (GROUP / STEP) + s, at = step * WIDTH + first;
+        const int64_t step = g * (GROUP / STEP) + s;
         vi sums[LANES][COUNT];
         AIOS_LOOP (int t = 0; t < LANES; ++t)
-          AIOS_LOOP (int r = 0; r < COUNT; ++r) sums[t][r] = splat(x.offsets[at + t]);
+          AIOS_LOOP (int r = 0; r < COUNT; ++r)
+            sums[t][r] = splat(x[first + t].offsets[step]);
         asm("" : "+r"(codes));  // read the codes again: kept ones would be spilled
-        const int32_t* four = x.codes + step * UNITS * WIDTH + first;
-        dots<BITS, UNITS, WIDTH, AT_ONCE>(codes, BLOCK_BYTES, s * UNITS, four, sums);
+        const int32_t* four = x[first].codes + step * UNITS;
+        dots<BITS, UNITS, WORDS, AT_ONCE>(codes, BLOCK_BYTES, s * UNITS, four, sums);
         AIOS_LOOP (int t = 0; t < LANES; ++t) {
-          const vf factor = splat(x.scales[step * STEP / 32 * WIDTH + first + t]);
+          const vf factor = splat(x[first + t].scales[step * STEP / 32]);
           AIOS_LOOP (int r = 0; r < COUNT; ++r) {
             vf& total = acc[first + t][r];
             total = fma(to_float(sums[t][r]), factor * scale[r], total);
-            if constexpr (MINIMUMS) total = fma(-splat(x.sums[at + t]), minimum[r], total);
+            if constexpr (MINIMUMS)
+              total = fma(-splat(x[first + t].sums[step]), minimum[r], total);
           }
         }
       }
@@ -133,7 +133,7 @@ AIOS_NOINLINE void tile(const uint8_t* w, const Tile& x, float* out) {
 // BLOCKS blocks from `block` on for the tokens [first, first + count) of a tile.
 template <int BLOCKS, int WIDTH, class C>
 AIOS_INLINE void panel(const Sizes* n, void* const* p, int64_t block, int64_t first, int64_t count,
-                       const Tile& x) {
+                       const Token* x) {
   alignas(64) float sums[STREAMS][WIDTH * BLOCKS * BLOCK];
   for (int s = 0; s < STREAMS; ++s)
     tile<BLOCKS, WIDTH, C>(weight(n, p) + (s * NUM_BLOCKS + block) * BLOCK_BYTES, x, sums[s]);
@@ -148,7 +148,7 @@ AIOS_INLINE void panel(const Sizes* n, void* const* p, int64_t block, int64_t fi
 // registers then.
 template <int WIDTH, class C>
 AIOS_NOINLINE void panels(const Sizes* n, void* const* p, int64_t block, int64_t stop,
-                          int64_t first, int64_t count, const Tile& x) {
+                          int64_t first, int64_t count, const Token* x) {
   constexpr bool TWO = VECTORS == 1 && (WIDTH == 4 || WIDTH == 8);
   if constexpr (TWO)
     for (; stop - block >= 2; block += 2) panel<2, WIDTH, C>(n, p, block, first, count, x);
@@ -161,7 +161,7 @@ AIOS_NOINLINE void panels(const Sizes* n, void* const* p, int64_t block, int64_t
 // a jump behind every block (one core: 0.9-1.5x); a single stream of both would be 1.36x.
 template <class C>
 AIOS_NOINLINE void runs(const Sizes* n, void* const* p, int64_t block, int64_t stop,
-                        const Tile& x) {
+                        const Token* x) {
   alignas(64) float sums[STREAMS][RUN * BLOCK];
   for (; block < stop; block += RUN) {
     const int64_t end = min(block + RUN, stop);
@@ -181,16 +181,19 @@ template <class C = Standard>
 AIOS_INLINE void quantized_linear(const Sizes* n, void* const* p, int64_t begin, int64_t end) {
   const LinearWork<C> work(num_tokens(n));
   if (work.tokens == 1) {
-    Tile tile;
-    quantize<1, K>(n, p, 0, 1, 0, K, tile);
+    Token token;
+    quantize(n, p, 0, 0, K, token);
     const int64_t block = begin * ITEM, stop = min(end * ITEM, NUM_BLOCKS);
-    if constexpr (STREAMS > 1) return runs<C>(n, p, block, stop, tile);
-    return panels<1, C>(n, p, block, stop, 0, 1, tile);
+    if constexpr (STREAMS > 1) return runs<C>(n, p, block, stop, &token);
+    return panels<1, C>(n, p, block, stop, 0, 1, &token);
   }
-  work.for_parts(begin, end, [&](int64_t tile, int64_t k0, int64_t k1, auto width) {
-    quantize<width.value, PART>(n, p, tile * TILE, work.tokens_of(tile), k0, k1,
-                                ((Tile*)workspace(p))[tile]);
-  });
+  Token* const tokens = (Token*)workspace(p);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t t = item / work.PARTS, k = item % work.PARTS * PART;
+    quantize(n, p, t, k, min(k + PART, K), tokens[t]);
+    if (k == 0)
+      work.behind_last(t, [&](int64_t count) { memset(tokens + t + 1, 0, count * sizeof(Token)); });
+  }
 }
 
 template <class C = Standard>
@@ -205,6 +208,6 @@ AIOS_INLINE void quantized_linear_finish(const Sizes* n, void* const* p, int64_t
   work.for_panels(begin, end, [&](int64_t block, int64_t stop, int64_t tile, auto width) {
     constexpr int WIDTH = width.value;
     panels<WIDTH, Fetching<C, WIDTH>>(n, p, block, stop, tile * TILE, work.tokens_of(tile),
-                                      ((const Tile*)workspace(p))[tile]);
+                                      (const Token*)workspace(p) + tile * TILE);
   });
 }
