@@ -87,9 +87,7 @@ class CompressedMatrix:
         name = f"{self._stem}.weight_g_idx"
         if np.all(self._weights.read(name) == -1):  # reserved and not used
             return None
-        index = read_group_index(self._weights, name, self.layout.num_groups)
-        regular = np.arange(self.layout.columns) // self.layout.group
-        return None if np.array_equal(index, regular) else index
+        return read_group_index(self._weights, name, self.layout)
 
 
 def find_compressed(

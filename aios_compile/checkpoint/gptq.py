@@ -63,9 +63,7 @@ class GptqMatrix:
     def group_of_column(self) -> NDArray[np.int64] | None:
         if "order" not in self.layout.parts:
             return None
-        index = read_group_index(self._weights, f"{self._stem}.g_idx", self.layout.num_groups)
-        regular = np.arange(self.layout.columns) // self.layout.group
-        return None if np.array_equal(index, regular) else index
+        return read_group_index(self._weights, f"{self._stem}.g_idx", self.layout)
 
 
 def find_gptq(

@@ -171,15 +171,21 @@ def matrix_of(weights: WeightFiles, name: str) -> tuple[int, int]:
     return info.shape[0], info.shape[1]
 
 
-def read_group_index(weights: WeightFiles, name: str, num_groups: int) -> NDArray[np.int64]:
-    """Return the group of each column. Raises CheckpointError for a group that does not exist."""
+def read_group_index(
+    weights: WeightFiles, name: str, layout: PackedLayout
+) -> NDArray[np.int64] | None:
+    """Return the group of each column, int64 [columns]; None where groups are runs of columns.
+
+    Raises CheckpointError for a group that does not exist.
+    """
     index = weights.read(name).astype(np.int64)
-    if index.size and not 0 <= index.min() <= index.max() < num_groups:
+    if index.size and not 0 <= index.min() <= index.max() < layout.num_groups:
         raise CheckpointError(
             f"{weights.info(name).file}: tensor {name!r} names groups from {index.min()} to "
-            f"{index.max()}, there are {num_groups}"
+            f"{index.max()}, there are {layout.num_groups}"
         )
-    return index
+    regular = np.arange(layout.columns) // layout.group
+    return None if np.array_equal(index, regular) else index
 
 
 def check_bits(value: Any, where: str) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from aios_compile.codegen.expression import Expr, Load, walk
+from aios_compile.codegen.expression import Expr, Index, Load, walk
 from aios_compile.codegen.linear_index import Linear, divided, remainder
 from aios_compile.codegen.operand import Dim, Operand, dim_of, multiply
 from aios_compile.codegen.pointwise_ops import IDENTITY, op_name, pointwise
@@ -129,7 +129,7 @@ def varies(expr: Expr, leaves: Sequence[Leaf], dim: int) -> bool:
                 varies(atom, leaves, dim) for atom in leaf.address.atoms()
             ):
                 return True
-        elif getattr(e, "dim", None) == dim and type(e).__name__ == "Index":
+        elif isinstance(e, Index) and e.dim == dim:
             return True
     return False
 

@@ -26,6 +26,10 @@ from aios_compile.codegen.operand import Dim
 LINE = 72  # longer texts are cut into variables
 FLOATS = ("f32", "bf16", "f16", "f64")
 HALVES = ("bf16", "f16")
+# The operators that C++ and Python spell alike.
+INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">"}
+INFIX.update({"ge": ">=", "eq": "==", "ne": "!=", "and": "&", "or": "|", "xor": "^"})
+INFIX.update({"shift_left": "<<", "shift_right": ">>"})
 TORCH_DTYPES = {
     "f32": torch.float32,
     "bf16": torch.bfloat16,

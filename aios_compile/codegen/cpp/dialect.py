@@ -13,6 +13,7 @@ import numpy as np
 
 from aios_compile.codegen.expression import (
     FLOATS,
+    INFIX,
     Call,
     Const,
     Expr,
@@ -26,9 +27,6 @@ from aios_compile.codegen.expression import (
 from aios_compile.codegen.operand import dim_text
 from aios_compile.errors import CodegenError
 
-INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">"}
-INFIX.update({"ge": ">=", "eq": "==", "ne": "!=", "and": "&", "or": "|", "xor": "^"})
-INFIX.update({"shift_left": "<<", "shift_right": ">>"})
 FUNCTIONS = {"abs": "absolute"}  # stdlib.h owns the name abs
 
 POINTERS = {"f32": "float", "f64": "double", "i64": "int64_t", "i32": "int32_t", "i16": "int16_t"}

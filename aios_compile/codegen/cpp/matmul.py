@@ -26,18 +26,11 @@ from aios_compile.codegen.access import (
     shape_of,
 )
 from aios_compile.codegen.cpp.dialect import VECTORS, number
-from aios_compile.codegen.cpp.frame import (
-    dim_c,
-    frame,
-    indent,
-    layout,
-    pointer,
-    symbol_of,
-    variable,
-)
+from aios_compile.codegen.cpp.frame import dim_c, frame, indent, pointer
 from aios_compile.codegen.cpp.nest import Nest
 from aios_compile.codegen.expression import Call, Const, Expr, Index, Load
 from aios_compile.codegen.linear_index import Linear
+from aios_compile.codegen.naming import layout, symbol_of, variable
 from aios_compile.codegen.operand import Dim, Operand
 from aios_compile.codegen.pointwise_ops import op_name
 from aios_compile.codegen.reference import Grid, infer_sizes, new_outputs

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from aios_compile.codegen.access import Access, Leaf, varies
 from aios_compile.codegen.cpp.dialect import VECTORS, Cpp, scalar_type, vectorizable
-from aios_compile.codegen.cpp.frame import variable
 from aios_compile.codegen.expression import (
     Const,
     Expr,
@@ -21,6 +20,7 @@ from aios_compile.codegen.expression import (
     walk,
 )
 from aios_compile.codegen.linear_index import Linear
+from aios_compile.codegen.naming import variable
 from aios_compile.codegen.operand import Operand
 
 

@@ -30,11 +30,12 @@ from aios_compile.codegen.access import (
     shape_of,
 )
 from aios_compile.codegen.cpp.dialect import Cpp, scalar_type
-from aios_compile.codegen.cpp.frame import dim_c, frame, indent, layout, pointer, symbol_of
+from aios_compile.codegen.cpp.frame import dim_c, frame, indent, pointer
 from aios_compile.codegen.cpp.nest import Nest
 from aios_compile.codegen.expression import Const, Expr, Load, Printer, formula, walk
 from aios_compile.codegen.linear_index import Linear, product
 from aios_compile.codegen.movement import reshaped
+from aios_compile.codegen.naming import layout, symbol_of
 from aios_compile.codegen.operand import Dim, Operand
 from aios_compile.codegen.reference import Grid, infer_sizes, new_outputs
 from aios_compile.codegen.source import KernelSource

@@ -7,7 +7,7 @@ Bytes: each value once in, once out.
 
 from __future__ import annotations
 
-from aios_compile.codegen.cpp.frame import symbol_of, variable
+from aios_compile.codegen.naming import symbol_of, variable
 from aios_compile.codegen.operand import BYTES, Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.step_results import StepResults

@@ -12,7 +12,7 @@ After Triton's persistent matmul tutorial.
 
 from __future__ import annotations
 
-from aios_compile.codegen.cpp.frame import variable
+from aios_compile.codegen.naming import variable
 from aios_compile.codegen.operand import BYTES, Operand
 from aios_compile.codegen.strided import Strided
 from aios_compile.codegen.triton.cards import Card

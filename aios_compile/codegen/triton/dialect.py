@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aios_compile.codegen.access import Access, Leaf, varies
-from aios_compile.codegen.cpp.frame import variable
 from aios_compile.codegen.expression import (
     FLOATS,
+    INFIX,
     Call,
     Const,
     Expr,
@@ -24,6 +24,7 @@ from aios_compile.codegen.expression import (
     walk,
 )
 from aios_compile.codegen.linear_index import Linear
+from aios_compile.codegen.naming import variable
 from aios_compile.codegen.operand import Dim, Operand
 from aios_compile.codegen.triton.frame import (
     Launch,
@@ -34,9 +35,6 @@ from aios_compile.codegen.triton.frame import (
 )
 from aios_compile.errors import CodegenError
 
-INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">"}
-INFIX.update({"ge": ">=", "eq": "==", "ne": "!=", "and": "&", "or": "|", "xor": "^"})
-INFIX.update({"shift_left": "<<", "shift_right": ">>"})
 DIVISIONS = {"trunc_divide": "//", "fmod": "%"}  # Triton's, of whole numbers by no zero
 ROUNDINGS = ("floor", "ceil", "round", "trunc")
 EXACT = ("neg", "relu")  # formulas of every type; the others are float32's

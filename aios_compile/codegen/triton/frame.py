@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from aios_compile.codegen.cpp.frame import dim_name, variable
+from aios_compile.codegen.naming import dim_name, variable
 from aios_compile.codegen.operand import Dim, Operand
 from aios_compile.codegen.triton.functions import called_by
 

@@ -11,8 +11,8 @@ Bytes: x, its parts and the sums once more than a fused kernel.
 
 from __future__ import annotations
 
-from aios_compile.codegen.cpp.frame import variable
 from aios_compile.codegen.linear_index import product
+from aios_compile.codegen.naming import variable
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.triton.configs import Config
 from aios_compile.codegen.triton.frame import Launch, python_dim

@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from aios_compile.codegen.cpp.frame import layout, symbol_of
 from aios_compile.codegen.expression import formula
+from aios_compile.codegen.naming import layout, symbol_of
 from aios_compile.codegen.operand import BYTES, Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton import (

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aios_compile.codegen.access import varies
-from aios_compile.codegen.cpp.frame import variable
 from aios_compile.codegen.expression import Printer
 from aios_compile.codegen.linear_index import Linear
+from aios_compile.codegen.naming import variable
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.triton.dialect import Texts, Triton
 from aios_compile.codegen.triton.frame import python_dim, signature

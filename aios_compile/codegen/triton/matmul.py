@@ -15,9 +15,9 @@ from torch import Tensor
 
 from aios_compile.codegen.access import Access
 from aios_compile.codegen.cpp import matmul
-from aios_compile.codegen.cpp.frame import layout, symbol_of, variable
 from aios_compile.codegen.cpp.matmul import MatmulSpec
 from aios_compile.codegen.linear_index import Linear
+from aios_compile.codegen.naming import layout, symbol_of, variable
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton.dialect import Texts
 from aios_compile.codegen.triton.frame import Launch, Variant, module_text, python_dim, signature

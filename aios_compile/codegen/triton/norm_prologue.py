@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from aios_compile.codegen.cpp.frame import variable
+from aios_compile.codegen.naming import variable
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.strided import Strided
 from aios_compile.codegen.triton.frame import Launch, python_dim

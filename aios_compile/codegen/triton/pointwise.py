@@ -8,10 +8,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from aios_compile.codegen.cpp import pointwise
-from aios_compile.codegen.cpp.frame import layout, symbol_of
 from aios_compile.codegen.cpp.pointwise import PointwiseSpec
 from aios_compile.codegen.expression import Printer
 from aios_compile.codegen.linear_index import product
+from aios_compile.codegen.naming import layout, symbol_of
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton.dialect import Texts, Triton, coordinates, module
 from aios_compile.codegen.triton.frame import python_dim

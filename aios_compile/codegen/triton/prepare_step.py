@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from aios_compile.codegen.cpp.frame import symbol_of
+from aios_compile.codegen.naming import symbol_of
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.program import TensorEntry
 from aios_compile.codegen.source import KernelSource

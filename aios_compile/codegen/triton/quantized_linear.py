@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from aios_compile.codegen.access import outputs
-from aios_compile.codegen.cpp.frame import layout, symbol_of, variable
+from aios_compile.codegen.naming import layout, symbol_of, variable
 from aios_compile.codegen.operand import BYTES, Operand
 from aios_compile.codegen.plane import PREFIX, Plane, plane_of
 from aios_compile.codegen.source import KernelSource

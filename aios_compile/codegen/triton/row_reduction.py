@@ -11,10 +11,10 @@ from torch import Tensor
 
 from aios_compile.codegen.access import Reduction
 from aios_compile.codegen.cpp import row_reduction
-from aios_compile.codegen.cpp.frame import layout, symbol_of
 from aios_compile.codegen.cpp.row_reduction import RowReductionSpec
 from aios_compile.codegen.expression import FLOATS, Printer
 from aios_compile.codegen.linear_index import product
+from aios_compile.codegen.naming import layout, symbol_of
 from aios_compile.codegen.operand import Dim
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton.dialect import Texts, Triton, coordinates, module

@@ -20,9 +20,9 @@ from pathlib import Path
 from torch import Tensor, fx
 
 from aios_compile.codegen.cpp import sample
-from aios_compile.codegen.cpp.frame import symbol_of, variable
 from aios_compile.codegen.cpp.sample import OUTPUTS, SampleSpec
 from aios_compile.codegen.linear_index import product
+from aios_compile.codegen.naming import symbol_of, variable
 from aios_compile.codegen.operand import Dim, Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton.frame import Launch, Variant, module_text, python_dim, signature

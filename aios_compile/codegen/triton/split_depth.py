@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from aios_compile.codegen.cpp.frame import variable
+from aios_compile.codegen.naming import variable
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.triton.frame import python_dim
 from aios_compile.codegen.triton.linear_spec import LinearSpec

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from aios_compile.codegen.cpp.frame import variable
+from aios_compile.codegen.naming import variable
 from aios_compile.codegen.operand import Dim, Operand, SizeExpr
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton.frame import Launch, Variant, module_text, signature

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from torch import Tensor, fx
 
 from aios_compile.codegen.cpp import topk
-from aios_compile.codegen.cpp.frame import variable
 from aios_compile.codegen.cpp.topk import INDICES, VALUES, TopkSpec
 from aios_compile.codegen.linear_index import product
+from aios_compile.codegen.naming import variable
 from aios_compile.codegen.operand import Dim, Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton.dialect import coordinates
