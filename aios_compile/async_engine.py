@@ -1,6 +1,7 @@
 """The engine for asyncio: streams, a bounded queue, draining, a watchdog, metrics.
 
-The engine's own thread steps; the event loop never waits for it, and it never for the loop.
+The steps run in the engine's own thread. The event loop never waits for that thread, and that
+thread never waits for the loop.
 """
 
 from __future__ import annotations

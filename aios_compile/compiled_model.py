@@ -1,6 +1,7 @@
-"""A model that is ready: generate, stream, logits, report, dump. Torch-free but for tensors in.
+"""A model that is ready to use: generate, stream, logits, report, dump.
 
-Owns the engine, the executor behind it, the mapped artefact and the cache's use lock.
+It owns the engine, the executor behind it, the mapped artefact and the cache's use lock. torch is
+imported only when the model is called with, or returns, tensors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every option of `load_and_compile`: its default, its range and whether it changes the artefact.
 
 One table serves the Python API, the command line and the cache key. Values are checked when the
-object is made, so an option that got this far is in range.
+object is made, so every CompileOptions that exists is in range.
 """
 
 from __future__ import annotations

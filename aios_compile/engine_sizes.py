@@ -1,4 +1,4 @@
-"""The sizes of an engine: from the plan, the user's options and what memory there is."""
+"""Choose the sizes of an engine from the plan, the user's options and the free memory."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""select_kernels for an artefact that has just been written: record steps, time them, keep the
-ledger. The engine makes the steps, so they are those that requests will make.
+"""Choose among kernel candidates for an artefact that has just been written.
+
+Steps are recorded, every candidate is timed in them (runtime/select_kernels.py), and the ledger is
+kept in the artefact. The engine makes the steps, so they are the ones that requests will make.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Stages of a start with their seconds: shown on stderr while they run, added up afterwards.
 
-A stage inside a stage is counted once, as the inner one, so the parts and what no stage accounts
-for always add up to the total.
+Time in a stage inside another stage counts for the inner one only. So the stages, plus the time
+that no stage accounts for, always add up to the total.
 """
 
 from __future__ import annotations

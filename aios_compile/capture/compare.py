@@ -1,8 +1,8 @@
-"""Captured equals eager, at once: the model and level 1 on the same random weights and few tokens.
+"""Check the capture right away: run the model and level 1 on the same random weights, few tokens.
 
-Only the first layer of each region kind computes, the others pass their input on, in both; the
-vocabulary is cut to a few rows where the graph allows it. So the check is cheap at any depth, and
-works for a module on the meta device: its parameters are never read.
+In both, only the first layer of each region kind computes; the other layers pass their input on.
+The vocabulary is cut to a few rows where the graph allows it. So the check is cheap at any depth.
+It works for a module on the meta device too, because the module's own parameters are never read.
 """
 
 from __future__ import annotations

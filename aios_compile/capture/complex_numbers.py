@@ -1,7 +1,7 @@
 """Write complex arithmetic as real arithmetic on two parts, as rotary embeddings use it.
 
-No kernel computes in complex numbers and none needs to: a complex value is two real ones, also
-where it enters a region. What stays complex is refused afterwards.
+No kernel computes in complex numbers, and none needs to: a complex value becomes two real ones,
+also where it enters a region. Whatever is still complex afterwards is refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decompositions for operators that torch's core table leaves whole, or writes for fixed sizes."""
+"""Decompositions of operators that torch's table keeps whole, or decomposes for fixed sizes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Adapters for modules that were not written for this compiler: Hugging Face causal LMs.
 
 Their attention is redirected to `aios::sdpa` through transformers' own registries. The mask is the
-one that transformers would make, as tensor code in the graph: raise_attention finds out by running
-it whether it is causal, a window or a chunk, and no dense mask is left.
+one that transformers would make, as tensor code in the graph. raise_attention runs that code to
+find out whether the mask is causal, a window or a chunk; afterwards no dense mask is left.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Find out how long a sequence may be: as the tables that its positions are looked up in, say.
+"""Find out how long a sequence may be, for example as long as the model's tables of positions.
 
-Eager PyTorch raises for a position beyond a table. A kernel must not read there, so no request may
-come so far. Where the model's code asks whether T is less than a number, one branch was captured,
-and that number is a limit as well.
+Eager PyTorch raises for a position beyond a table. A kernel must not read there either, so no
+request may get that far. If the model's code asks whether T is less than some number, only one of
+the two branches was captured, so that number is a limit as well.
 """
 
 from __future__ import annotations

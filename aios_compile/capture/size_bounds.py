@@ -1,4 +1,4 @@
-"""Decide maxima and minima of sizes that the largest T decides: sizes stay sums and products."""
+"""Replace max and min of sizes where the largest T decides them, so that sizes stay polynomials."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Render a model folder's chat template: Jinja in a sandbox, with its work and its output bounded.
 
-The environment has what transformers gives to templates. On top of Jinja's sandbox, which keeps
-templates from Python's internals, loop steps and calls are counted and strings are kept short, so
-that no template can hold a processor or the memory.
+The environment offers what transformers offers to templates. Jinja's sandbox keeps a template away
+from Python's internals. On top of that, loop steps and calls are counted and strings are kept
+short, so no template can use up the processor or the memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GGUF metadata to the fields of a config.json, so that one reader (models/config.py) judges both.
+"""Translate GGUF metadata to the fields of a config.json; models/config.py then checks both.
 
 Every key of the architecture is honoured, known to change nothing, or refused by name. What the
 keys mean is what llama.cpp does with them (src/llama-model.cpp, llama-hparams): rotary scaling is

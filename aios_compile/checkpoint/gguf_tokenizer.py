@@ -1,4 +1,4 @@
-"""`tokenizer.ggml.*` to a Tokenizer: the file's vocabulary as the JSON of a tokenizer.json.
+"""Build a Tokenizer from `tokenizer.ggml.*`: the vocabulary becomes the JSON of a tokenizer.json.
 
 Two models: "gpt2", byte-pair merges over bytes spelled as characters; "llama", SentencePiece's BPE,
 whose merges follow from the pieces' scores, with unknown characters as bytes.

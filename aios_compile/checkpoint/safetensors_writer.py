@@ -1,7 +1,7 @@
-"""Write one safetensors file whose shapes are known beforehand, a tensor at a time.
+"""Write one safetensors file, one tensor at a time; all shapes are known beforehand.
 
-The header comes first, so nothing is kept: a model of any size is written in the memory of its
-largest tensor.
+The header is written first and no tensor is kept, so a model of any size needs only the memory of
+its largest tensor.
 """
 
 from __future__ import annotations

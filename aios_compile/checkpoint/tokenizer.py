@@ -1,4 +1,4 @@
-"""Text to token ids and back: tokenizer.json and the few settings beside it.
+"""Turn text into token ids and back: tokenizer.json and the few settings beside it.
 
 A compiled artefact carries a copy of these two files, so a `Tokenizer` saves and loads itself.
 """

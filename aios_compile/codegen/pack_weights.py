@@ -1,4 +1,4 @@
-"""Execute the weight recipes and pack the results, one tensor at a time, straight to the disk.
+"""Execute the weight recipes and write the packed results to disk, one tensor at a time.
 
 The peak is one merged weight and its packed copy; NaN and Inf are found on the way.
 """

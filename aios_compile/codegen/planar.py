@@ -1,4 +1,4 @@
-"""The layout of quantised rows on a GPU: a row's codes, then its scales, then its minimums.
+"""Pack quantised rows for a GPU: a row's codes, then its scales, then its minimums.
 
 planar.<format>: uint8 [N, planar_bytes]; each part begins at a multiple of 16 bytes, so that codes
 are read 16 bytes at a time. Codes of four bits: byte b of 16 bytes holds k = b in its low and

@@ -1,4 +1,4 @@
-"""Folders and files of one user: checked, locked, written so that a crash leaves no half.
+"""Folders and files of one user: checked, locked, and written so that a crash leaves no half file.
 
 A folder is private when it is a real directory (no link), owned by this user and closed to
 everybody else (0700). Locks are flock on empty files that are never removed, so two processes

@@ -1,4 +1,4 @@
-"""What an emitter returns: the text of one kernel and what a caller must know to call it."""
+"""What an emitter returns: the text of one kernel, and what is needed to call it."""
 
 from __future__ import annotations
 

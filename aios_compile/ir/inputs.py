@@ -1,7 +1,8 @@
 """Random values that a program can run on: weights, runtime inputs and states, from one seed.
 
-A graph of level 2 or 3 does not run on any integers: slots, page tables and sequence starts must
-tell one story. `Step` is that story (which positions of which sequences); the values follow.
+A graph of level 2 or 3 does not run on arbitrary integers: slots, page tables and sequence starts
+must fit each other. A `Step` says which positions of which sequences are computed; all values
+follow from it.
 """
 
 from __future__ import annotations

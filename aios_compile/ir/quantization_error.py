@@ -1,8 +1,8 @@
-"""What quantising a weight would lose, measured before anything is compiled; who is to stay.
+"""Measure, before anything is compiled, what quantising each weight would lose; say which to keep.
 
-Of a layer y = W x with inputs x whose values are independent and alike, the relative error of y is
-that of W: |W' - W| / |W| (Frobenius norms), whatever the inputs' size. So no data is needed; a few
-rows spread evenly say it.
+For a layer y = W x whose inputs x are independent and identically distributed, the relative error
+of y is that of W, |W' - W| / |W| (Frobenius norms), whatever the size of the inputs. So no data is
+needed, and a few rows, evenly spread, are enough.
 
 The limit is not a number in this file. Rounding costs a well-behaved matrix (independent normal
 values) an error that is measured once for each format; one bit fewer would double it. A weight that

@@ -1,4 +1,4 @@
-"""Random checkpoint tensors by name, cheap enough to prove every pass on a real model's shapes.
+"""Random checkpoint tensors by name, cheap enough to prove every pass on real models' shapes.
 
 All tensors of a dtype are windows of one random buffer, at an offset that depends on the name: a
 layer of 15 million weights costs nothing to make. Values known before loading (buffers, folded

@@ -1,4 +1,4 @@
-"""Recompute every fake value: after it, strides and dtypes are what the graph really gives."""
+"""Recompute every fake value, so that strides and dtypes are those that the graph really gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copy, restore, count and spell out a program: what the runner needs to revert and to compare."""
+"""Copy, restore, count and print a program: what the runner needs to revert and compare passes."""
 
 from __future__ import annotations
 

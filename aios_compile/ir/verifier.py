@@ -1,9 +1,10 @@
 """Check that a program is what its level promises. Raises PassError naming the node.
 
-While a stage of passes runs, a graph holds ops of its level and of the next one; so each level
-allows what the next one does, and forbids what should be gone. Rules: known ops; a fake value and a
-model line on every node; calls that fit what they call; effects of the KV caches; at level 3 only
-kernel calls and views, and no [*, T, T] tensor unless the program is call-only (keeps no cache).
+While a stage of passes runs, a graph holds ops of its own level and of the next one. So each level
+allows what the next one allows, and forbids what must be gone by then. Rules: known ops; a fake
+value and a model line on every node; calls that fit what they call; effects of the KV caches; at
+level 3 only kernel calls and views, and no [*, T, T] tensor unless the program is call-only (keeps
+no cache).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Read the parts of an attention, called or spelled out, from the graph; nothing is changed here.
+"""Read the parts of an attention from the graph, whether it is a call or spelled out as matmuls.
 
-Spelled out: matmul(q, k^T), a scale, a soft cap, a mask that is added or selected, a column of
-sinks, softmax, matmul with v; with casts, reshapes and copies between.
+Nothing is changed here. Spelled out means: matmul(q, k^T), a scale, a soft cap, a mask that is
+added or selected, a column of sinks, softmax, matmul with v; with casts, reshapes and copies
+between.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Compute a node of a program on real tensors at a chosen token count.
 
-Used to find out what a mask or a rearrangement is by running it. Region inputs are looked up at the
-region's calls; runtime inputs other than positions, and weights without a known value, are unknown.
+Passes use it to find out what a mask or a rearrangement does by running it. The inputs of a region
+are looked up at the region's calls. Runtime inputs other than positions have no known value, and
+neither have most weights.
 """
 
 from __future__ import annotations

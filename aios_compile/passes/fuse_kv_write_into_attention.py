@@ -1,8 +1,8 @@
 """Finish queries and keys, write keys and values, and attend to them in one kernel.
 
-Pays a launch a layer, and one write and read of q: the program that attends to a new key's part of
-the sequence has written it, and a program finishes the queries that it attends with. The C++ target
-shares keys out by head and has a barrier between the phases as it is.
+Saves a launch a layer, and one write and read of q. Each Triton program writes the new keys of the
+part of the sequence that it attends to, and finishes the queries that it attends with. Not
+for the C++ target, which shares keys out by head and has a barrier between the two phases anyway.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the matchers of all passes share: shapes with symbols as text, scalars, casts, parts.
+"""What the matchers of all passes share: symbolic shapes as text, scalars, casts, operands.
 
 Nothing here changes a graph. Sizes are compared as text because comparing symbolic sizes as numbers
 would add a guard.

@@ -1,7 +1,7 @@
 """Copy outputs that are inputs or parts of other values, so that each output is a whole buffer.
 
-Costs a launch where it fires; no decoder of the four families needs it. Without it a caller would
-read a view with the strides of a tensor that it does not know.
+Costs a launch where it fires; no decoder of the four families needs it. Without it, a caller would
+have to read a view with the strides of a tensor that it does not know.
 """
 
 from __future__ import annotations

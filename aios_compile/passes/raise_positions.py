@@ -1,7 +1,8 @@
 """Read each token's position from the runtime where the model counts the tokens itself.
 
 A model written for one sequence numbers its tokens with arange(T), or takes the first T rows of a
-table. In a flat batch of many sequences the fifth token is nobody's fifth.
+table. In a flat batch of many sequences, the fifth token of the batch is rarely the fifth token of
+a sequence, so both must become the runtime's positions.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Read the length of a sequence from the runtime instead of taking the largest position.
 
-A flat batch holds tokens of many sequences, so a maximum over its positions is nobody's length.
-Where a model computes one (RoPE whose base grows with the length), every token gets the length of
-its own sequence.
+A flat batch holds tokens of many sequences, so the maximum over its positions is not the length of
+any one of them. Where a model computes that maximum (RoPE whose base grows with the length), every
+token gets the length of its own sequence instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Find the plane rotations of a rotary embedding in their many spellings; nothing is changed here.
+"""Recognise the plane rotations of a rotary embedding in their many spellings; changes nothing.
 
 With x = (a, b) the pairs of one head, every spelling computes (a cos - b sin, b cos + a sin). The
 pairs are halves (a = x[:R/2], b = x[R/2:]) or neighbours (a = x[0::2], b = x[1::2]); the tables are

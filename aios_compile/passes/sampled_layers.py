@@ -1,9 +1,9 @@
-"""Which layers a certificate runs: one of each region a sample, and each that is bound unlike them.
+"""Choose the layers that a certificate runs: one of each region, and each that is bound oddly.
 
-Calls of a region share one graph, so a proof with some weights is one for all calls, as long as a
-call binds what the proven one binds, each name replaced by its own layer's. A pass that gives one
-layer its neighbour's weights breaks that, and this layer is run as well. A pass that changes which
-layer reads from which shows only when no layer is passed through.
+All calls of a region share one graph, so proving one call proves them all, as long as every call
+binds the same things under its own layer's names. A pass that gives one layer its neighbour's
+weights breaks that rule, so that layer is run as well. If a pass changes which layer reads from
+which, this shows only when no layer is skipped.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Epsilons are made large while a pass is proven, alike in the programs before and after it.
+"""Enlarge epsilons while a pass is proven, alike in the programs before and after it.
 
-Added to a mean square of about 1, ten times 1e-6 is below what eight roundings allow, and on a norm
-of few large values a wrong epsilon would pass. Multiplied by the same factor on both sides it is a
-hundredth of that mean, and twice as much shows. The factor keeps ratios, so that a pass may turn
-sum + n * eps into mean + eps.
+An epsilon of 1e-6 is added to a mean square of about 1. If a pass made it ten times too large, the
+result would change by less than eight roundings allow, and the mistake would pass. So all epsilons
+are multiplied by one factor, in both programs, which makes them a hundredth of that mean: then even
+an epsilon that is twice too large shows. One factor for all keeps their ratios, so a pass may still
+turn sum + n * eps into mean + eps.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Bounds that a pass has brought along and that no value of a sample would reach.
+"""Find bounds that a pass has added and that no value of a sample would ever reach.
 
-A position is below 128 and an activation about 1 while a pass is proven, so `clamp(x, max=4096)`
-changes nothing there. A rewrite carries the numbers of the model along: a bound that the program
-after has, and the program before has nowhere, is made small in the program after, so that it
-shows unless it decides nothing.
+While a pass is proven, positions are below 128 and activations are about 1, so a wrong `clamp(x,
+max=4096)` would change nothing. A correct rewrite only carries along numbers that the model already
+has. So a bound that the program after the pass has, and the program before it has nowhere, is made
+small in the program after: then it changes the result, unless it really never matters.
 """
 
 from __future__ import annotations

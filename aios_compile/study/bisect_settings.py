@@ -1,5 +1,6 @@
-"""Find where two settings of one model part: the first pass that makes them differ, else a kernel's
-surroundings. Both programs run on the model's weights and one prompt.
+"""Find where two settings of one model begin to differ: the first pass, else what runs the kernels.
+
+Both programs run on the model's weights and one prompt.
 
 What a setting should leave alone is known: options that are no part of the artefact's key (threads,
 prefix cache, scheduling, speculation) change no bit; any other may round differently, which is

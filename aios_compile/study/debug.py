@@ -1,4 +1,4 @@
-"""What AIOS_DEBUG prints while a model is compiled (stderr), from stages to whole kernels."""
+"""Print to stderr, while a model is compiled, what AIOS_DEBUG asks for: from stages to kernels."""
 
 from __future__ import annotations
 

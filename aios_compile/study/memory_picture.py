@@ -1,4 +1,4 @@
-"""The memory plan as an SVG: lifetimes from left to right, offsets from top to bottom."""
+"""Draw the memory plan as an SVG: lifetimes from left to right, offsets from top to bottom."""
 
 from __future__ import annotations
 

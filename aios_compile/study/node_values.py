@@ -1,4 +1,4 @@
-"""What every node of a program computes, call by call, and where two programs part."""
+"""Record what every node of a program computes; find where two programs first differ."""
 
 from __future__ import annotations
 

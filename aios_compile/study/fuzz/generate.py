@@ -1,4 +1,4 @@
-"""Draw examples: a seed and a number say all. Random graphs, and patterns in contexts."""
+"""Draw examples from a seed and a number: random graphs, and patterns in contexts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passes and operators by name, without torch: a wrong one is told before it is imported."""
+"""Names of passes and operators; free of torch, so that a wrong name is reported at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a script that the fuzzer wrote calls: read its function back, compile and compare it."""
+"""What a script written by the fuzzer calls: read back its program, compile and compare it."""
 
 from __future__ import annotations
 
