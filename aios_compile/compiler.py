@@ -123,6 +123,7 @@ def compile_model(
         quantized = _pack_beside(kernels, program, module, source, writer, progress)
     notes = [*edits, *([] if measured is None else measured.remarks())]
     notes += [*remarks(program, quantized), *kv_remarks(program), *source.notes]
+    notes += source.expanded()
     notes += unshared_layers(model, module)
     _write_texts(writer, program, emitted.sources, step)
     _write_tables(writer, results, notes, quantized, kernel_rows(module, emitted, program))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,7 +33,8 @@ class ModelSource:
 
     build() makes the module to capture (torch is imported then); read(name) gives a weight.
     stored_forms() says which weights are stored quantised, in which format of ir/quant_format.py;
-    read("name:format") gives the rows of those (ir/stored_weights.py).
+    read("name:format") gives the rows of those (ir/stored_weights.py). expanded() says, for the
+    report, which are quantised in the files and not in memory.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ModelSource:
     load_tokenizer: Callable[[], Tokenizer | None] = lambda: None
     notes: tuple[str, ...] = ()
     stored_forms: Callable[[], Mapping[str, str]] = dict
+    expanded: Callable[[], tuple[str, ...]] = tuple
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -118,6 +121,7 @@ def _open_checkpoint(path: Path, options: CompileOptions) -> ModelSource:
         load_tokenizer=lambda: _tokenizer(folder, options),
         notes=tuple(notes),
         stored_forms=stored_forms,
+        expanded=lambda: _expanded(folder.weights, stored_forms(), dtype),
     )
 
 
@@ -193,6 +197,20 @@ def _quantized_notes(weights: Tensors, dtype: str) -> list[str]:
         "bytes: linear layers and embeddings compute with the codes as they are "
         f"(keep_quantized_weights), what else reads them gets {dtype}"
     ]
+
+
+def _expanded(weights: Tensors, forms: Mapping[str, str], dtype: str) -> tuple[str, ...]:
+    """Say which quantised matrices no format of ir/quant_format.py holds, and what they take."""
+    lost = [n for n in weights.names() if weights.is_quantized(n) and n not in forms]
+    if not lost:
+        return ()
+    count = sum(math.prod(weights.info(name).shape) for name in lost)
+    size = 4 if dtype == "float32" else 2
+    return (
+        f"{len(lost)} quantised weights are kept in {dtype}, {count * size:,} bytes: their "
+        "columns are shuffled among the groups (act-order), or their groups are no multiple of 32: "
+        f"{', '.join(lost[:3])}" + (", ..." if len(lost) > 3 else ""),
+    )
 
 
 def max_model_len(config: ModelConfig) -> int:

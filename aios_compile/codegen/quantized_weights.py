@@ -87,7 +87,9 @@ def kv_remarks(program: Program) -> list[str]:
 
 
 def remarks(program: Program, weights: Sequence[QuantizedWeight]) -> list[str]:
-    """Return what the report says: rounded activations; bits a weight of all linears; errors."""
+    """Return what the report says: rounded activations; bits a weight of all matrices that are
+    multiplied, those of experts included; errors.
+    """
     rounded = sum(w.packed == "pairs16" for w in program.weights)
     notes = []
     if rounded:
@@ -97,7 +99,7 @@ def remarks(program: Program, weights: Sequence[QuantizedWeight]) -> list[str]:
         )
     if not weights:
         return notes
-    kept = [w for w in program.weights if w.packed in ROW_PACKINGS]
+    kept = [w for w in program.weights if w.packed in ROW_PACKINGS or len(w.shape) > 2]
     count = sum(w.rows * w.depth for w in weights) + sum(prod(w.shape) for w in kept)
     total = sum(w.rows * w.depth * w.bits for w in weights)
     total += sum(8 * BYTES[w.dtype] * prod(w.shape) for w in kept)

@@ -7,8 +7,8 @@ by layer, searching each group's scale for the least squared error; the report s
 matrix has. Embedding tables are gathered, a row a token: they cost memory and no time, and are
 quantised by choice (quantize_embeddings); one that is tied to the head is then stored once. What
 stays as it is, each with its reason: weights that lose more than a bit's worth against normal ones
-(measured before the passes, ir/quantization_error.py), rows that are no multiple of a group, and
-matrices of a few rows (routers), whose bytes do not count.
+(measured before the passes, ir/quantization_error.py), rows that are no multiple of a group,
+matrices of a few rows (routers), whose bytes do not count, and those of experts.
 
 What is proven is the rewrite: the program after, on dequantised weights and exact activations,
 against the program before on the same dequantised weights (passes/certificate.py). How large the
@@ -40,6 +40,8 @@ class Match(NamedTuple):
 
 def _match(node: fx.Node, form: QuantFormat, context: PassContext) -> Match | Refusal:
     line = provenance.place(node)
+    if node.target is aios.expert_linear.default:
+        return Refusal("no kernel reads quantised matrices of experts: they stay as they are", line)
     x, weight, _ = operands_of(node)
     if not context.is_weight(weight):
         return Refusal("a weight is computed in the graph, not loaded", line)
@@ -84,7 +86,8 @@ def quantize_weights(graph: fx.Graph, context: PassContext) -> int:
     form = QuantFormat.parse(context.options.quantization)
     made: dict[fx.Node, fx.Node] = {}
     hits = 0
-    targets = (aios.linear.default, *[aten.embedding.default] * context.options.quantize_embeddings)
+    tables = [aten.embedding.default] * context.options.quantize_embeddings
+    targets = (aios.linear.default, aios.expert_linear.default, *tables)
     for node in [n for n in graph.nodes if is_call(n, *targets)]:
         match = _match(node, form, context)
         if isinstance(match, Refusal):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from aios_compile.checkpoint.tokenizer import Tokenizer
+from aios_compile.codegen.quantized_weights import QuantizedWeight, remarks
 from aios_compile.compiled_model import CompiledModel
 from aios_compile.errors import CheckpointError, ConfigError
 from tests import zoo
@@ -69,6 +72,20 @@ def test_perplexity_and_bits(
     notes = " ".join(model.report().notes)
     assert f"25 matrices quantised to {name}_g32_f16, 0 kept: {bits:.2f} bits" in notes
     assert "largest in model.layers" in notes
+
+
+def test_the_mean_bits_count_the_matrices_of_experts() -> None:
+    def entry(packed: str, *shape: int) -> Any:
+        return SimpleNamespace(packed=packed, shape=shape, dtype="float16")
+
+    weights = [entry("", 3, 64, 64), entry("rows16", 64, 64), entry("", 64), entry("", 99, 64)]
+    made = QuantizedWeight("up", "int4_g32_f16", 128, 64, 4.5, None)
+    program: Any = SimpleNamespace(weights=weights)
+    bits = (2 * 4.5 + 4 * 16) / 6
+    assert (
+        f"1 matrices quantised to int4_g32_f16, 2 kept: {bits:.2f} bits"
+        in remarks(program, [made])[-1]
+    )
 
 
 def test_formats_by_name_and_what_is_refused(load: Load) -> None:

@@ -120,6 +120,14 @@ def test_weights_and_logits(case: str, tmp_path: Path) -> None:
     assert any("gets float16" in note for note in source.notes)
 
 
+def test_what_takes_more_memory_than_in_the_file_is_reported(tmp_path: Path) -> None:
+    for case, expected in (("gptq-order", 14), ("compressed-short-group", 14), ("gptq-asym", 0)):
+        source = open_source(made(case, tmp_path / case)[0], CompileOptions.parse({}))
+        stored, notes = source.stored_forms(), source.expanded()
+        assert len(stored) == 14 - expected and len(notes) == (expected > 0)
+        assert all(f"{expected} quantised weights are kept in float16, " in n for n in notes)
+
+
 def test_pieces_are_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aios_compile.checkpoint.packed_weights.PIECE_WEIGHTS", 17 * 96)
     name = "model.layers.0.mlp.down_proj.weight"

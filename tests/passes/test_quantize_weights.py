@@ -79,14 +79,17 @@ def test_refusals() -> None:
         few: "weight f32[8, 64]",
         made: "weight f32[64, 64]",
         fits: "weight f32[64, 64]",
+        experts: "weight f32[2, 64, 64]",
     ) -> Any:
+        chosen = (y[:, 0] > 0).long()
         return (aios.linear(x, odd), aios.linear(y, few), aios.linear(y, made * 2.0),
-                aios.linear(y, fits))  # fmt: skip
+                aios.linear(y, fits), aios.expert_linear(y, experts, chosen))  # fmt: skip
 
     result = run(traced(f), quantize_weights)["quantize_weights"]
     assert result.hits == 1 and result.kept
     text = " ".join(result.refusals)
-    for reason in ("rows of 80 values, no multiple of the 32", "a matrix of 8 rows", "computed"):
+    for reason in ("rows of 80 values, no multiple of the 32", "a matrix of 8 rows", "computed",
+                   "matrices of experts"):  # fmt: skip
         assert reason in text
 
 
