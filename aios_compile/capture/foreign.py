@@ -104,17 +104,22 @@ def _one_sequence(position_ids: torch.Tensor) -> None:
 
 def _mask(
     batch_size: int,
-    q_length: int,
-    kv_length: int,
+    q_length: int = 0,
+    kv_length: int = 0,
     q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: Any = None,
     attention_mask: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    cache_position: torch.Tensor | None = None,
     **others: Any,
 ) -> torch.Tensor:
-    """Return transformers' mask, additive [1, 1, T, T]: 0 where a query sees a key."""
-    queries = torch.arange(q_length)[None, None, :, None] + q_offset
+    """Return transformers' mask, additive [1, 1, T, T]: 0 where a query sees a key.
+
+    cache_position: where the queries are, which transformers 4 gives instead of q_length.
+    """
+    places = torch.arange(q_length) + q_offset if cache_position is None else cache_position
+    queries = places[None, None, :, None]
     keys = torch.arange(kv_length)[None, None, None, :] + kv_offset
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.long)
     seen = mask_function(zero, zero, queries, keys)
@@ -136,18 +141,20 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend query [1, H, T, D] to key and value [1, G, T, D]; return [1, T, H, Dv].
 
-    The mask says what a window says too; a window without a mask would be lost, and is refused.
+    The mask says what a window says too, and who sees whom; a window without a mask would be lost,
+    and is refused.
     """
     given = {k for k, v in others.items() if v is not None and v is not False}
     unknown = (
-        given - _KNOWN_ARGUMENTS - ({"sliding_window"} if attention_mask is not None else set())
+        given - _KNOWN_ARGUMENTS - (set() if attention_mask is None else {"sliding_window"})
     )
-    if unknown or not others.get("is_causal", getattr(module, "is_causal", True)):
+    causal = attention_mask is None
+    both_ways = causal and not others.get("is_causal", getattr(module, "is_causal", True))
+    if unknown or both_ways:
         what = ", ".join(sorted(unknown)) or "tokens that see later ones"
         raise NotImplementedError(
             f"{_REFUSED}attention of {type(module).__name__} with {what}{_END}"
         )
-    causal = attention_mask is None
     out = torch.ops.aios.sdpa(
         query, key, value, attention_mask, causal, scaling, True, softcap, s_aux
     )

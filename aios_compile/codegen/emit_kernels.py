@@ -151,12 +151,18 @@ def _operands(
 
 def _emit(call: fx.Node, operands: list[Operand], emitters: Sequence[Any]) -> KernelSource:
     body = body_of(call)
-    for emitter in emitters:
-        spec = emitter.spec_of(body, operands)
-        if spec is not None:
-            source = emitter.emit(spec)
-            assert isinstance(source, KernelSource)
-            return _named(source, call)
+    try:
+        for emitter in emitters:
+            spec = emitter.spec_of(body, operands)
+            if spec is not None:
+                source = emitter.emit(spec)
+                assert isinstance(source, KernelSource)
+                return _named(source, call)
+    except CodegenError as error:
+        if error.source_line:
+            raise
+        line = provenance.source_line(call) or None
+        raise CodegenError(error.message, source_line=line, advice=error.advice) from error
     ops = ", ".join(str(n.target) for n in body.graph.nodes if n.op == "call_function")
     raise CodegenError(
         f"no emitter for kernel {call.target} ({ops})",

@@ -32,7 +32,7 @@ def test_a_plain_tensor_keeps_its_sizes():
 
 ROPES = {
     "phi3_long": {},
-    "llama": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}},
+    "llama": {"rope_scaling": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}},
 }
 
 
@@ -55,3 +55,10 @@ def test_frequencies_that_no_sequence_can_change(name, trained):
     else:
         longer = capture(model, flat=False, max_length=trained + 1)
         assert mixing_nodes(longer)
+
+
+def test_the_mask_says_who_sees_whom():
+    """BigBird-Pegasus calls its decoder's attention not causal, and gives it a causal mask."""
+    model = families.build("llama", num_hidden_layers=1)
+    model.model.layers[0].self_attn.is_causal = False
+    assert compare_with_eager(model, capture(model, flat=False)) < 1e-6
