@@ -145,9 +145,7 @@ def _attention(
     and is refused.
     """
     given = {k for k, v in others.items() if v is not None and v is not False}
-    unknown = (
-        given - _KNOWN_ARGUMENTS - (set() if attention_mask is None else {"sliding_window"})
-    )
+    unknown = given - _KNOWN_ARGUMENTS - (set() if attention_mask is None else {"sliding_window"})
     causal = attention_mask is None
     both_ways = causal and not others.get("is_causal", getattr(module, "is_causal", True))
     if unknown or both_ways:
