@@ -1,11 +1,13 @@
 """How long a step takes, as a small additive model fitted to the steps of a decision log.
 
 step_us = tokens(T) + row * R + key * K + context * C + page * P + arrival * A + prompt * Q
-          + woken * W
+          + woken * W + changed * B
 
 T tokens computed, R logit rows, P pages copied or swapped, A requests with Q prompt tokens that
 arrived while it ran; W is 1 for a step of an engine that slept before it: its threads wake up, and
-other programs have had the caches. Attention reads K keys, once for all queries of a chunk, and
+other programs have had the caches. B is 1 for a batch that is not the step before moved on by a
+token: it is built anew, and was not begun ahead of its turn, so that a decode after a change takes
+twice as long as the next one. Attention reads K keys, once for all queries of a chunk, and
 multiplies C pairs of a query and a key that it sees: a prompt's tokens share what a decode reads
 for itself, so that a pair of a decode costs several times one of a prompt. tokens(T) rises from
 knot to knot in straight lines: kernels work in tiles of 4 and 16 tokens, a few tokens are bound by
@@ -37,7 +39,7 @@ from aios_compile.runtime.events import Arrive, Commit, Schedule
 from aios_compile.runtime.replay import follow, read_records
 from aios_compile.runtime.schedule_state import Plan, SchedulerState
 
-VERSION = 4
+VERSION = 5
 LEAST_STEPS = 20
 NUM_TRIMS = 3  # rounds in which steps far off (another process had the core) are left out
 TRIM_AT = 4.0  # times the median deviation
@@ -47,13 +49,16 @@ LAST_TILE = KNOTS.index(17)  # past it a slope without steps is the one before
 PRIOR = 8.0  # how many steps that counts as
 QUANTILES = 41
 LISTS = ("tokens_us", "noise", "stalls_us")
-SLOPES = ("row_us", "key_us", "context_us", "page_us", "arrival_us", "prompt_us", "woken_us")
+SLOPES = (
+    *("row_us", "key_us", "context_us", "page_us", "arrival_us", "prompt_us"),
+    *("woken_us", "changed_us"),
+)
 MOST_AFTER = 0.9  # of a step's time
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Microseconds. Written as JSON: {"version": 4, "tokens_us": [...], ...}.
+    """Microseconds. Written as JSON: {"version": 5, "tokens_us": [...], ...}.
 
     tokens_us: what a step of KNOTS[i] tokens takes more than one of KNOTS[i - 1], without its rows
     and attention. after_us, after_row_us: of a step's time what passes when its tokens are there.
@@ -70,6 +75,7 @@ class CostModel:
     arrival_us: float = 0.0
     prompt_us: float = 0.0
     woken_us: float = 0.0
+    changed_us: float = 0.0
     after_us: float = 0.0
     after_row_us: float = 0.0
     wake_us: float = 0.0
@@ -82,13 +88,15 @@ class CostModel:
     def __post_init__(self) -> None:
         assert len(self.tokens_us) == len(KNOTS), f"{len(KNOTS)} knots"
 
-    def __call__(self, plan: Plan, woken: bool = False) -> float:
+    def __call__(self, plan: Plan, woken: bool = False, changed: bool = False) -> float:
         """Return the microseconds that a plan's step takes, without arrivals."""
-        return float(np.dot(features(plan, woken=woken), self.coefficients))
+        return float(np.dot(features(plan, woken=woken, changed=changed), self.coefficients))
 
-    def drawn(self, plan: Plan, rng: random.Random, woken: bool) -> tuple[float, float]:
+    def drawn(
+        self, plan: Plan, rng: random.Random, woken: bool, changed: bool = False
+    ) -> tuple[float, float]:
         """Return until when its tokens are there, and the whole, with noise and maybe a stall."""
-        expected, noise = self(plan, woken), rng.choice(self.noise)
+        expected, noise = self(plan, woken, changed), rng.choice(self.noise)
         after = min(self.after_us + self.after_row_us * plan.num_rows, MOST_AFTER * expected)
         micros = expected * noise
         if rng.random() * 1e6 < self.stalls_a_second * micros:
@@ -136,9 +144,13 @@ class CostModel:
 
 
 def features(
-    plan: Plan, num_arrived: int = 0, num_prompt_tokens: int = 0, woken: bool = False
+    plan: Plan,
+    num_arrived: int = 0,
+    num_prompt_tokens: int = 0,
+    woken: bool = False,
+    changed: bool = False,
 ) -> tuple[float, ...]:
-    """Return how far each rise between knots is climbed, then R, K, C, P, A, Q, W."""
+    """Return how far each rise between knots is climbed, then R, K, C, P, A, Q, W, B."""
     keys = sum(c.start + c.num_tokens for c in plan.chunks)
     pairs = sum(c.num_tokens * (c.start + (c.num_tokens + 1) / 2) for c in plan.chunks)
     pages = len(plan.copies) + len(plan.swap_outs) + len(plan.swap_ins)
@@ -151,7 +163,20 @@ def features(
         num_arrived,
         num_prompt_tokens,
         float(woken),
+        float(changed),
     )
+
+
+def is_changed(plan: Plan, before: Plan | None) -> bool:
+    """Return whether a batch is not the step before it moved on by a token.
+
+    before: None when the engine slept; what waking costs includes the batch.
+    """
+    if before is None:
+        return False
+    if plan.num_prefill_tokens or before.num_prefill_tokens:
+        return True
+    return [c.sequence_id for c in plan.chunks] != [c.sequence_id for c in before.chunks]
 
 
 def _rises(num_tokens: int) -> tuple[float, ...]:
@@ -176,14 +201,14 @@ class _Steps:
 def _read_steps(path: Path) -> _Steps:
     limits, options, events = read_records(path)
     state, found = SchedulerState.empty(limits, options, b"fit"), _Steps()
-    step: tuple[Plan, int, bool] | None = None  # that has not ended; whether the engine slept
+    step: tuple[Plan, int, Plan | None] | None = None  # that has not ended; and the one before
     committed_us, arrived = 0, (0, 0)
     submitted_us: int | None = None  # by the request that woke the engine
 
     def end(now_us: int) -> None:
         assert step is not None
-        plan, start_us, woken = step
-        found.rows.append(features(plan, *arrived, woken))
+        plan, start_us, before = step
+        found.rows.append(features(plan, *arrived, before is None, is_changed(plan, before)))
         found.times_us.append(now_us - start_us)
         if not arrived[0] and now_us > committed_us:
             found.afters.append((plan.num_rows, now_us - committed_us))
@@ -203,7 +228,7 @@ def _read_steps(path: Path) -> _Steps:
                 submitted_us = event.submitted_us
         plan = follow(path, state, logged)
         if isinstance(event, Schedule):
-            step = plan, now_us, step is None
+            step = plan, now_us, None if step is None else step[0]
         elif isinstance(event, Commit):
             committed_us = now_us
             if not state.has_work and step is not None:

@@ -13,7 +13,7 @@ from aios_compile.runtime.events import Arrive, Commit, Schedule
 from aios_compile.runtime.replay import follow, read_records
 from aios_compile.runtime.schedule_state import Plan, SchedulerOptions, SchedulerState
 from aios_compile.runtime.scheduler import advance
-from aios_compile.study.cost_model import CostModel
+from aios_compile.study.cost_model import CostModel, is_changed
 
 BURST = 8  # requests of a burst, which come at once
 
@@ -89,7 +89,7 @@ def simulate(
             run.step()
         else:
             run.now_us = arrivals[run.next_arrival].at_us + cost.wake_us
-            run.is_woken = True
+            run.before = None
     run.result.duration_us = run.now_us - (arrivals[0].at_us if arrivals else 0.0)
     return run.result
 
@@ -100,7 +100,7 @@ class _Run:
         self.result = Simulation()
         self.now_us = arrivals[0].at_us if arrivals else 0.0
         self.next_arrival = 0
-        self.is_woken = True  # it slept before the next step
+        self.before: Plan | None = None  # the last step; None: it slept before the next one
         self.is_busy = False  # a step ended just now: what arrived meanwhile delays the next one
         self.random = random.Random(0)
         self.num_given: dict[int, int] = {}
@@ -127,8 +127,9 @@ class _Run:
 
     def step(self) -> None:
         plan = advance(self.state, Schedule(), int(self.now_us))
-        until_us, taken_us = self.cost.drawn(plan, self.random, self.is_woken)
-        given_us, self.is_woken = self.now_us + until_us, False
+        changed = is_changed(plan, self.before)
+        until_us, taken_us = self.cost.drawn(plan, self.random, self.before is None, changed)
+        given_us, self.before = self.now_us + until_us, plan
         self.now_us += taken_us
         sampled: list[tuple[int, ...]] = []
         finished: list[tuple[int, str]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from aios_compile.errors import LogError
 from aios_compile.runtime.batch import Limits
 from aios_compile.runtime.policies import RANKS
 from aios_compile.runtime.schedule_state import Chunk, Plan, SchedulerOptions
-from aios_compile.study.cost_model import KNOTS, CostModel, features, fit, fit_log
-from aios_compile.study.simulator import percentile, recorded, simulate, synthetic
+from aios_compile.study.cost_model import KNOTS, CostModel, features, fit, fit_log, is_changed
+from aios_compile.study.simulator import Arrival, percentile, recorded, simulate, synthetic
 from tests.runtime.test_replay import write_log
 
 LIMITS = Limits(64, 8, 8, 40, 200, 16, 512, 1000)
@@ -77,7 +78,7 @@ def test_a_tile_of_kernels_is_seen() -> None:
 
 def test_no_cost_is_negative() -> None:
     plans = [a_plan(t, 1, 100 - t, 0) for t in range(1, 60)]
-    times = [100.0 + plan.num_tokens - features(plan)[-5] / 500 for plan in plans]
+    times = [100.0 + plan.num_tokens - features(plan)[-6] / 500 for plan in plans]
     assert min(fit([features(plan) for plan in plans], times).coefficients) >= 0
 
 
@@ -85,14 +86,33 @@ def test_features_of_a_plan() -> None:
     plan = Plan(chunks=[Chunk(0, 10, 1, 1), Chunk(1, 4, 3, 0)], num_tokens=4, num_rows=1)
     plan.copies.append((1, 2))
     # the query at 10 sees 11 keys; those at 4, 5, 6 see 5, 6, 7, which are 7 different ones
-    assert features(plan, 2, 30)[len(KNOTS) :] == (1, 11 + 7, 11 + 5 + 6 + 7, 1, 2, 30, 0)
+    assert features(plan, 2, 30)[len(KNOTS) :] == (1, 11 + 7, 11 + 5 + 6 + 7, 1, 2, 30, 0, 0)
     assert features(plan)[: len(KNOTS)] == (1, 1, 1, *(0,) * (len(KNOTS) - 3))
+
+
+def test_a_batch_that_changed_costs_more() -> None:
+    """A decode that only moves on was begun ahead and keeps its arrays; one after a change not."""
+    decode, other = a_plan(1, 1, 7, 0), Plan(chunks=[Chunk(1, 3, 1, 1)], num_tokens=1, num_rows=1)
+    prompt = Plan(chunks=[Chunk(0, 0, 7, 1)], num_tokens=7, num_rows=1, num_prefill_tokens=7)
+    seen = [(decode, decode), (decode, other), (decode, prompt), (prompt, decode), (decode, None)]
+    assert [is_changed(*pair) for pair in seen] == [False, True, True, True, False]
+    rows = [features(decode, changed=bool(i % 3)) for i in range(60)]
+    assert fit(rows, [300.0 + 200 * bool(i % 3) for i in range(60)]).changed_us == pytest.approx(
+        200
+    )
+    arrivals = [Arrival(0, (1, 2), (5,) * count) for count in (3, 6)]
+    options = SchedulerOptions()
+    base, more = (
+        simulate(arrivals, LIMITS, options, replace(COST, changed_us=cost)).duration_us
+        for cost in (0.0, 1000.0)
+    )
+    assert more - base == pytest.approx(2000), "after the prompts, and when one has ended"
 
 
 def test_cost_models_are_json(tmp_path: Path) -> None:
     path = tmp_path / "cost.json"
     COST.save(path)
-    assert json.loads(path.read_text())["version"] == 4 and CostModel.load(path) == COST
+    assert json.loads(path.read_text())["version"] == 5 and CostModel.load(path) == COST
     for text in ("", "[]", "{}", '{"version": 2}', '{"version": 3, "noise": "x"}'):
         path.write_text(text)
         with pytest.raises(LogError):
