@@ -229,7 +229,8 @@ def _bytes(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _values(data: Tensor, dtype: torch.dtype) -> Tensor:
-    return data.contiguous().view(dtype).squeeze(-1)
+    # a copy, always: one row counts as contiguous whatever its stride and its offset are
+    return data.clone(memory_format=torch.contiguous_format).view(dtype).squeeze(-1)
 
 
 def _pack_codes(codes: Tensor, bits: int) -> Tensor:

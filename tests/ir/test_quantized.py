@@ -67,6 +67,17 @@ def test_fields_and_values_of_a_format(name: str) -> None:
         assert values[row, k] == (float(fields.codes[row, k]) + form.low) * scale - minimum
 
 
+@pytest.mark.parametrize("name", [*FORMATS, "uint4_g64_f32_min_f16"])
+def test_one_row_alone_means_what_it_means_among_others(name: str) -> None:
+    """Rows of a group: their bytes need be no multiple of a scale's (a lookup of one token)."""
+    form = QuantFormat.parse(name)
+    rows = quantized.pack_fields(form, random_fields(form, 5, form.span))
+    whole = dequantize(rows, form)
+    for i in range(5):
+        assert torch.equal(dequantize(rows[i : i + 1], form), whole[i : i + 1])
+        assert torch.equal(aios.quantized_embedding(rows, torch.tensor([i]), name), whole[[i]])
+
+
 @pytest.mark.parametrize("name", ["int3_g32_f16", "int5_g16_f16", "int4_g32", "int4_g32_k_min"])
 def test_names_that_are_no_format(name: str) -> None:
     with pytest.raises(ValueError, match="no quantised format"):
