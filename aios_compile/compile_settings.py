@@ -61,7 +61,6 @@ def within(module: IRModule, sizes: ResolvedSizes, options: CompileOptions) -> R
 
 def pass_options(
     options: CompileOptions,
-    source: ModelSource,
     sizes: ResolvedSizes,
     model: torch.nn.Module,
     measured: Measured | None = None,

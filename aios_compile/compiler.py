@@ -89,7 +89,7 @@ def compile_model(
         results = run_pipeline(
             module,
             STAGES,
-            pass_options(options, source, sizes, model, measured),
+            pass_options(options, sizes, model, measured),
             disabled=options.disable_passes,
             verify=env.VERIFY.get_int(0, 2),
             seed=options.seed,

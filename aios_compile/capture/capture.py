@@ -95,7 +95,7 @@ def _capture(model: nn.Module, flat: bool, max_tokens: int, whole: bool = False)
         holders = [n for n in outer.graph.nodes if n.op == "placeholder"]
         fakes = [n.meta["example_value"] for n in holders]
         mode = next(f.fake_mode for f in fakes if hasattr(f, "fake_mode"))
-        _adopt_token_count(mode, holders, fakes)
+        _adopt_token_count(mode, fakes)
         with _captured_errors():
             keep_composites(outer)
             decide_bounds([outer, *_children(outer)], max_tokens)
@@ -205,7 +205,7 @@ def _frame_in(error: Exception) -> str | None:
     return f"{path.rsplit('/', 1)[-1]}:{line} in {function}: {text.strip()}"
 
 
-def _adopt_token_count(mode: Any, holders: list[fx.Node], fakes: list[Any]) -> None:
+def _adopt_token_count(mode: Any, fakes: list[Any]) -> None:
     """Name the one symbolic size T; anything else that is symbolic is an error."""
     symbols: dict[str, Any] = {}
     for fake in fakes:

@@ -37,7 +37,7 @@ def compare_with_eager(
         flat = not module.root.meta.get(BATCHED, False)
     layers = [layer for group in regions.layer_lists(model).values() for layer in group]
     calls = [n for n in module.root.graph.nodes if n.op == "call_module"]
-    active = _first_of_each_kind(module, calls, len(layers))
+    active = _first_of_each_kind(calls, len(layers))
     table = evaluate.carried(module) if len(layers) == len(calls) else None
     if table is None:
         active = set(range(len(layers)))
@@ -55,7 +55,8 @@ def compare_with_eager(
     return worst
 
 
-def _first_of_each_kind(module: IRModule, calls: Sequence[fx.Node], count: int) -> set[int]:
+def _first_of_each_kind(calls: Sequence[fx.Node], count: int) -> set[int]:
+    """Return the places of the first call of each region; all where calls are not the layers."""
     if len(calls) != count:
         return set(range(count))
     targets = [str(c.target) for c in calls]

@@ -19,9 +19,9 @@ import jinja2.ext
 import jinja2.sandbox
 from jinja2 import nodes
 
-from aios_compile.checkpoint.tokenizer import MAX_TEMPLATE_CHARS
 from aios_compile.errors import CheckpointError, RequestError
 
+MAX_TEMPLATE_CHARS = 1 << 20
 MAX_STEPS = 200_000  # loop steps and calls of one rendering
 MAX_CHARS = 16 << 20  # of any string in it
 MAX_NUMBER = 1 << 20  # of an argument to a call or filter

@@ -31,7 +31,6 @@ SETTINGS = "tokenizer_settings.json"  # in a folder written by save()
 MAX_TOKENIZER_BYTES = 128 << 20
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-MAX_TEMPLATE_CHARS = 1 << 20
 MOST_TEXTS = 1 << 15  # of single tokens that are kept: about 4 MB
 
 
@@ -244,6 +243,8 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
     """Return the chat template: a file of its own wins over the field; of several, "default"."""
     if paths.exists(folder, TEMPLATE):
+        from aios_compile.checkpoint.chat_template import MAX_TEMPLATE_CHARS
+
         return read_text(paths.member(folder, TEMPLATE), MAX_TEMPLATE_CHARS)
     if paths.exists(folder, TEMPLATE_JSON):
         config = read_json(paths.member(folder, TEMPLATE_JSON), MAX_JSON_BYTES)

@@ -72,7 +72,7 @@ def fold_constants(graph: fx.Graph, context: PassContext) -> int:
     hits = 0
     for node in list(graph.nodes):
         if node.op == "call_function" and node.users:
-            hits += _write_literal(graph, node, context) or _drop_neutral(node, context)
+            hits += _write_literal(node, context) or _drop_neutral(node, context)
     return hits + _fold_weights(graph, context)
 
 
@@ -105,7 +105,7 @@ def _is_contiguous(node: Any) -> bool:
     return value is not None and value.is_contiguous()
 
 
-def _write_literal(graph: fx.Graph, node: Any, context: PassContext) -> int:
+def _write_literal(node: Any, context: PassContext) -> int:
     """Write x * buffer[] as x * 0.5 when the buffer's value is known."""
     if node.target not in NEUTRAL or len(node.args) != 2 or node.kwargs:
         return 0
@@ -132,8 +132,8 @@ def _fold_weights(graph: fx.Graph, context: PassContext) -> int:
             foldable[node] = tuple(dict.fromkeys(found))
     folded = {}
     for node in [n for n in foldable if n not in sources and foldable[n]]:
-        wanted = any(u not in foldable or _is_free(u, foldable) for u in node.users)
-        if wanted and not _is_free(node, foldable):
+        wanted = any(u not in foldable or _is_free(u) for u in node.users)
+        if wanted and not _is_free(node):
             weights = foldable[node]
             name = f"{weights[0].name}_folded"
             folded[node] = context.add_weight(graph, name, weights, _replay(node, weights))
@@ -154,7 +154,7 @@ def _is_static(node: fx.Node, foldable: dict[fx.Node, Any]) -> bool:
     return all(n in foldable for n in inputs) and (bool(inputs) or node.target in FACTORIES)
 
 
-def _is_free(node: fx.Node, foldable: dict[fx.Node, Any]) -> bool:
+def _is_free(node: fx.Node) -> bool:
     """Return whether a node only moves or casts values, as a kernel that reads it can."""
     return (
         node.op == "call_function" and node.target in MOVES and not is_call(node, aten.cat.default)

@@ -113,7 +113,7 @@ def open_subject(source: ModelSource, options: CompileOptions, prompt: Sequence[
     names = {name for recipe in captured.weights.values() for name in recipe.names}
     read = {n: t.to(weights.dtypes.get(n, t.dtype)) for n, t in _read(tensors, names).items()}
     weights.known = {**weights.known, **read}
-    passes = pass_options(options, source, sizes, model)
+    passes = pass_options(options, sizes, model)
     return Subject(captured, passes, weights, tuple(prompt), options.seed)
 
 

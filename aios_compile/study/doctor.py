@@ -132,7 +132,7 @@ def savings(model: str | nn.Module, options: CompileOptions, *, context: int = 2
     sizes = options.resolve_sizes(source.max_model_len)
     module = source.build()
     captured = capture_for(module, source, sizes)
-    passes = pass_options(options, source, sizes, module)
+    passes = pass_options(options, sizes, module)
     return ablate(captured, STAGES, passes, context=context)
 
 

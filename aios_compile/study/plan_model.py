@@ -115,7 +115,7 @@ def rewrite_model(
     results = run_pipeline(
         module,
         stages,
-        pass_options(options, source, sizes, model, cpu=cpu),
+        pass_options(options, sizes, model, cpu=cpu),
         disabled=(*options.disable_passes, *disabled),
         verify=verify,
         seed=options.seed,

@@ -284,4 +284,4 @@ def test_a_cpu_refuses_8_bit_floats() -> None:
     options = CompileOptions.parse({"device": "cpu", "quantization": "fp8"})
     sizes = options.resolve_sizes(64)
     with pytest.raises(ConfigError, match="no CPU multiplies 8-bit floats"):
-        pass_options(options, None, sizes, torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+        pass_options(options, sizes, torch.nn.Linear(2, 2))

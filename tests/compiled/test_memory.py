@@ -175,9 +175,7 @@ def level3(zoo_folder: Path, _quick: None) -> Iterator[Level3]:
     sizes = options.resolve_sizes(source.max_model_len)
     plain = source.build()
     module = capture(plain, flat=True, max_tokens=sizes.max_num_batched_tokens)
-    run_pipeline(
-        module, STAGES, compile_settings.pass_options(options, source, sizes, plain), verify=0
-    )
+    run_pipeline(module, STAGES, compile_settings.pass_options(options, sizes, plain), verify=0)
     refresh(module)
     emitted = emit_kernels(module, EMITTERS)
     ids = zoo.token_ids(path)

@@ -101,7 +101,7 @@ def _variants(
     todo: list[tuple[Range, ...]] = [tuple((0, s if isinstance(s, int) else None) for s in shape)]
     while todo:
         ranges = todo.pop(0)
-        variant, cuts = _variant(body, operands, nodes, shape, ranges)
+        variant, cuts = _variant(body, operands, nodes, ranges)
         if cuts and len(todo) + len(done) < MAX_VARIANTS:
             dim, place = min(cuts)
             low, high = ranges[dim]
@@ -116,7 +116,6 @@ def _variant(
     body: fx.GraphModule,
     operands: Sequence[Operand],
     nodes: Sequence[fx.Node],
-    shape: Sequence[Dim],
     ranges: tuple[Range, ...],
 ) -> tuple[Variant, set[tuple[int, int]]]:
     reader = Reader(body, operands, ranges)

@@ -114,9 +114,7 @@ def _grow(b: Builder, count: int) -> list[str]:
 def _operator(b: Builder, names: Sequence[str]) -> str:
     name = b.rng.choice(list(names))
     text = OPS[name]
-    values = {
-        field: _operand(b, field, text) for field in sorted(set(re.findall(r"\{(\w)\}", text)))
-    }
+    values = {field: _operand(b, field) for field in sorted(set(re.findall(r"\{(\w)\}", text)))}
     x = values.get("x", "")
     if x:
         shape = b.shape(x)
@@ -146,7 +144,7 @@ def _operator(b: Builder, names: Sequence[str]) -> str:
     return name
 
 
-def _operand(b: Builder, field: str, text: str) -> str:
+def _operand(b: Builder, field: str) -> str:
     """Return a value for a field of an expression; newer ones are likelier."""
     kinds = {"x": (), "y": (), "i": ("i64",), "b": ("b8",)}
     if field not in kinds:
