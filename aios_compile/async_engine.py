@@ -41,15 +41,23 @@ class Backend(Protocol):
         *,
         on_change: Callable[[], None] | None = None,
         max_waiting: int | None = None,
-    ) -> OpenStream: ...
+    ) -> OpenStream:
+        """Submit a request; on_change is called, in another thread, when it has news.
 
-    def probe(self) -> None: ...
+        Raises RequestError, QueueFullError with max_waiting requests before it, EngineError.
+        """
 
-    def health(self, stall_s: float, probe_s: float) -> Health: ...
+    def probe(self) -> None:
+        """Have an idle engine run a token, to prove that it works; returns at once."""
 
-    def metrics(self) -> MetricsSnapshot: ...
+    def health(self, stall_s: float, probe_s: float) -> Health:
+        """Return whether the engine works; a step longer than stall_s seconds counts as hung."""
 
-    def close(self) -> None: ...
+    def metrics(self) -> MetricsSnapshot:
+        """Return counters, gauges and histograms since the start."""
+
+    def close(self) -> None:
+        """Abort what runs and free everything; idempotent."""
 
 
 class AsyncEngine:

@@ -284,7 +284,10 @@ class SpeculativeConfig:
         if method not in ("ngram", "draft_model"):
             raise _bad(f"{where}: method", method, "ngram or draft_model")
         if (method == "draft_model") != (values.get("model") is not None):
-            raise ConfigError(f"{where}: method {method} and model={values.get('model')!r}")
+            raise ConfigError(
+                f"{where}: method {method!r} with model={values.get('model')!r}, expected a model "
+                "for draft_model and none for ngram"
+            )
         _whole(
             f"{where}: num_speculative_tokens",
             values.get("num_speculative_tokens", 1),
@@ -299,7 +302,10 @@ class SpeculativeConfig:
         for name in ("prompt_lookup_min", "prompt_lookup_max"):
             _whole(f"{where}: {name}", values[name], 1, 64, optional=False)
         if values["prompt_lookup_min"] > values["prompt_lookup_max"]:
-            raise ConfigError(f"{where}: prompt_lookup_min is above prompt_lookup_max")
+            raise ConfigError(
+                f"{where}: prompt_lookup_min={values['prompt_lookup_min']} is above "
+                f"prompt_lookup_max={values['prompt_lookup_max']}"
+            )
         if not isinstance(values.get("adaptive", True), bool):
             raise _bad(f"{where}: adaptive", values["adaptive"], "True or False")
         return cls(**values)

@@ -119,6 +119,11 @@ def attention(
     sinks: Tensor | None = None,
     alibi: list[float] | None = None,
 ) -> Tensor:
+    """Attend q[T, H, D] of one sequence to k[T, G, D], v[T, G, Dv]; return [T, H, Dv].
+
+    Causal, within `window` tokens and within chunks of `chunk` tokens where given. sinks: [H];
+    alibi: one slope a head.
+    """
     positions = torch.arange(q.shape[0], device=q.device)
     mask, bias = visible(positions, k.shape[0], window, chunk), falling(alibi, positions, len(k))
     return attend(q, k, v, mask, scale, softcap, sinks, bias)
@@ -156,6 +161,14 @@ def paged_attention(
     v_scales: Tensor | None = None,
     rounded: bool = False,
 ) -> Tensor:
+    """Attend q[T, H, D] to the pages of each sequence; return [T, H, Dv] in q's dtype.
+
+    k_cache[N, G, D, page], v_cache[N, G, page, Dv]: floats, or codes with scales [N, G, page].
+    query_starts: int64 [S+1], where each sequence's tokens begin among the T. context_lengths:
+    int64 [S], its keys, the new ones included. page_tables: int64 [S, P]. Window, softcap, chunk,
+    sinks and alibi as in `attention`. rounded: round what the C++ kernels round for their dot
+    products.
+    """
     rounded = rounded and q.dtype != torch.float64
     if rounded:
         q = q.to(torch.bfloat16).to(q.dtype) if k_scales is None else in_16_bits(q)
@@ -184,6 +197,10 @@ def paged_attention(
 def kv_write(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Return both caches with k[T, G, D] and v[T, G, Dv] written to slots, int64 [T].
+
+    Slot s is place s % page of page s // page. Values are rounded to the caches' dtype.
+    """
     page_size = v_cache.shape[2]
     pages, offsets = slots // page_size, slots % page_size
     new_k, new_v = k_cache.clone(), v_cache.clone()
@@ -201,6 +218,11 @@ def quantized_kv_write(
     v_scales: Tensor,
     slots: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return caches and scales with k and v written as codes, one scale a token and head.
+
+    Caches int8 or float8_e4m3fn as in kv_write, scales [N, G, page]. Caches of floats, as in
+    proofs, get codes that are not rounded.
+    """
     kind = k_cache.dtype
     exact = kind not in LARGEST_CODE  # while a pass is proven: rounding would hide what it does
     kind = torch.int8 if exact else kind
