@@ -20,9 +20,8 @@ def caches(kv_heads, width, v_width, dtype, page):
     return k, v
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(2, 32, 32, 16), (1, 7, 19, 32)])
-def test_kv_write(shape, dtype):
+def written_body(shape, dtype):
+    """Return the body of a KV write and its operands; shape: heads, widths of k and v, page."""
     kv_heads, width, v_width, page = shape
     inputs = {
         "k": (("T", kv_heads, width), torch.float32),
@@ -36,7 +35,14 @@ def test_kv_write(shape, dtype):
         written = aios.kv_write.default(k, v, k_cache, v_cache, slots)
         return written[0], written[1]
 
-    body, operands = make_body(function, inputs)
+    return make_body(function, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 32, 32, 16), (1, 7, 19, 32)])
+def test_kv_write(shape, dtype):
+    kv_heads, width, v_width, page = shape
+    body, operands = written_body(shape, dtype)
     spec = kv_write.spec_of(body, operands)
     assert spec is not None
     source = kv_write.emit(spec)

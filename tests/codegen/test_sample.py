@@ -156,8 +156,9 @@ def test_filters_of_a_large_vocabulary():
         check(kernel(vocabulary), logits, inputs)
 
 
-def test_lists_penalties_and_ids_outside_the_vocabulary():
-    vocabulary, g = 50, torch.Generator().manual_seed(3)
+def lists_with_ids_outside(vocabulary):
+    """Return logits [13, V], and inputs whose lists also name ids that do not exist."""
+    g = torch.Generator().manual_seed(3)
     logits = torch.randn(13, vocabulary, generator=g) * 3
     bad = [-1, 50, 2**40, -(2**62)]
     row = lambda n: torch.randperm(vocabulary, generator=g)[:n].tolist()  # noqa: E731
@@ -172,6 +173,12 @@ def test_lists_penalties_and_ids_outside_the_vocabulary():
         given_ids=torch.tensor([0, 3, -5, 49, 50, 2**40, 1, 2, 3, 4, 5, 6, 7]),
         has_given=torch.tensor([0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0]),
     )  # fmt: skip
+    return logits, inputs
+
+
+def test_lists_penalties_and_ids_outside_the_vocabulary():
+    vocabulary = 50
+    logits, inputs = lists_with_ids_outside(vocabulary)
     ids, *_ = check(kernel(vocabulary), logits, inputs)
     assert ((ids >= 0) & (ids < vocabulary)).all()
     assert ids[2:6].tolist() == [0, 49, 49, 49]

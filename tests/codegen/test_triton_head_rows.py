@@ -7,7 +7,7 @@ import torch
 
 from aios_compile.ir import ops  # noqa: F401  (registers the ops)
 from tests.codegen.harness import make_body
-from tests.codegen.test_kv_write import PAGES, caches, fused_body
+from tests.codegen.test_kv_write import PAGES, caches, fused_body, written_body
 
 pytest.importorskip("triton")
 
@@ -49,19 +49,7 @@ def test_rope_is_the_reference(width: int, rotated: int, interleaved: bool) -> N
 @pytest.mark.parametrize("shape", [(2, 32, 32, 16), (1, 7, 19, 32)])
 def test_kv_write_is_the_reference(shape, dtype) -> None:
     kv_heads, width, v_width, page = shape
-    inputs = {
-        "k": (("T", kv_heads, width), f32),
-        "v": (("T", kv_heads, v_width), f32),
-        "k_cache": ((PAGES, kv_heads, width, page), dtype),
-        "v_cache": ((PAGES, kv_heads, page, v_width), dtype),
-        "slots": (("T",), torch.int64),
-    }
-
-    def function(k, v, k_cache, v_cache, slots):
-        written = aios.kv_write.default(k, v, k_cache, v_cache, slots)
-        return written[0], written[1]
-
-    body, operands = make_body(function, inputs)
+    body, operands = written_body(shape, dtype)
     spec = kv_write.spec_of(body, operands)
     assert spec is not None
     source = kv_write.emit(spec)

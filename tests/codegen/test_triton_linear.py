@@ -10,6 +10,13 @@ import torch
 
 from aios_compile.ir import ops  # noqa: F401  (registers the ops)
 from tests.codegen.harness import make_body
+from tests.codegen.test_linear import (
+    activated_twice,
+    gated,
+    gated_by_slices,
+    plain,
+    with_bias_and_residual,
+)
 from tests.codegen.triton_modules import load, poisoned, run
 from tests.variants import nightly
 
@@ -27,32 +34,6 @@ DOT = Config("dot", 16, 16, 32, 4)
 SPLIT = Config("dot", 16, 16, 32, 4, 3, split=3)
 TILE = Config("tile", 16, 32, 32, 4)
 DESCRIPTOR = Config("descriptor", 16, 32, 32, 4)
-
-
-def plain(x, w):
-    return aios.linear.default(x, w)
-
-
-def with_bias_and_residual(x, w, bias, residual):
-    return aten.add.Tensor(residual, aios.linear.default(x, w, bias))
-
-
-def activated_twice(x, w, bias):
-    y = aios.linear.default(x, w, bias)
-    return aten.silu.default(y), aten.mul.Tensor(y, 0.5)
-
-
-def gated(x, w):
-    y = aios.linear.default(x, w)
-    gate, up = aten.split.Tensor(y, w.shape[0] // 2, 1)
-    return aios.gated_activation.default(gate, up, "silu")
-
-
-def gated_by_slices(x, w, scale):
-    y = aios.linear.default(x, w)
-    half = w.shape[0] // 2
-    gate, up = aten.slice.Tensor(y, 1, 0, half), aten.slice.Tensor(y, 1, half, 2 * half)
-    return aten.mul.Tensor(aten.mul.Tensor(aten.relu.default(gate), up), scale)
 
 
 def normed(x, w, g):

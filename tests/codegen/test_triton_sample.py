@@ -12,7 +12,7 @@ from aios_compile.ir import (
     sample_reference,
 )
 from tests.codegen import test_sample
-from tests.codegen.test_sample import body_of, inputs_for
+from tests.codegen.test_sample import body_of, inputs_for, lists_with_ids_outside
 from tests.codegen.triton_modules import load, poisoned
 from tests.codegen.triton_modules import run as launch
 from tests.variants import nightly
@@ -96,21 +96,8 @@ def test_many_draws_without_filters():
 
 
 def test_lists_penalties_and_ids_outside_the_vocabulary():
-    vocabulary, g = 50, torch.Generator().manual_seed(3)
-    logits = torch.randn(13, vocabulary, generator=g) * 3
-    bad = [-1, 50, 2**40, -(2**62)]
-    row = lambda n: torch.randperm(vocabulary, generator=g)[:n].tolist()  # noqa: E731
-    inputs = inputs_for(
-        13,
-        temperature=torch.tensor([0.0, 1.0] * 6 + [0.0]),
-        seeds=torch.arange(13), sample_positions=torch.arange(13) * 3,
-        repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.2, logprob_counts=20,
-        penalty=[[(t, i % 3) for i, t in enumerate(row(10) + bad)] for _ in range(13)],
-        bias=[[(t, 1.5 if t % 2 else float("-inf")) for t in row(6) + bad] for _ in range(13)],
-        allowed=[[] if r % 3 else row(20) + bad for r in range(13)],
-        given_ids=torch.tensor([0, 3, -5, 49, 50, 2**40, 1, 2, 3, 4, 5, 6, 7]),
-        has_given=torch.tensor([0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0]),
-    )  # fmt: skip
+    vocabulary = 50
+    logits, inputs = lists_with_ids_outside(vocabulary)
     ids, *_ = check(vocabulary, 16, logits, inputs)
     assert ids[2:6].tolist() == [0, 49, 49, 49]
 
