@@ -93,8 +93,8 @@ class ProgramRunner:
         lib.pool_size.argtypes = [ctypes.c_void_p]
         lib.pool_step.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         lib.pool_step.restype = None
-        lib.pool_free.argtypes = [ctypes.c_void_p]
-        lib.pool_free.restype = None
+        lib.pool_free.argtypes = lib.pool_rest.argtypes = [ctypes.c_void_p]
+        lib.pool_free.restype = lib.pool_rest.restype = None
         lib.line_new.restype = ctypes.c_void_p
         lib.line_new.argtypes = lib.line_free.argtypes = [ctypes.c_void_p]
         lib.line_free.restype = None
@@ -193,6 +193,8 @@ class ProgramRunner:
 
     def choose(self, choices: KernelChoices) -> None:
         """Use other candidates from the next run on."""
+        self.settle()
+        self._library.pool_rest(self._pool)  # a worker that comes late reads the old ones
         self._buckets, self._choices = choices.buckets, choices.table(self.program)
 
     def time_kernels(self, nanoseconds: Longs | None) -> None:

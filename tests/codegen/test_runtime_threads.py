@@ -1,4 +1,4 @@
-"""The thread pool under ThreadSanitizer, on a busy machine, and with more workers than cores."""
+"""The thread pool under ThreadSanitizer, with workers that come late or are more than the cores."""
 
 from __future__ import annotations
 
@@ -119,6 +119,75 @@ int main(int, char **argv) {
 """
 
 
+LATE = """
+#include "prelude.h"
+#include "runtime.h"
+#include <cstdio>
+/* In step 3 worker 1 stops where the machine may take its core away, until step 7 is over. Worker 0
+ * comes when it has. */
+enum { BEFORE_OWN = 1, BEFORE_BARRIER, BEFORE_SECOND_PASS, AT_THE_END };
+static std::atomic<int> place{0}, stopped{0}, go_on{0};
+static int64_t a[512], b[512], c[512], extent[1];
+static int64_t items(const Sizes *n) { return n->T; }
+static int64_t counted(const Sizes *, void *const *p) { return *static_cast<int64_t *>(p[0]); }
+static void stop_at(aios::Worker *w, const Run *r, int where) {
+    if (r->n.S != 3 || (w->id == 1 && place.load() != where)) return;
+    if (w->id == 1) stopped.store(1);
+    while (w->id < 2 && !(w->id ? go_on : stopped).load()) sched_yield();
+}
+static void first(const Sizes *n, void *const *, int64_t i, int64_t end) {
+    for (; i < end; i++) a[i] += i + n->S;
+}
+static void second(const Sizes *n, void *const *, int64_t i, int64_t end) {
+    for (; i < end; i++) b[i] += a[n->T - 1 - i];
+}
+static void third(const Sizes *n, void *const *, int64_t i, int64_t end) {
+    for (; i < end; i++) c[i] += b[n->T - 1 - i];
+}
+static void run_step(aios::Worker *w, const Run *r) {
+    void *const p[] = {extent};
+    stop_at(w, r, BEFORE_OWN);
+    aios::launch(w, r, items, first, p);
+    stop_at(w, r, BEFORE_BARRIER);
+    aios::barrier(w);
+    aios::launch(w, r, items, second, p);
+    stop_at(w, r, BEFORE_SECOND_PASS);
+    aios::barrier(w);
+    aios::launch(w, r, items, third, counted, third, p);
+    aios::barrier(w);
+    stop_at(w, r, AT_THE_END);
+}
+int main(int, char **argv) {
+    const int workers = atoi(argv[1]);
+    for (int round = 0; round < 2 * AT_THE_END; round++) {
+        const int where = 1 + round / 2, few = round % 2; /* few items are shared out at once */
+        place.store(where), stopped.store(0), go_on.store(0);
+        aios::Pool *pool = pool_new(workers, atol(argv[2]), 4);
+        for (int step = 1; step < 12; step++) {
+            Run run{}; /* another one each time, at one place: the late worker has its own copy */
+            const int64_t T = few == (step % 4 == 3) ? 1 + step * 7 % 60 : 100 + step * 53 % 400;
+            run.n = {T, step, 0, 0};
+            extent[0] = step % 2 ? T : 0; /* some steps have a second pass */
+            for (int64_t i = 0; i < 512; i++) a[i] = b[i] = c[i] = 0;
+            pool_step(pool, &run);
+            if (step == 7) go_on.store(1), pool_rest(pool);
+            for (int64_t i = 0; i < T; i++)
+                if (a[i] != i + step || c[i] != (i + step) * (1 + step % 2))
+                    return printf("wrong: stopped at %d, step %d\\n", where, step);
+        }
+        pool_free(pool);
+    }
+    printf("never held up\\n");
+    return 0;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def late(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(tmp_path_factory.mktemp("late"), LATE)
+
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled(tmp_path_factory.mktemp("threads"), PROGRAM)
@@ -154,6 +223,12 @@ def test_no_data_race_and_no_lost_wake_up(program: Path, workers: int, spins: in
 def test_steps_begun_ahead(line: Path, workers: int, spins: int) -> None:
     """Ids go from step to step; a step that is held back or left out does not run."""
     assert output_of(line, workers, spins) == "200 steps, some held: 1\n"
+
+
+@pytest.mark.parametrize(("workers", "spins"), [(2, 0), (2, 2000), (4, 2000)])
+def test_a_worker_that_is_not_run_holds_nobody_up(late: Path, workers: int, spins: int) -> None:
+    """The others do its share; when it runs again it finds its phase or its step over."""
+    assert output_of(late, workers, spins) == "never held up\n"
 
 
 def output_of(program: Path, workers: int, spins: int) -> str:

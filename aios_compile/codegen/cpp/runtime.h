@@ -1,23 +1,18 @@
-/* The step's runtime: a thread pool with spin-then-park barriers, and work shared by chunks.
+/* The step's runtime: a pool of threads, and work shared by chunks.
  *
  * One parallel region a step: the engine's thread is worker 0, the others wait for the next step.
- * A waiting worker spins, then spins and yields in turn, and after about a millisecond sleeps in
- * the kernel. With six other programs on two cores and 53 barriers a step, a token took 46 ms
- * without the yields, 1.3 to 3 ms with them, and 0.9 ms on one worker.
+ * A phase ends when its items are done, not when every worker has come by: a worker that the
+ * machine does not run holds nobody up, unless it stopped inside a chunk. When it runs again it
+ * walks on through phases that are done, or finds that its step is over. Whatever the workers share
+ * is therefore tagged with the number of the step, and a worker reads a copy of the step's sizes
+ * and pointers. What those point to stays until the workers are out (pool_rest).
  */
 #pragma once
-#include <atomic>
-#include <cstdint>
 #include <cstdlib>
-#include <ctime>
+#include <cstring>
 #include <new>
-#include <pthread.h>
-#include <sched.h>
-#if defined(__linux__)
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+
+#include "waiting.h"
 
 typedef struct Run {
     Sizes n;
@@ -32,130 +27,58 @@ typedef struct Run {
 
 namespace aios {
 
-static inline void pause_once() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
+/* A number of a step, which only grows (it may wrap), and what was counted in that step. */
+struct Tagged {
+    uint32_t step, count;
 
-static inline void park(std::atomic<int> *word, int value) {
-#if defined(__linux__)
-    syscall(SYS_futex, reinterpret_cast<int *>(word), FUTEX_WAIT_PRIVATE, value, 0, 0, 0);
-#else
-    (void)word, (void)value;
-    timespec t{0, 50000};
-    nanosleep(&t, nullptr);
-#endif
-}
-
-static inline void wake(std::atomic<int> *word) {
-#if defined(__linux__)
-    syscall(SYS_futex, reinterpret_cast<int *>(word), FUTEX_WAKE_PRIVATE, 1 << 30, 0, 0, 0);
-#else
-    (void)word;
-#endif
-}
-
-constexpr long QUIET_SPINS = 1000; /* about 50 us: longer than most phases of a small model */
-constexpr long YIELD_EVERY = 64;
-constexpr int MAX_WORKERS = 256;
-
-/* Wait until *word is no longer `now`: spin, spin and yield, sleep. `when_late` is called once, as
- * the quiet spins are over. Who changes the word wakes the sleepers, if there are any. */
-template <class Late>
-static inline void await(std::atomic<int> *word, int now, std::atomic<int> *sleepers, long spins,
-                         Late when_late) {
-    for (long i = 0; i < spins; i++) {
-        if (word->load(std::memory_order_acquire) != now) return;
-        if (i == QUIET_SPINS) when_late();
-        if (i >= QUIET_SPINS && i % YIELD_EVERY == 0)
-            sched_yield(); /* on a busy machine another worker may be waiting for this core */
-        else
-            pause_once();
+    static Tagged of(uint64_t word) {
+        return {static_cast<uint32_t>(word >> 32), static_cast<uint32_t>(word)};
     }
-    sleepers->fetch_add(1);
-    while (word->load() == now) park(word, now);
-    sleepers->fetch_sub(1);
-}
-
-/* Which core each worker was seen on. On a busy machine Linux may leave two workers on one core
- * (the one that wakes another draws it near), where they wait for each other by turns. With four
- * other programs on four cores a token of the bundled model took 0.88 ms, and 0.36 ms since waiting
- * workers step aside (means of three runs by turns). */
-struct Places {
-    struct alignas(64) Core { std::atomic<int> number{-1}; };
-    Core cores[MAX_WORKERS + 1]; /* the last: of the thread that begins steps (step_line.h) */
-
-    void note(int id) {
-#if defined(__linux__)
-        cores[id].number.store(sched_getcpu(), std::memory_order_relaxed);
-#endif
-    }
-
-    /* If another worker was last seen on this worker's core, move to one where none was. */
-    void step_aside(int id, int num_workers) {
-#if defined(__linux__)
-        const int here = sched_getcpu();
-        bool shared = false;
-        cpu_set_t allowed, others;
-        if (here < 0 || sched_getaffinity(0, sizeof allowed, &allowed)) return;
-        others = allowed;
-        for (int i = 0; i < num_workers; i++) {
-            const int core = cores[i].number.load(std::memory_order_relaxed);
-            shared = shared || (i != id && core == here);
-            if (core >= 0 && core < CPU_SETSIZE) CPU_CLR(core, &others);
-        }
-        const int host = cores[MAX_WORKERS].number.load(std::memory_order_relaxed);
-        shared = shared || host == here;
-        if (host >= 0 && host < CPU_SETSIZE) CPU_CLR(host, &others);
-        if (!shared || !CPU_COUNT(&others)) return;
-        sched_setaffinity(0, sizeof others, &others);   /* moves at once */
-        sched_setaffinity(0, sizeof allowed, &allowed); /* and is as free as before */
-        note(id);
-#else
-        (void)id, (void)num_workers;
-#endif
-    }
+    uint64_t word() const { return static_cast<uint64_t>(step) << 32 | count; }
+    bool is_later_than(uint32_t other) const { return static_cast<int32_t>(step - other) > 0; }
+    uint32_t in(uint32_t other) const { return step == other ? count : 0; }
 };
 
-struct Barrier {
-    alignas(64) std::atomic<int> arrived{0};
-    alignas(64) std::atomic<int> phase{0};
-    alignas(64) std::atomic<int> sleepers{0};
-    Places places;
+typedef std::atomic<uint64_t> Word; /* a Tagged */
 
-    void wait(int id, int num_workers, long spins) {
-        wait(id, num_workers, spins, [] {});
-    }
+/* What the workers know together of one launch, in each step anew. */
+struct Launched {
+    alignas(64) Word claimed{0}; /* items */
+    Word extent{0};              /* items of its second pass and one; COUNTING meanwhile */
+    alignas(64) Word done{0};    /* items */
+};
+constexpr uint32_t COUNTING = ~0u;
 
-    /* The worker that comes last calls `last` before anybody goes on. */
-    template <class Last> void wait(int id, int num_workers, long spins, Last last) {
-        if (num_workers == 1) return last();
-        places.note(id);
-        int now = phase.load();
-        if (arrived.fetch_add(1) == num_workers - 1) {
-            last();
-            arrived.store(0);
-            phase.store(now + 1);
-            if (sleepers.load()) wake(&phase);
-            return;
-        }
-        await(&phase, now, &sleepers, spins, [&] { places.step_aside(id, num_workers); });
-    }
+constexpr size_t RUN_WORDS = sizeof(Run) / 8;
+static_assert(sizeof(Run) % 8 == 0, "copied in words");
+
+struct Pool;
+
+/* One worker inside a step. `next` numbers the launches; it is equal on all workers. */
+struct Worker {
+    Pool *pool = nullptr;
+    int id = 0;
+    uint32_t step = 0;
+    bool late = false;          /* the step is over: nothing is left to be done in it */
+    int64_t next = 0, ended = 0; /* launches before `ended` are in phases that are over */
+    int64_t *totals = nullptr;   /* items of each launch */
+    alignas(64) Word own{0};     /* launches whose share of this worker is taken; read by all */
 };
 
 struct Pool {
-    int num_workers;
+    std::atomic<int> num_workers{1}; /* grows while they are started */
     long spins;
-    std::atomic<int> stop{0};
-    Barrier barrier;
-    std::atomic<int64_t> *counters = nullptr;
-    int64_t num_counters = 0;
-    const Run *run = nullptr;
-    int64_t phase_began = 0; /* nanoseconds, in a run that is timed */
+    Launched *launched = nullptr;
+    Worker *workers = nullptr;
+    int64_t *totals = nullptr;
     pthread_t threads[MAX_WORKERS];
+    std::atomic<bool> stop{false};
+    Places places;
+    Bell started, advanced;
+    alignas(64) std::atomic<uint32_t> sequence{1}; /* the step's number, twice; odd between steps */
+    std::atomic<uint64_t> run[RUN_WORDS];
+    alignas(64) std::atomic<int> num_inside{0}; /* workers that may read what `run` points to */
+    int64_t phase_began = 0; /* nanoseconds, in a run that is timed */
 };
 
 static inline int64_t time_now() {
@@ -163,13 +86,6 @@ static inline int64_t time_now() {
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * 1000000000 + t.tv_nsec;
 }
-
-/* One worker inside a step. `next` numbers the launches; it is equal on all workers. */
-struct Worker {
-    Pool *pool;
-    int id;
-    int64_t next;
-};
 
 typedef int64_t (*Items)(const Sizes *);
 typedef int64_t (*FinishItems)(const Sizes *, void *const *);
@@ -182,50 +98,134 @@ struct Candidate {
     Kernel finish;
 };
 
-/* Run `total` items; no result depends on who runs what. Of a few, three quarters are shared out
- * at once: a claim costs what a row of a small model does, and the same worker meets the same rows
- * again. The others are claimed in chunks by whoever is free: three quarters of an equal share of
- * what is left, at the end an eighth of a whole one (guided self-scheduling, Polychronopoulos and
- * Kuck 1987). 7 claims of two workers end as evenly as 16 equal ones, and a kernel begins so much
- * less often, which costs a quantised linear 0.4 us a time, and the hardware's prefetch its stream:
- * 1.02x a step of int4 beside halves, which were 9 claims. */
+/* Take the share that is worker `of`'s own in a launch; false if it is taken. Launches come in
+ * order, and who leaves one has left no share of it: one number a worker is enough. */
+static inline bool take_own(Worker *w, int of, int64_t launch) {
+    Word *own = &w->pool->workers[of].own;
+    uint64_t seen = own->load(std::memory_order_relaxed);
+    const Tagged taken{w->step, static_cast<uint32_t>(launch + 1)};
+    do {
+        const Tagged now = Tagged::of(seen);
+        if (now.is_later_than(w->step) || now.in(w->step) >= taken.count) return false;
+    } while (!own->compare_exchange_weak(seen, taken.word(), std::memory_order_relaxed));
+    return true;
+}
+
+/* Claim items of what is shared; return whether there were any, from *begin to *end. */
+static inline bool claim(Worker *w, Launched *l, int64_t shared, int64_t *begin, int64_t *end) {
+    const int64_t workers = w->pool->num_workers;
+    const int64_t least = (shared + workers * 6 - 1) / (workers * 6);
+    uint64_t seen = l->claimed.load(std::memory_order_relaxed);
+    do {
+        const Tagged now = Tagged::of(seen);
+        w->late = now.is_later_than(w->step);
+        *begin = now.in(w->step);
+        if (w->late || *begin >= shared) return false;
+        const int64_t left = shared - *begin, most = left * 3 / (workers * 4);
+        const int64_t chunk = most > least ? most : least;
+        *end = *begin + (chunk < left ? chunk : left);
+    } while (!l->claimed.compare_exchange_weak(
+        seen, Tagged{w->step, static_cast<uint32_t>(*end)}.word(), std::memory_order_relaxed));
+    return true;
+}
+
+/* Count items as done; whoever counts the last lets the others on. */
+static inline void count(Worker *w, Launched *l, int64_t items, int64_t total) {
+    uint64_t seen = l->done.load(std::memory_order_relaxed);
+    Tagged next;
+    do {
+        next = {w->step, static_cast<uint32_t>(Tagged::of(seen).in(w->step) + items)};
+    } while (!l->done.compare_exchange_weak(seen, next.word()));
+    if (next.count == total) w->pool->advanced.ring();
+}
+
+/* Run `total` items; no result depends on who runs what.
+ *
+ * Of a few items, three quarters are shared out at once: a claim costs what a row of a small model
+ * does, and the same worker meets the same rows again. A share whose worker has not come yet goes
+ * to who has nothing else to do. The others are claimed in chunks by who is free: three quarters
+ * of an equal share of what is left, at the end an eighth of a whole one (guided self-scheduling,
+ * Polychronopoulos and Kuck 1987). 7 claims of two workers end as evenly as 16 equal ones, and a
+ * kernel begins less often, which costs a quantised linear 0.4 us each time, and the hardware's
+ * prefetch its stream: 1.02x a step of int4 beside halves, which were 9 claims. */
 constexpr int FEW_ITEMS = 32; /* a worker */
 static inline void share(Worker *w, const Run *r, int64_t total, Kernel kernel, void *const *p) {
     const int workers = w->pool->num_workers;
+    if (workers == 1) return kernel(&r->n, p, 0, total);
     const int64_t index = w->next++;
-    if (workers == 1) {
-        kernel(&r->n, p, 0, total);
-        return;
-    }
+    w->totals[index] = total;
+    Launched *l = &w->pool->launched[index];
     const int64_t own = total <= FEW_ITEMS * workers ? total * 3 / (workers * 4) : 0;
-    if (own) kernel(&r->n, p, w->id * own, (w->id + 1) * own);
-    const int64_t shared = own * workers, least = (total + workers * 8 - 1) / (workers * 8);
-    std::atomic<int64_t> *counter = &w->pool->counters[index * 8]; /* one cache line each */
-    int64_t begin = counter->load(std::memory_order_relaxed);
-    while (shared + begin < total) {
-        const int64_t left = total - shared - begin, most = left * 3 / (workers * 4);
-        const int64_t chunk = most > least ? most : least, count = chunk < left ? chunk : left;
-        if (!counter->compare_exchange_weak(begin, begin + count, std::memory_order_relaxed))
-            continue;
-        kernel(&r->n, p, shared + begin, shared + begin + count);
-        begin = counter->load(std::memory_order_relaxed);
+    const int64_t first = own * workers; /* of the items that are claimed */
+    int64_t items = 0, begin, end;
+    if (own && take_own(w, w->id, index)) {
+        kernel(&r->n, p, w->id * own, (w->id + 1) * own);
+        items += own;
     }
+    while (!w->late && claim(w, l, total - first, &begin, &end)) {
+        kernel(&r->n, p, first + begin, first + end);
+        items += end - begin;
+    }
+    for (int of = 0; own && !w->late && of < workers; of++)
+        if (take_own(w, of, index)) {
+            kernel(&r->n, p, of * own, (of + 1) * own);
+            items += own;
+        }
+    if (items) count(w, l, items, total);
 }
 
 static inline void launch(Worker *w, const Run *r, Items items, Kernel kernel, void *const *p) {
     share(w, r, items(&r->n), kernel, p);
 }
 
+/* Wait until all launches since the last barrier are done. */
 static inline void barrier(Worker *w) {
-    w->pool->barrier.wait(w->id, w->pool->num_workers, w->pool->spins);
+    Pool *pool = w->pool;
+    if (pool->num_workers == 1) return;
+    pool->places.note(w->id);
+    for (; w->ended < w->next && !w->late; w->ended++) {
+        const Word *done = &pool->launched[w->ended].done;
+        const int64_t total = w->totals[w->ended];
+        auto is_done = [&] {
+            const Tagged now = Tagged::of(done->load());
+            w->late = now.is_later_than(w->step);
+            return w->late || now.in(w->step) == total;
+        };
+        pool->advanced.wait(is_done, pool->spins,
+                            [&] { pool->places.step_aside(w->id, pool->num_workers); });
+    }
 }
 
-/* A kernel whose results need a second pass over some inputs: all workers see the same inputs, so
- * they agree on whether there is one. */
+/* Return the items of a launch's second pass. They depend on the step's inputs, which may be read
+ * only while the step lasts: so one worker counts them, and the step cannot end before it has. */
+static inline int64_t second_pass(Worker *w, const Run *r, FinishItems items, void *const *p) {
+    Pool *pool = w->pool;
+    if (pool->num_workers == 1) return items(&r->n, p);
+    if (w->late) return 0;
+    Word *extent = &pool->launched[w->next - 1].extent;
+    uint64_t seen = extent->load();
+    for (;;) {
+        const Tagged now = Tagged::of(seen);
+        if (now.is_later_than(w->step)) return w->late = true, 0;
+        if (now.step == w->step) break;
+        if (!extent->compare_exchange_weak(seen, Tagged{w->step, COUNTING}.word())) continue;
+        const int64_t total = items(&r->n, p);
+        seen = Tagged{w->step, static_cast<uint32_t>(total + 1)}.word();
+        extent->store(seen);
+        pool->advanced.ring();
+    }
+    auto is_counted = [&] { return (seen = extent->load(), Tagged::of(seen).count != COUNTING); };
+    pool->advanced.wait(is_counted, pool->spins, [] {});
+    const Tagged now = Tagged::of(seen);
+    w->late = now.is_later_than(w->step);
+    return w->late ? 0 : now.count - 1;
+}
+
+/* A kernel whose results need a second pass over some inputs. */
 static inline void launch(Worker *w, const Run *r, Items items, Kernel kernel,
                           FinishItems finish_items, Kernel finish, void *const *p) {
     launch(w, r, items, kernel, p);
-    const int64_t total = finish_items(&r->n, p);
+    const int64_t total = second_pass(w, r, finish_items, p);
     if (total == 0) return;
     barrier(w);
     share(w, r, total, finish, p);
@@ -237,78 +237,119 @@ static inline void launch(Worker *w, const Run *r, Items items, const Candidate 
 }
 
 /* The end of a phase, which is one kernel's that has candidates (else -1). In a run that asks for
- * it the phase is timed from barrier to barrier, by whoever comes last: a worker that was not
- * running does not know when the others began. */
+ * it the caller's thread times the phase, from barrier to barrier. */
 static inline void barrier(Worker *w, const Run *r, int kernel) {
-    Pool *pool = w->pool;
-    pool->barrier.wait(w->id, pool->num_workers, pool->spins, [&] {
-        if (!r->nanoseconds) return;
-        const int64_t now = time_now();
-        if (kernel >= 0) r->nanoseconds[kernel] += now - pool->phase_began;
-        pool->phase_began = now;
-    });
+    barrier(w);
+    if (!r->nanoseconds || w->id) return;
+    const int64_t now = time_now();
+    if (kernel >= 0) r->nanoseconds[kernel] += now - w->pool->phase_began;
+    w->pool->phase_began = now;
 }
 
 }  // namespace aios
 
 static void run_step(aios::Worker *w, const Run *r);
 
+namespace aios {
+
+static inline void begin_step(Worker *w, uint32_t step) {
+    w->step = step;
+    w->late = false;
+    w->next = w->ended = 0;
+}
+
+/* Go into step `sequence` unless it is over: copy what it is about. */
+static inline bool enter(Pool *pool, uint32_t sequence, Run *r) {
+    pool->num_inside.fetch_add(1);
+    uint64_t words[RUN_WORDS];
+    for (size_t i = 0; i < RUN_WORDS; i++) words[i] = pool->run[i].load(std::memory_order_acquire);
+    if (pool->sequence.load() != sequence) return false;
+    memcpy(r, words, sizeof *r);
+    return true;
+}
+
+static inline void leave(Pool *pool) {
+    if (pool->num_inside.fetch_sub(1) == 1) pool->advanced.ring();
+}
+
 static void *worker_loop(void *argument) {
-    aios::Worker w = *static_cast<aios::Worker *>(argument);
-    delete static_cast<aios::Worker *>(argument);
-    for (;;) {
-        aios::barrier(&w); /* the step begins, or the pool stops */
-        if (w.pool->stop.load()) return nullptr;
-        w.next = 0;
-        run_step(&w, w.pool->run);
+    Worker *w = static_cast<Worker *>(argument);
+    Pool *pool = w->pool;
+    for (uint32_t seen = 0, now = 0;; seen = now) {
+        auto is_ready = [&] {
+            now = pool->sequence.load();
+            return pool->stop.load() || (now != seen && now % 2 == 0);
+        };
+        pool->started.wait(is_ready, pool->spins,
+                           [&] { pool->places.step_aside(w->id, pool->num_workers); });
+        if (pool->stop.load()) return nullptr;
+        Run r;
+        if (enter(pool, now, &r)) {
+            begin_step(w, now / 2);
+            run_step(w, &r);
+        }
+        leave(pool);
     }
 }
 
+}  // namespace aios
+
 extern "C" {
+
+void pool_free(aios::Pool *p);
 
 /* Return a pool of `num_workers` (the caller's thread is one of them), or null. */
 aios::Pool *pool_new(int num_workers, long spins, int64_t num_counters) {
     if (num_workers < 1 || num_workers > aios::MAX_WORKERS) return nullptr;
     aios::Pool *p = new (std::nothrow) aios::Pool;
     if (!p) return nullptr;
-    p->num_workers = num_workers;
     p->spins = spins;
-    p->num_counters = num_counters;
-    p->counters = new (std::nothrow) std::atomic<int64_t>[num_counters * 8];
-    if (!p->counters) {
-        delete p;
-        return nullptr;
+    p->launched = new (std::nothrow) aios::Launched[num_counters];
+    p->workers = new (std::nothrow) aios::Worker[num_workers];
+    p->totals = new (std::nothrow) int64_t[num_workers * num_counters];
+    if (!p->launched || !p->workers || !p->totals) return pool_free(p), nullptr;
+    for (int i = 0; i < num_workers; i++) {
+        p->workers[i].pool = p;
+        p->workers[i].id = i;
+        p->workers[i].totals = p->totals + i * num_counters;
     }
     for (int i = 1; i < num_workers; i++) {
-        aios::Worker *w = new aios::Worker{p, i, 0};
-        if (pthread_create(&p->threads[i], nullptr, worker_loop, w)) {
-            delete w; /* fewer workers are enough; those that started count */
-            p->num_workers = i;
-            break;
-        }
+        if (pthread_create(&p->threads[i], nullptr, aios::worker_loop, &p->workers[i])) break;
+        p->num_workers = i + 1; /* fewer are enough; no step begins before this is known */
     }
     return p;
 }
 
 int pool_size(const aios::Pool *p) { return p->num_workers; }
 
-/* Run one step on the pool; returns when every worker is done. */
+/* Run one step on the pool; returns when all of it is done. */
 void pool_step(aios::Pool *p, const Run *r) {
-    for (int64_t i = 0; i < p->num_counters; i++)
-        p->counters[i * 8].store(0, std::memory_order_relaxed);
-    p->run = r;
+    const uint32_t sequence = p->sequence.load() + 1; /* it was odd: the step before is over */
+    uint64_t words[aios::RUN_WORDS];
+    memcpy(words, r, sizeof *r);
+    for (size_t i = 0; i < aios::RUN_WORDS; i++)
+        p->run[i].store(words[i], std::memory_order_release);
     if (r->nanoseconds) p->phase_began = aios::time_now();
-    aios::Worker w{p, 0, 0};
-    aios::barrier(&w);
-    run_step(&w, r);
+    aios::begin_step(&p->workers[0], sequence / 2);
+    p->sequence.store(sequence);
+    p->started.ring();
+    run_step(&p->workers[0], r);
+    p->sequence.store(sequence + 1); /* who has not come yet need not */
+}
+
+/* Wait until no worker is inside the step that is over: it may read what the step's pointers point
+ * to, as it walks through. To be called before that memory goes, and between steps. */
+void pool_rest(aios::Pool *p) {
+    p->advanced.wait([&] { return p->num_inside.load() == 0; }, p->spins, [] {});
 }
 
 void pool_free(aios::Pool *p) {
-    p->stop.store(1);
-    aios::Worker w{p, 0, 0};
-    aios::barrier(&w);
+    p->stop.store(true);
+    p->started.ring();
     for (int i = 1; i < p->num_workers; i++) pthread_join(p->threads[i], nullptr);
-    delete[] p->counters;
+    delete[] p->totals;
+    delete[] p->workers;
+    delete[] p->launched;
     delete p;
 }
 }

@@ -33,24 +33,21 @@ namespace aios {
 /* A number that only grows (it may wrap), for one thread to set and others to wait for. */
 struct Count {
     alignas(64) std::atomic<int> value{0};
-    alignas(64) std::atomic<int> sleepers{0};
+    Bell bell;
 
     bool is_below(int number) const {
         const unsigned distance = static_cast<unsigned>(number) - static_cast<unsigned>(load());
         return static_cast<int>(distance) > 0;
     }
-    int load() const { return value.load(std::memory_order_acquire); }
+    int load() const { return value.load(); }
 
     void set(int number) {
         value.store(number);
-        if (sleepers.load()) wake(&value);
+        bell.ring();
     }
 
     void reach(int number, long spins) {
-        while (is_below(number)) {
-            const int now = load();
-            if (is_below(number)) await(&value, now, &sleepers, spins, [] {});
-        }
+        bell.wait([&] { return !is_below(number); }, spins, [] {});
     }
 };
 
@@ -87,7 +84,7 @@ namespace aios {
  * where it would wait until the caller sleeps: beside other programs nearly every step did. */
 static inline void leave_callers_core(Pool *pool) {
 #if defined(__linux__)
-    Places &places = pool->barrier.places;
+    Places &places = pool->places;
     if (places.cores[MAX_WORKERS].number.load(std::memory_order_relaxed) == sched_getcpu())
         places.step_aside(0, pool->num_workers);
 #endif
@@ -137,7 +134,7 @@ aios::Line *line_new(aios::Pool *pool) {
 /* Begin a step behind the one that runs, if any; return its number for line_wait. */
 int line_begin(aios::Line *line, Begun *b) {
     const int number = line->begun.load();
-    line->pool->barrier.places.note(aios::MAX_WORKERS);
+    line->pool->places.note(aios::MAX_WORKERS);
     b->state = WAITING;
     line->steps[number & 1] = b;
     line->begun.set(aios::next_of(number));
@@ -157,8 +154,7 @@ int line_make_sure(Begun *b) {
 }
 
 /* Wait for a step's end; return whether it was run. The caller sleeps soon: when another step is in
- * line it has the time, and who spins and yields on a busy machine comes back late (0.3 to 1 ms
- * after the step's end beside twelve other programs on four cores). */
+ * line it has the time. */
 int line_wait(aios::Line *line, const Begun *b, int number) {
     line->ended.reach(number, aios::QUIET_SPINS);
     return aios::state_of(b) == ENDED;
