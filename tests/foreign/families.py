@@ -7,6 +7,7 @@ wrong mask or a forgotten bias would hide below the tolerance.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -53,12 +54,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **SIZES,
             **GROUPED,
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
+            "rope_scaling": {  # as transformers 4 calls it too
+                "type": "longrope",
                 "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
                 "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4, 2.5],
-                "original_max_position_embeddings": 16,
             },
             "original_max_position_embeddings": 16,  # the config's own default goes before
         },
@@ -173,6 +172,17 @@ def run(model: nn.Module, count: int) -> torch.Tensor:
     ids = torch.arange(count)[None] % VOCABULARY
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits[0]
+
+
+def longrope_branches():
+    """Return whether this transformers chooses the factors with an `if` on the positions' values.
+
+    No graph holds that, so it is refused by its line; newer ones choose with torch.where.
+    """
+    from transformers import modeling_rope_utils
+
+    text = inspect.getsource(modeling_rope_utils.dynamic_rope_update)
+    return "if seq_len > original_max_position_embeddings" in text
 
 
 def config_class(stem: str) -> Callable[..., Any]:

@@ -1,6 +1,5 @@
 """Hugging Face families, tiny and random: logits and greedy tokens of transformers."""
 
-import inspect
 import os
 
 import pytest
@@ -72,7 +71,7 @@ def test_family(name, compiled):
 @pytest.mark.parametrize("name", list(CALLED)[: None if ALL else 1])
 def test_family_that_is_only_called(name, compiled):
     model = families.build(name)
-    if name == "phi3_long" and longrope_branches():
+    if name == "phi3_long" and families.longrope_branches():
         with pytest.raises(CaptureError, match=r"modeling_rope_utils\.py:.*if seq_len > original"):
             compiled(model)
         return
@@ -80,17 +79,6 @@ def test_family_that_is_only_called(name, compiled):
         check_logits(model, found)
         with pytest.raises(RequestError, match=CALLED[name]):
             found.generate([3, 4], max_tokens=2)
-
-
-def longrope_branches():
-    """Return whether this transformers chooses the factors with an `if` on the positions' values.
-
-    No graph holds that, so it is refused by its line; newer ones choose with torch.where.
-    """
-    from transformers import modeling_rope_utils
-
-    text = inspect.getsource(modeling_rope_utils.dynamic_rope_update)
-    return "if seq_len > original_max_position_embeddings" in text
 
 
 @pytest.mark.parametrize("name", list(REFUSED)[: None if ALL else 1])
