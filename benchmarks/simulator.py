@@ -99,7 +99,7 @@ def sweep(path: Path, args: argparse.Namespace) -> float:
     with aios_compile.load_and_compile(
         args.model, num_threads=args.threads, decision_log=str(path), progress=False
     ) as model:
-        found = bench(model, rounds=1)
+        found = bench(model, rounds=3)
     return next(row.tokens_a_second for row in found.decode if row.num_sequences == 16)
 
 

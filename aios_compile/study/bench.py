@@ -1,8 +1,8 @@
 """A sweep over what steps can be, on the engine itself: speeds, and a log to fit a cost model to.
 
 Decodes of 1, 2, 3, ... sequences, some of them with long contexts, prompts of all lengths alone and
-beside running streams, each a few times, with pauses in which the engine's thread sleeps, as it
-does between requests.
+beside running streams, and short requests that come while others run; each a few times, with pauses
+in which the engine's thread sleeps, as it does between requests.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ LENGTHS = (3, 6, 12, 24, 48, 96, 160, 256, 384, 512, 1024, 2048)
 CONTEXTS = {1: 2048, 3: 680, 8: 256, 16: 128}  # decodes of so many with so long prompts
 DECODE_TOKENS = 16
 PAUSE_S = 0.004
+NUM_ARRIVALS = 12  # a round, in steps that run: from fewer the cost of taking one in is chance
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def bench(model: Any, rounds: int = 3, seed: int = 0) -> Bench:
             firsts[length].append(sweep.prefill(length))
             if length > 24:
                 sweep.prefill_beside_streams(length)
+        sweep.arrivals_beside_streams()
     return Bench(
         [_decode_row(count, statistics.median(times)) for count, times in steps.items()],
         [_prefill_row(length, statistics.median(times)) for length, times in firsts.items()],
@@ -126,6 +128,17 @@ class _Sweep:
         while len(times) < 6:
             time.sleep(PAUSE_S / 10)
         _read([*streams, self._open(length, 2, [])])
+
+    def arrivals_beside_streams(self) -> None:
+        """Let short requests come one after the other while three streams run."""
+        times: list[float] = []
+        streams = [self._open(4, 6 * DECODE_TOKENS, times) for _ in range(3)]
+        while len(times) < 6:
+            time.sleep(PAUSE_S / 10)
+        for i in range(NUM_ARRIVALS):
+            time.sleep(PAUSE_S / 4)
+            streams.append(self._open(2 + 5 * i % 24, 2, []))
+        _read(streams)
 
 
 def _read(streams: list[Any]) -> None:
