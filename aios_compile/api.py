@@ -21,7 +21,7 @@ from aios_compile.config import CompileOptions
 from aios_compile.errors import CacheError
 from aios_compile.model_source import ModelSource, open_source
 from aios_compile.progress import Progress
-from aios_compile.runtime.torch_device import card_name, require_cuda
+from aios_compile.runtime.torch_device import card_name, gpu_name, require_cuda
 from aios_compile.runtime.weight_memory import OpenArtefact
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ def _cached_artefact(
     with progress.stage("cache"):
         memo = cache.memo()
         files, edits = hash_files(source.files, memo), overrides.digests(cache.root.parent)
-        card = card_name(options.device) if options.device.startswith("cuda") else ""
+        name = options.device
+        card = f"{card_name(name)} {gpu_name(name)}" if name.startswith("cuda") else ""
         key: CacheKey = compute_key(source.name, files, options, memo, edits, card)
     path, miss = cache.obtain(
         key,

@@ -1,7 +1,7 @@
 """What the parts of a compile are told: derived from the options, the model and the card.
 
 One function a receiver: capture_for for the capture, pass_options for the passes, limits_of for the
-memory plan, settings_of for the runtime, tuning_for for the choice of Triton configurations. The
+memory plan, settings_of for the runtime; kernel_tuning.py has what GPU kernels are chosen by. The
 studies that compile a part of a model by themselves (doctor, bisect, plan_model) take them from
 here too.
 """
@@ -121,18 +121,6 @@ def gpu_card(device: str) -> str:
     from aios_compile.runtime.torch_device import card_name
 
     return card_name(device)
-
-
-def tuning_for(options: CompileOptions, card: str, cache_root: Path | None = None) -> Any:
-    """Return who asks the compiler about candidates, or None; numbers are kept in the cache."""
-    if not (options.compile_candidates and card) or options.device == "interpreter":
-        return None
-    from aios_compile.codegen.triton.choice import Tuning
-    from aios_compile.codegen.triton.resource_report import ResourceReport
-
-    folder = None if cache_root is None else cache_root / "resources"
-    report = ResourceReport(card, options.threads(), folder)
-    return Tuning(report, options.compile_candidates)
 
 
 def settings_of(

@@ -153,6 +153,7 @@ class CompiledModel:
             limits,
             device,
             num_host_pages=self.scheduler_options.num_host_pages,
+            choices=self._artefact.kernel_choices,
         )
         if memory is not None:  # the interpreter has nothing to compile, and is slow
             with self.progress.stage("capture graphs"):

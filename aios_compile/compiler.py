@@ -34,7 +34,6 @@ from aios_compile.compile_settings import (
     page_table_width,
     pass_options,
     settings_of,
-    tuning_for,
     within,
 )
 from aios_compile.config import CompileOptions, ResolvedSizes
@@ -43,6 +42,7 @@ from aios_compile.ir.quantization_error import Measured, measure
 from aios_compile.ir.random_weights import RandomWeights
 from aios_compile.ir.refresh import refresh
 from aios_compile.ir.stored_weights import bind_stored_weights
+from aios_compile.kernel_tuning import tuning_for
 from aios_compile.model_source import ModelSource
 from aios_compile.passes.certificate import CertificateCache
 from aios_compile.passes.pipeline import STAGES
@@ -102,7 +102,7 @@ def compile_model(
     with progress.stage("generate"):
         refresh(module)
         card = gpu_card(options.device)
-        emitted = _emit(module, options, card, cache_root, progress)
+        emitted, chosen = _emit(module, options, card, cache_root, progress)
         edits = _apply_edits(module, emitted, weights, sizes, cache_root, progress)
         if module.not_generatable:  # one whole sequence a step, all of its logits
             sizes = replace(sizes, max_num_seqs=1)
@@ -121,7 +121,7 @@ def compile_model(
         library = writer.folder / artefact.LIBRARY
         kernels = partial(_compile_cpp, emitted.sources, step, library, cache_root, progress)
         quantized = _pack_beside(kernels, program, module, source, writer, progress)
-    notes = [*edits, *([] if measured is None else measured.remarks())]
+    notes = [*edits, *chosen, *([] if measured is None else measured.remarks())]
     notes += [*remarks(program, quantized), *kv_remarks(program), *source.notes]
     notes += source.expanded()
     notes += unshared_layers(model, module)
@@ -159,9 +159,11 @@ def measure_weights(
 
 def _emit(
     module: IRModule, options: CompileOptions, card: str, cache_root: Path, progress: Progress
-) -> Emitted:
-    tuning = tuning_for(options, card, cache_root)
-    return emit(module, options.device, progress.update, card, options.joined_launches(), tuning)
+) -> tuple[Emitted, list[str]]:
+    """Return the kernels, and lines about what is known of the GPU that they are for."""
+    notes: list[str] = []
+    tuning, joined = tuning_for(options, card, cache_root, notes), options.joined_launches()
+    return emit(module, options.device, progress.update, card, joined, tuning), notes
 
 
 def _apply_edits(

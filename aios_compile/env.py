@@ -57,8 +57,9 @@ HUGE_WEIGHTS = Variable(
 SELECT_KERNELS = Variable(
     "AIOS_SELECT_KERNELS",
     "3",
-    "seconds in which the C++ target times candidates of large linears, in steps of one token, "
-    "when a model is compiled; 0: the standard ones",
+    "seconds in which candidates of linears are timed when a model is compiled: on the C++ target "
+    "of large ones, in steps of one token; on a GPU of those that its ledger lacks, in steps of 1 "
+    "to 2,048 tokens; 0: the standard ones, and no ledger",
 )
 OVERLAP = Variable(
     "AIOS_OVERLAP",

@@ -15,12 +15,13 @@ import numpy as np
 from aios_compile import env
 from aios_compile.codegen.artefact import Artefact
 from aios_compile.codegen.cpp import build
-from aios_compile.codegen.kernel_choices import FILE
+from aios_compile.codegen.kernel_choices import FILE, KernelChoices
 from aios_compile.codegen.manifest import canonical
 from aios_compile.codegen.private_folder import cache_errors
 from aios_compile.codegen.program import Program
 from aios_compile.config import CompileOptions
 from aios_compile.engine_sizes import make_limits, make_scheduler_options
+from aios_compile.gpu_kernel_selection import choose_on_gpu
 from aios_compile.progress import Progress
 from aios_compile.runtime.batch import Batch, Limits, StepResult
 from aios_compile.runtime.engine import Engine
@@ -38,7 +39,7 @@ BUCKETS = (1, 8)
 def choose_kernels(folder: Path, options: CompileOptions, progress: Progress) -> None:
     """Write kernel_choices.json into an artefact's folder, if its program leaves a choice.
 
-    Nothing is written with AIOS_SELECT_KERNELS=0, when PyTorch runs the model, or on a GPU.
+    Nothing is written with AIOS_SELECT_KERNELS=0, or when PyTorch runs the model.
     """
     seconds = env.SELECT_KERNELS.get_int(0, 3600)
     if not seconds or env.EAGER.get_int(0, 1):
@@ -48,29 +49,39 @@ def choose_kernels(folder: Path, options: CompileOptions, progress: Progress) ->
     if not any(kernel.candidates for kernel in program.kernels):
         return
     with progress.stage("select kernels"):
-        limits = _small_pool(make_limits(program, options, free := free_memory_bytes()))
-        library = build.load(artefact.library)
-        memory = WeightMemory(artefact, program, options.threads(), free)
-        runner = ProgramRunner(
-            program,
-            library,
-            memory.arrays,
-            options.threads(),
-            num_pages=limits.num_pages,
-            page_table_width=limits.max_pages_per_sequence,
-        )
-        try:
-            steps = _recorded(runner, program, options, limits)
-            choices = select_kernels(runner, steps, seconds, huge_pages=memory.in_huge_pages)
-        finally:
-            runner.close()
-            memory.close()
+        if program.settings.get("family") == "triton":
+            choices = choose_on_gpu(artefact, program, options, seconds)
             artefact.close()
-            build.unload(library)
+        else:
+            choices = _choose_on_cpu(artefact, program, options, seconds)
         for line in choices.lines():
             progress.note(line)
     with cache_errors(folder):
         (folder / FILE).write_bytes(canonical(choices.to_json()))
+
+
+def _choose_on_cpu(
+    artefact: Artefact, program: Program, options: CompileOptions, seconds: float
+) -> KernelChoices:
+    limits = _small_pool(make_limits(program, options, free := free_memory_bytes()))
+    library = build.load(artefact.library)
+    memory = WeightMemory(artefact, program, options.threads(), free)
+    runner = ProgramRunner(
+        program,
+        library,
+        memory.arrays,
+        options.threads(),
+        num_pages=limits.num_pages,
+        page_table_width=limits.max_pages_per_sequence,
+    )
+    try:
+        steps = _recorded(runner, program, options, limits)
+        return select_kernels(runner, steps, seconds, huge_pages=memory.in_huge_pages)
+    finally:
+        runner.close()
+        memory.close()
+        artefact.close()
+        build.unload(library)
 
 
 def _small_pool(limits: Limits) -> Limits:

@@ -1,6 +1,7 @@
-"""The first minutes on a GPU: is it right, then how fast. Three parts, each below 8 minutes.
+"""The first minutes on a GPU: is it right, then how fast. Parts of less than 8 minutes each.
 
     PYTHONPATH=. python -m benchmarks.gpu ours   --out results.jsonl    correctness, then times
+    PYTHONPATH=. python -m benchmarks.gpu ledger --out results.jsonl    time candidates of kernels
     PYTHONPATH=. python -m benchmarks.gpu peers  --out results.jsonl    torch.compile, cuBLAS, SDPA
     PYTHONPATH=. python -m benchmarks.gpu engine --out results.jsonl    many requests, the start
 
@@ -12,7 +13,9 @@ are measured in the same run; a share is of the floor: every weight and KV entry
 bandwidth, or the products at that peak where they take longer. No row uses cuBLAS but its own: a
 model's kernels are all Triton. Times are CUDA events around replays of captured graphs, medians of
 --repeats. The short table at the end is of all rows in --out. --device interpreter runs everything
-on a CPU, for tests.
+on a CPU, for tests. `ledger` times the candidates of every linear in whole steps and writes what is
+best into the package (--ledgers): starts on this GPU then time nothing, and the rows of `ours` and
+`engine` run what was chosen.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_ours
+from aios_compile.codegen.triton.kernel_ledger import FOLDER
+from benchmarks import gpu_ledger, gpu_ours
 from benchmarks.gpu_clock import Clock
 from benchmarks.shapes import SHAPES, config_of
 
@@ -87,6 +91,7 @@ class Ours:
     def __init__(self, options: argparse.Namespace, clock: Clock) -> None:
         self.options, self.clock = options, clock
         self._model: tuple[tuple[str, str], gpu_ours.Model] | None = None
+        self._tuning = gpu_ledger.known(options, clock)
 
     def model(self, shape: str, form: str = "bf16") -> gpu_ours.Model:
         options = self.options
@@ -96,7 +101,9 @@ class Ours:
             longest = max([options.context, *([] if quantized else options.tokens)]) + 64
             buckets = [1] if quantized else [*options.batch, *options.tokens]
             config = config_of(shape, options.layers)
-            made = gpu_ours.Model(config, buckets, longest, self.clock, options.pages, form)
+            made = gpu_ours.Model(
+                config, buckets, longest, self.clock, options.pages, form, self._tuning
+            )
             self._model = ((shape, form), made)
         return self._model[1]
 
@@ -190,6 +197,16 @@ def engine_rows(options: argparse.Namespace, clock: Clock) -> Iterable[Row]:
         )
 
 
+def ledger_rows(options: argparse.Namespace, clock: Clock) -> Iterable[Row]:
+    """Yield the rows of `ledger`: a model each, bf16 of every shape, other forms of the last."""
+    last = [(options.shapes[-1], form) for form in options.forms]
+    for shape, form in [*((shape, "bf16") for shape in options.shapes), *last]:
+        yield (
+            f"ledger {shape} {form}",
+            lambda shape=shape, form=form: gpu_ledger.ledger_row(shape, form, options, clock),
+        )
+
+
 def machine(clock: Clock) -> dict[str, Any]:
     """Return the card, the versions and the measured peaks."""
     import torch
@@ -203,7 +220,17 @@ def machine(clock: Clock) -> dict[str, Any]:
     }  # fmt: skip
 
 
-SHOWN = ("step_us", "us", "share", "busy", "host_us", "tokens_per_s", "ready_seconds", "error")
+SHOWN = (
+    "together",
+    "step_us",
+    "us",
+    "share",
+    "busy",
+    "host_us",
+    "tokens_per_s",
+    "ready_seconds",
+    "error",
+)
 
 
 def table(results: Results) -> str:
@@ -224,7 +251,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         return [int(x) for x in text.split(",")]
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("ours", "peers", "engine"))
+    parser.add_argument("part", choices=("ours", "ledger", "peers", "engine"))
     parser.add_argument("--out", type=Path, required=True, help="rows, one JSON line each")
     parser.add_argument("--minutes", type=float, default=7, help="start no row after that")
     parser.add_argument("--again", action="store_true", help="run rows anew that failed")
@@ -236,7 +263,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer-batch", type=numbers, default=[1], help="of torch's decoders")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--tokens", type=numbers, default=[2048, 8192], help="of prefill steps")
-    parser.add_argument("--forms", default="int8,int4", help="of the last shape, beside bf16")
+    parser.add_argument("--forms", default="int8,int4,fp8", help="of the last shape, beside bf16")
+    parser.add_argument("--seconds", type=float, default=40, help="of timing, a model of `ledger`")
+    parser.add_argument("--ledgers", type=Path, default=FOLDER, help="folder of the GPUs' ledgers")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--cases", type=int, default=len(CASES), help="models held to eager")
     parser.add_argument("--pages", type=int, default=gpu_ours.PAGES, help="of the KV pool")
@@ -254,6 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = Results(options.out, options.again)
     rows = {
         "ours": lambda: Ours(options, clock).rows(),
+        "ledger": lambda: ledger_rows(options, clock),
         "peers": lambda: peer_rows(options, clock),
         "engine": lambda: engine_rows(options, clock),
     }

@@ -20,7 +20,8 @@ PAGES = 8192  # of the KV pool, less where the model is small
 class Model:
     """A config with random weights on a device, its graphs captured for the buckets asked for.
 
-    form: "bf16", or what linears are quantised to ("int8", "int4").
+    form: "bf16", or what linears are quantised to ("int8", "int4", "fp8"). tuning: whom to ask
+    about configurations, beside the model (codegen/triton/choice.py). captures: the buckets.
     """
 
     def __init__(
@@ -31,6 +32,8 @@ class Model:
         clock: Clock,
         pages: int,
         form: str = "bf16",
+        tuning: Any = None,
+        captures: bool = True,
     ) -> None:
         from aios_compile.codegen.pack_weights import to_numpy
         from aios_compile.codegen.triton import binary_cache, compile_ahead
@@ -49,7 +52,7 @@ class Model:
         sizes = {"max_num_batched_tokens": tokens, "max_num_seqs": min(256, tokens)}
         card = card_name(clock.device)
         forms = {} if form == "bf16" else {"quantization": form}
-        planned = plan_for(folder, card, {"max_model_len": length, **sizes, **forms})
+        planned = plan_for(folder, card, {"max_model_len": length, **sizes, **forms}, tuning)
         self.program = program = planned.program
         self.rows = kernel_rows(planned.module, planned.emitted, program)
         self.weight_bytes = sum(row.weight_bytes for row in self.rows)
@@ -80,8 +83,11 @@ class Model:
         device = open_device(clock.device)
         device.use_binaries(folder)
         modules = [device.load(path) for path in paths]
-        self.executor = GpuExecutor(program, modules, weights, self.limits, device)
-        self.executor.capture(buckets)
+        self.executor = GpuExecutor(
+            program, modules, weights, self.limits, device, captures=captures
+        )
+        if captures:
+            self.executor.capture(buckets)
         self.start = {
             "plan_seconds": plan_seconds, "compile_seconds": compile_seconds,
             "ready_seconds": time.perf_counter() - begin, "compiled_at_start": device.num_compiled,
@@ -89,35 +95,13 @@ class Model:
 
     def fill(self, sequences: int, context: int, new: int = 1) -> int:
         """Run a batch of equal sequences; return its bucket."""
-        from aios_compile.runtime.batch import Batch
+        from aios_compile.runtime.example_steps import equal_sequences
 
-        executor, limits = self.executor, self.limits
-        tokens, page = sequences * new, limits.page_size
-        pages = -(-context // page)
-        tables = np.zeros((sequences, limits.max_pages_per_sequence), np.int64)
-        tables[:, :pages] = 1 + np.arange(sequences * pages).reshape(sequences, pages) % (
-            limits.num_pages - 1
-        )
-        positions = np.tile(np.arange(context - new, context), sequences)
-        owner = np.repeat(np.arange(sequences), new)
-        zeros, ones = np.zeros(sequences, np.int64), np.ones(sequences, np.float32)
-        starts, none = np.zeros(sequences + 1, np.int64), np.zeros(0, np.int64)
-        self.batch = Batch(
-            token_ids=np.random.default_rng(0).integers(0, limits.vocab_size, tokens),
-            positions=positions, sequence_lengths=positions + 1,
-            slots=tables[owner, positions // page] * page + positions % page,
-            query_starts=np.arange(sequences + 1) * new, context_lengths=zeros + context,
-            page_tables=tables, logit_rows=np.arange(1, sequences + 1) * new - 1,
-            temperature=0 * ones, top_k=zeros, top_p=ones, min_p=0 * ones, seeds=zeros,
-            sample_positions=zeros + context, repetition_penalty=ones,
-            presence_penalty=0 * ones, frequency_penalty=0 * ones, penalty_starts=starts,
-            penalty_ids=none, penalty_counts=none, bias_starts=starts, bias_ids=none,
-            bias_values=np.zeros(0, np.float32), allowed_starts=starts, allowed_ids=none,
-            logprob_counts=zeros, given_ids=zeros, has_given=zeros,
-        )  # fmt: skip
+        executor = self.executor
+        self.batch = equal_sequences(self.limits, sequences, context, new)
         result = executor.step(self.batch)
         assert np.all(result.finite[:sequences] == 1), "logits are numbers"
-        return next(b for b in executor.buckets if b >= tokens)
+        return next(b for b in executor.buckets if b >= sequences * new)
 
     def floor_us(self, sequences: int, context: int, clock: Clock) -> float:
         """Return the roofline of a decode step: weights at the read bandwidth or their products at
@@ -164,10 +148,12 @@ def _random_codes(entry: Any) -> Any:
     assert entry.packed.startswith(PREFIX), entry.packed
     form = QuantFormat.parse(entry.packed.removeprefix(PREFIX))
     plane = plane_of(form, form.depth(entry.shape[1]))
-    assert not plane.minimum_dtype and not plane.is_float, "codes with a scale a group"
+    assert not plane.minimum_dtype, "codes with a scale a group"
     shape = (entry.shape[0], plane.row_bytes)
     rows = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).byte()
     scale = 0.05 / 2 ** (plane.bits - 1)
+    if plane.is_float:  # e4m3 below 2 in size: no code of a NaN
+        rows, scale = rows & 0b10111111, 0.05
     scales = torch.full((1, plane.depth // plane.group), scale, dtype=SCALE_DTYPES[form.scales])
     raw = scales.view(torch.uint8)
     rows[:, plane.scale_begin : plane.scale_begin + raw.shape[1]] = raw

@@ -140,7 +140,8 @@ def compute_key(
     """Return the key of the model whose content has the hashes `model`, under `options`.
 
     `source` is the model's folder or hub id; files of another tokenizer belong into `model` too.
-    overrides: hashes of the edited kernels (codegen/overrides.py). card: the GPU's ("cuda:90").
+    overrides: hashes of the edited kernels (codegen/overrides.py). card: the GPU's ("cuda:90"), and
+    its name, for which kernels are measured.
     """
     steering = {v.name: v.get() for v in _KEYED_VARIABLES}
     parts = {
@@ -170,7 +171,7 @@ def _source_files(package: Path) -> list[str]:
         os.path.relpath(os.path.join(here, name), package)
         for here, _, names in os.walk(package)
         for name in names
-        if name.endswith((".py", ".h", ".txt"))
+        if name.endswith((".py", ".h", ".txt", ".json"))
     ]
 
 

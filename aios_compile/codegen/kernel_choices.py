@@ -7,6 +7,7 @@ first whose largest number of tokens is at least T, and what is larger than all 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ class Trial:
     """One candidate of one kernel in steps of `tokens` tokens, timed within the whole step.
 
     standard_us: the phases of what it is held against in one step, all layers, medians over the
-    rounds; speedup: the median of that / candidate over pairs, and its quartiles.
+    rounds; on a GPU, whose kernels overlap, the whole step. speedup: the median of that / candidate
+    over pairs, and its quartiles.
     """
 
     kernel: str
@@ -71,6 +73,12 @@ class KernelChoices:
             for bucket, name in enumerate(names):
                 table[bucket, k] = numbers[name]
         return table
+
+    def name_of(self, kernel: str, tokens: int) -> str:
+        """Return the candidate that a kernel runs in steps of so many tokens, or STANDARD."""
+        names = (self.chosen or {}).get(kernel, ())
+        bucket = bisect_left(self.buckets, tokens)
+        return names[bucket] if bucket < len(names) else STANDARD
 
     def lines(self) -> Iterator[str]:
         """Yield the ledger as lines for people."""

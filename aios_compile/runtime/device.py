@@ -115,6 +115,13 @@ class Device(Protocol):
         """Return a mark; it says nothing before it is recorded."""
         ...
 
+    def flush_cache(self) -> None:
+        """Ask for the caches between multiprocessors and memory to be filled with something else.
+
+        Before a measurement: what comes next reads its weights from memory.
+        """
+        ...
+
     def synchronize(self) -> None:
         """Wait until everything has run."""
         ...

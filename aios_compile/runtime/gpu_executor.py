@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aios_compile import env
+from aios_compile.codegen.kernel_choices import NO_CHOICES, STANDARD, KernelChoices
 from aios_compile.codegen.program import Program
 from aios_compile.codegen.step_results import SAMPLED
 from aios_compile.errors import EngineClosedError, EngineError
@@ -51,8 +52,10 @@ class GpuExecutor:
 
     modules: the kernel modules in the order of program.kernels. weights: WeightEntry.name -> array.
     captures: replay graphs (the default), else launch every kernel in every step. num_host_pages:
-    pages of the second pool, in pinned host memory. overlap: "always" where the device runs ahead
-    of the host (AIOS_OVERLAP=0: "never", 2: "always" on any). `usable` until the device fails.
+    pages of the second pool, in pinned host memory. choices: candidates that kernels run instead of
+    their own; a graph keeps those that it was captured with. overlap: "always" where the device
+    runs ahead of the host (AIOS_OVERLAP=0: "never", 2: "always" on any). `usable` until the device
+    fails.
     """
 
     def __init__(
@@ -65,8 +68,10 @@ class GpuExecutor:
         *,
         captures: bool = True,
         num_host_pages: int = 0,
+        choices: KernelChoices = NO_CHOICES,
     ) -> None:
         self.usable = True
+        self.choices = choices
         self.program, self.modules, self.limits, self.device = program, modules, limits, device
         check_residency(modules, device)
         self.buckets = limits.token_buckets or token_buckets(limits.max_num_batched_tokens)
@@ -145,7 +150,9 @@ class GpuExecutor:
             module = self.modules[call.kernel]
             assert len(module.TYPES) == len(call.operands), call.label
             operands = [self.operand(p, t, sizes) for p, t in zip(call.operands, module.TYPES)]
-            module.launch(operands, **sizes)
+            name = self.choices.name_of(self.program.kernels[call.kernel].name, sizes["T"])
+            chosen = {} if name == STANDARD else {"candidate": name}
+            module.launch(operands, **sizes, **chosen)
 
     def capture(self, buckets: Sequence[int] | None = None) -> None:
         """Run each bucket once on padding (that compiles) and capture it, the largest first."""
@@ -286,6 +293,15 @@ class GpuExecutor:
             for begin, size in zip(self._state_offsets, self._page_bytes):
                 copy(self._states, begin + page * size, self._host[place : place + size])
                 place += size
+
+    def poison(self) -> None:
+        """Fill activations and results with ones: what a step does not write is no number."""
+        self._arena.fill_(255)
+        self.results.memory.fill_(255)
+
+    def copy_of_states(self) -> Memory:
+        """Return a copy of all KV pages, on the device."""
+        return self._states.clone()
 
     def state_bytes(self) -> Bytes:
         """Return a copy of all KV pages (tests and debugging)."""

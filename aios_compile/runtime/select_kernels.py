@@ -116,13 +116,29 @@ def _trials(
             if name == base:
                 continue
             k = runner.program.kernels.index(kernel)
-            before, after = (np.array(times[n], np.float64)[:, k] for n in (base, name))
-            ratios = before / np.maximum(after, 1)
-            low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
-            clear = middle >= CLEARLY and _chance(ratios) <= CHANCE
-            micros = float(np.median(before)) / 1e3
-            trials.append(Trial(kernel.name, tokens, name, micros, middle, (low, high), clear))
-    return _one_a_kernel(trials)
+            before, after = (np.array(times[n], np.float64)[:, k] / 1e3 for n in (base, name))
+            trials.append(judged(kernel.name, tokens, name, before, after, CLEARLY))
+    return one_a_kernel(trials)
+
+
+def judged(
+    kernel: str,
+    tokens: int,
+    candidate: str,
+    before: NDArray[np.float64],
+    after: NDArray[np.float64],
+    clearly: float,
+) -> Trial:
+    """Return the trial of a candidate by pairs of microseconds, without and with it.
+
+    It is chosen if the median of the ratios is at least `clearly` and the sign test leaves less
+    than CHANCE to chance.
+    """
+    ratios = before / np.maximum(after, 1e-3)
+    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+    clear = middle >= clearly and _chance(ratios) <= CHANCE
+    micros = float(np.median(before))
+    return Trial(kernel, tokens, candidate, micros, middle, (low, high), clear)
 
 
 def _chance(ratios: NDArray[np.float64]) -> float:
@@ -155,7 +171,7 @@ def _results(runner: ProgramRunner, step: Step) -> bytes:
     return b"".join(found)
 
 
-def _one_a_kernel(trials: list[Trial]) -> list[Trial]:
+def one_a_kernel(trials: list[Trial]) -> list[Trial]:
     """Leave the fastest of each kernel's clear candidates chosen."""
     best = {t.kernel: t for t in sorted(trials, key=lambda t: t.speedup) if t.chosen}
     return [

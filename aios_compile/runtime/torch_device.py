@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aios_compile.codegen.triton import binary_cache
-from aios_compile.codegen.triton.binary_cache import Compilations
+from aios_compile.codegen.triton.binary_cache import Compilations, every_launch
 from aios_compile.errors import ConfigError, EngineError
 from aios_compile.runtime.device import Bytes, Graph, Mark, Memory
 
@@ -57,6 +57,13 @@ def card_name(name: str) -> str:
     if not known:
         raise ConfigError(f"device={name!r} is sm_{major}{minor}, expected sm_80 or newer")
     return f"cuda:{known[-1]}"
+
+
+def gpu_name(name: str) -> str:
+    """Return what the driver calls a GPU ("NVIDIA H200"): kernels are measured for one of them."""
+    import torch
+
+    return str(torch.cuda.get_device_name(name))
 
 
 def require_cuda(name: str) -> None:
@@ -177,6 +184,9 @@ class TorchDevice:
     def mark(self) -> Mark:
         return PassedMark()
 
+    def flush_cache(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -196,6 +206,7 @@ class CudaDevice(TorchDevice):
         self._stream = self.torch.cuda.current_stream(self.name)
         self._pool = self.torch.cuda.graph_pool_handle()
         self._compilations = Compilations()
+        self._flushed: Memory | None = None
         self._scratch = self.allocate(SCRATCH_BYTES)
         self._set_scratch()
 
@@ -245,12 +256,21 @@ class CudaDevice(TorchDevice):
     def mark(self) -> Mark:
         return EventMark(self._stream)
 
+    def flush_cache(self) -> None:
+        """Write twice the second-level cache."""
+        if self._flushed is None:
+            cache = self.torch.cuda.get_device_properties(self.name).L2_cache_size
+            self._flushed = self.allocate(2 * int(cache))
+        self._flushed.fill_(1)
+
     def synchronize(self) -> None:
         self.torch.cuda.synchronize(self.name)
 
     def close(self) -> None:
         self.synchronize()
         self._compilations.close()
+        self._flushed = None
+        self.torch.cuda.empty_cache()  # another device's plan counts what the card has free
 
 
 class Recorded:
@@ -300,9 +320,8 @@ class InterpreterDevice(TorchDevice):
 
     def load(self, path: Path) -> Any:
         module = super().load(path)
-        for variant in module.VARIANTS:
-            for launch in variant["launches"]:
-                launch["kernel"] = Recorded(launch["kernel"], self)
+        for known in every_launch(module):
+            known.launch["kernel"] = Recorded(known.launch["kernel"], self)
         return module
 
     def launch(self, kernel: Any, grid: Any, arguments: Any, options: Any) -> None:

@@ -99,14 +99,17 @@ class StepReport:
         return sum(k.launches * k.calls for k in self.kernels)
 
 
-def plan_for(model: str | Path, target: str, keywords: Mapping[str, Any]) -> Planned:
+def plan_for(
+    model: str | Path, target: str, keywords: Mapping[str, Any], tuning: Any = None
+) -> Planned:
     """Capture and plan a model for a card; no GPU and no weights are needed.
 
-    Raises CodegenError for a card that is not known.
+    tuning: codegen.triton.choice.Tuning, if not that of the options. Raises CodegenError for a card
+    that is not known.
     """
     card_of(target)
     options = CompileOptions.parse({**keywords, "device": "cuda"})
-    return plan_model(open_without_weights(model, options), options, card=target)
+    return plan_model(open_without_weights(model, options), options, card=target, tuning=tuning)
 
 
 def compile_for(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,13 +19,13 @@ from aios_compile.compile_settings import (
     limits_of,
     pass_options,
     settings_of,
-    tuning_for,
     within,
 )
 from aios_compile.config import CompileOptions, ResolvedSizes
 from aios_compile.ir import snapshot
 from aios_compile.ir.module import IRModule
 from aios_compile.ir.refresh import refresh
+from aios_compile.kernel_tuning import tuning_for
 from aios_compile.model_source import ModelSource, max_model_len, open_source
 from aios_compile.passes.pipeline import STAGES
 from aios_compile.passes.plan_memory import plan_memory
@@ -61,16 +62,18 @@ def plan_model(
     disabled: Sequence[str] = (),
     card: str = "",
     cpu: Target | None = None,
+    tuning: Any = None,
 ) -> Planned:
     """Capture, run the passes, emit and plan. verify: 1 proves each pass on random weights.
 
     card: with device="cuda", the GPU that the kernels are made for ("cuda:90"); none is needed.
-    cpu: with device="cpu", the instruction set instead of the host's.
+    cpu: with device="cpu", the instruction set instead of the host's. tuning: whom to ask about a
+    GPU's configurations (codegen.triton.choice.Tuning), if not the compiler as the options say.
     """
     rewritten = rewrite_model(
         source, options, verify=verify, stages=stages, disabled=disabled, cpu=cpu
     )
-    return rewritten.planned_for(card)
+    return rewritten.planned_for(card, tuning)
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,10 @@ class Rewritten:
     sizes: ResolvedSizes
     cpu: Target | None = None
 
-    def planned_for(self, card: str = "") -> Planned:
+    def planned_for(self, card: str = "", tuning: Any = None) -> Planned:
         """Emit the kernels for a card (or for the options' device) and plan the memory."""
         module, options = self.module, self.options
-        joined, tuning = options.joined_launches(), tuning_for(options, card)
+        joined, tuning = options.joined_launches(), tuning or tuning_for(options, card)
         emitted = emit(module, options.device, card=card, joined=joined, tuning=tuning)
         sizes = replace(self.sizes, max_num_seqs=1) if module.not_generatable else self.sizes
         settings = settings_of(self.source, module, sizes, card, joined)

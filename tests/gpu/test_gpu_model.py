@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 import aios_compile
+from aios_compile.codegen.triton.binary_cache import every_launch
 from aios_compile.runtime.torch_device import CudaDevice
 from tests import zoo
 from tests.interpreted.harness import assert_close, batch, model
@@ -27,12 +28,8 @@ STEPS = (
 
 def num_binaries(modules: Any) -> int:
     """Return how many binaries Triton holds for the kernels of modules."""
-    kernels = {
-        id(launch["kernel"]): launch["kernel"]
-        for module in modules
-        for variant in module.VARIANTS
-        for launch in variant["launches"]
-    }
+    launches = [known.launch for module in modules for known in every_launch(module)]
+    kernels = {id(launch["kernel"]): launch["kernel"] for launch in launches}
     return sum(
         len(cache[0]) for kernel in kernels.values() for cache in kernel.device_caches.values()
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +24,15 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from aios_compile import api, compiled_model
+from aios_compile import api, compiled_model, gpu_kernel_selection
 from aios_compile.codegen.triton import compile_ahead
-from aios_compile.codegen.triton.binary_cache import Compilations, use
+from aios_compile.codegen.triton.binary_cache import Compilations, every_launch, use
 from aios_compile.runtime import torch_device
 from aios_compile.runtime.torch_device import RecordedGraph, TorchDevice
 from tests.interpreted.harness import batch
 
-CARD = "cuda:90"
+CANDIDATE = re.compile(r"_(rows|dot|tile|descriptor)\d+_")  # in a kernel's name
+CARD, GPU = "cuda:90", "Imaginary H200"
 
 
 class FakeDriver:
@@ -58,6 +60,7 @@ class Warm:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*arguments: Any, **options: Any) -> None:
             assert self.kernel.warmup(*arguments, grid=grid, **options) is not None
+            NoGpu.made.launched.append(self.__name__)
 
         return launch
 
@@ -66,8 +69,34 @@ def passed_over(*arguments: Any, **options: Any) -> None:
     """Stand for a launch of a module that is not looked at."""
 
 
+class TickMark:
+    """A mark on the clock of NoGpu."""
+
+    is_passed = True
+
+    def record(self) -> None:
+        self.at = NoGpu.made.now
+
+    def wait(self) -> None:
+        pass
+
+    def micros_since(self, earlier: Any) -> float:
+        return float(self.at - earlier.at)
+
+
+class TickGraph(RecordedGraph):
+    """A graph whose replay takes a microsecond a launch, half of one where it is a candidate's."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.micros = sum(0.5 if CANDIDATE.search(name) else 1.0 for name in names)
+
+    def replay(self) -> None:
+        NoGpu.made.now += self.micros
+
+
 class NoGpu(TorchDevice):
-    """A card whose memory is the host's. Graphs are counted, replays do nothing."""
+    """A card whose memory is the host's. Graphs are counted, replays only take time."""
 
     made: NoGpu
     runs_ahead = True
@@ -76,7 +105,8 @@ class NoGpu(TorchDevice):
         super().__init__("cpu")
         self.parts = parts
         self.compilations = Compilations()
-        self.captured = 0
+        self.captured, self.now = 0, 0.0
+        self.launched: list[str] = []
         NoGpu.made = self
 
     @property
@@ -93,15 +123,18 @@ class NoGpu(TorchDevice):
         module = super().load(path)
         if not looked_at(path.stem, self.parts):
             module.launch = passed_over
-        for variant in module.VARIANTS:
-            for launch in variant["launches"]:
-                launch["kernel"] = Warm(launch["kernel"])
+        for known in every_launch(module):
+            known.launch["kernel"] = Warm(known.launch["kernel"])
         return module
 
     def capture(self, run: Callable[[], None]) -> RecordedGraph:
         self.captured += 1
+        self.launched = []
         run()
-        return RecordedGraph()
+        return TickGraph(self.launched)
+
+    def mark(self) -> Any:
+        return TickMark()
 
     def memory(self) -> tuple[int, int]:
         return 2 << 30, 2 << 30
@@ -131,7 +164,9 @@ def main() -> None:
     driver.set_active(FakeDriver())
     api.require_cuda = torch_device.require_cuda = lambda name: None
     api.card_name = torch_device.card_name = lambda name: CARD
-    compiled_model.open_device = lambda name: NoGpu(parts)  # type: ignore[assignment,return-value]
+    api.gpu_name = torch_device.gpu_name = lambda name: GPU
+    for user in (compiled_model, gpu_kernel_selection):
+        user.open_device = lambda name: NoGpu(parts)  # type: ignore[assignment,return-value]
     compiled_model.CompiledModel.warm_up = lambda self: None  # type: ignore[method-assign]
     options |= {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 8}
     model = api.load_and_compile(
@@ -147,6 +182,9 @@ def main() -> None:
     executor.step(given)  # the lists grow: captured once more, compiled never
     late = executor.num_late_compilations
     kept = {p.parent.name for p in (model.artefact_path / "triton").rglob("*.cubin")}
+    NoGpu.made.launched, choices = [], executor.choices
+    executor.launch_all(executor.sizes_of(1))
+    ran = NoGpu.made.launched
     executor.graphs.clear()
     executor._state_offsets = [offset + 4 for offset in executor._state_offsets]
     executor.step(batch([(12, 1)]))  # a planted fault: addresses that no binary was made for
@@ -155,6 +193,9 @@ def main() -> None:
         "graphs": NoGpu.made.captured, "buckets": len(executor.buckets), "kept": len(kept),
         "launches": executor.program.num_launches, "frozen": gc.get_freeze_count(),
         "ahead": executor.overlap == "always",
+        "chosen": sum(set(names) != {"standard"} for names in (choices.chosen or {}).values()),
+        "told": sum("select_kernels" in line for line in model.report().notes),
+        "candidates_run": sum(bool(CANDIDATE.search(name)) for name in ran),
     }))  # fmt: skip
     model.close()
     assert not gc.get_freeze_count(), "closed: all is the collector's again"

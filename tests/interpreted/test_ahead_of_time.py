@@ -23,11 +23,17 @@ ROOT = Path(__file__).resolve().parents[2]
 SOME = ("attention", "sample", "index_select")
 
 
-def started(tmp_path: Path, parts: tuple[str, ...], **options: Any) -> dict[str, int]:
-    """Return what a start with options, and steps after it, found and compiled (aot_engine.py)."""
+def started(
+    tmp_path: Path, parts: tuple[str, ...], seconds: int = 0, **options: Any
+) -> dict[str, int]:
+    """Return what a start with options, and steps after it, found and compiled (aot_engine.py).
+
+    seconds: in which its clock, which finds candidates faster, may choose kernels.
+    """
     shutil.copytree(zoo.make("qwen3_gqa", tmp_path, "bfloat16"), tmp_path / "model")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    environment["AIOS_SELECT_KERNELS"] = str(seconds)
     arguments = (str(tmp_path), json.dumps(options), *parts)
     command = [sys.executable, "-m", "tests.interpreted.aot_engine", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -49,3 +55,11 @@ def test_nothing_is_compiled_at_the_start_nor_after_ready(
     )  # lists that grew; the fault
     assert seen["frozen"] > 10_000 and seen["ahead"], seen
     assert seen["misaligned"] > 0, "the counter sees what is compiled after ready"
+
+
+@pytest.mark.nightly
+def test_what_the_clock_chose_comes_from_the_artefact(tmp_path: Path) -> None:
+    """Candidates are compiled with the rest and chosen; the start runs them and compiles none."""
+    seen = started(tmp_path, (), seconds=600)
+    assert seen["at_start"] == 0 and seen["late"] == 0, seen
+    assert seen["chosen"] > 2 and seen["candidates_run"] > 2 and seen["told"] > 10, seen

@@ -9,31 +9,36 @@ import pytest
 
 pytest.importorskip("triton")
 
+from aios_compile.codegen.triton.kernel_ledger import KernelLedger
 from benchmarks import gpu
 from tests.variants import nightly
 
 TINY = "--device interpreter --shapes micro --batch 1 --context 20 --tokens 2 --repeats 1"
-TINY += " --cases 1 --pages 16 --requests 1 --lengths 2,3 --forms int4"
+TINY += " --cases 1 --pages 16 --requests 1 --lengths 2,3 --forms int4,fp8"
 
 
-PARTS = ["peers", *nightly("engine", "ours")]  # the longest two
+PARTS = ["peers", *nightly("engine", "ours", "ledger")]  # the longest
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_runs_and_goes_on_where_it_was(part: str, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    arguments = [part, "--out", str(out), *TINY.split()]
+    arguments = [part, "--out", str(out), "--ledgers", str(tmp_path), *TINY.split()]
     assert gpu.main([*arguments, "--minutes", "0"]) == 3, "no time: no row"
     assert gpu.main(arguments) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert not [row for row in rows if "error" in row], rows
-    assert len(rows) >= {"ours": 7, "peers": 5, "engine": 3}[part]
+    assert len(rows) >= {"ours": 8, "ledger": 3, "peers": 5, "engine": 3}[part]
     before = out.read_text()
     assert gpu.main(arguments) == 0 and out.read_text() == before, "rows that are there stay"
+    if part == "ledger":
+        ledger = KernelLedger.from_json(json.loads((tmp_path / "interpreter.json").read_text()))
+        assert len(ledger.entries) == sum(row["kernels"] for row in rows) > 8
+        assert all(row["trials"] and not row["late_compilations"] for row in rows)
     if part != "ours":
         return
     by_name = {row["row"]: row for row in rows}
-    for kind in ("", "int4 "):
+    for kind in ("", "int4 ", "fp8 "):
         row = by_name[f"ours micro {kind}decode batch 1 context 20"]
         assert row["late_compilations"] == 0 and row["host_us"] > 0
     names = [row["name"] for row in by_name["ours micro kernels"]["rows"]]

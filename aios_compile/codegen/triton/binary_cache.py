@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,23 @@ def settle_keys(module: Any) -> None:
     """
     for value in list(vars(module).values()):
         getattr(value, "cache_key", None)
+
+
+@dataclass(frozen=True)
+class Known:
+    """One launch of a loaded module: of the variant for `most` rows, or of its `candidate`."""
+
+    most: int | None
+    candidate: str
+    launch: dict[str, Any]
+
+
+def every_launch(module: Any) -> Iterator[Known]:
+    """Yield everything that a loaded module may ever run, candidates included."""
+    for variant in module.VARIANTS:
+        listed = {"": variant["launches"], **variant.get("candidates", {})}
+        for name, launches in listed.items():
+            yield from (Known(variant["most"], name, launch) for launch in launches)
 
 
 def _manager(found: list[Path]) -> Any:

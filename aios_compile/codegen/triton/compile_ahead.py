@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from aios_compile.codegen.source import KernelSource
-from aios_compile.codegen.triton.binary_cache import settle_keys
+from aios_compile.codegen.triton.binary_cache import Known, every_launch, settle_keys
 from aios_compile.codegen.triton.occupancy import Usage
 from aios_compile.errors import CodegenError
 
@@ -122,16 +122,28 @@ def compile_module(path: Path, target: str, out: Path, only: int | None = None) 
     spec.loader.exec_module(module)
     settle_keys(module)
     launches = [
-        (launch, variant["most"])
-        for variant in module.VARIANTS
-        for launch in variant["launches"]
-        if hasattr(launch["kernel"], "arg_names")  # not a library's product (library_linear.py)
+        known
+        for known in every_launch(module)
+        if hasattr(known.launch["kernel"], "arg_names")  # not a library's product
     ]
-    return [
-        _compile(module, launch, most, target, out / f"{launch['kernel'].__name__}_{number}")
-        for number, (launch, most) in enumerate(launches)
+    made = [
+        _compiled(module, known, target, out / f"{known.launch['kernel'].__name__}_{number}")
+        for number, known in enumerate(launches)
         if only in (None, number)
     ]
+    return [binary for binary in made if binary is not None]
+
+
+def _compiled(module: Any, known: Known, target: str, place: Path) -> Binary | None:
+    """Return the binary of a launch; None for a candidate that does not compile: nobody needs it,
+    and who chooses finds that it does not run.
+    """
+    try:
+        return _compile(module, known.launch, known.most, target, place)
+    except Exception:
+        if known.candidate:
+            return None
+        raise
 
 
 def _compile(module: Any, launch: Any, most: int | None, target: str, place: Path) -> Binary:

@@ -44,6 +44,24 @@ class Config:
         """
         return self.block_k, self.split, self.block_n >= 64
 
+    @property
+    def bits(self) -> tuple[object, ...]:
+        """Return what must be equal for two configurations of one range of rows to add alike.
+
+        On the vector units a sum is spread over a program's threads along k; how many rows a
+        program has is free. On the tensor cores it is the order; stages, warps and tiles are free.
+        """
+        if self.kind == "rows":
+            return self.kind, self.block_k, self.split, self.num_warps
+        return ("dot" if self.kind == "dot" else "tile", *self.order)
+
+    def text(self) -> str:
+        """Return the configuration in words: its name among those of one range of rows."""
+        split = f" split {self.split}" if self.split > 1 else ""
+        stages = f" {self.num_stages} stages" if self.kind != "rows" else ""
+        blocks = f"{self.block_t}x{self.block_n}x{self.block_k}"
+        return f"{self.kind} {blocks} {self.num_warps} warps{stages}{split}"
+
 
 Ranges = Sequence[tuple[int | None, Sequence[Config]]]  # row bound, configurations
 
@@ -64,6 +82,12 @@ class Problem:
     parts: int = 1
     normed: bool = False
     scans: bool = False
+
+    def signature(self, name: str) -> str:
+        """Return what a measurement of an emitter's kernels is kept under (kernel_ledger.py)."""
+        found = f"{name} {self.streams}x{self.columns}x{self.depth}"
+        found += f" weights {8 * self.weight_bytes:g} bits, x {8 * self.x_bytes} bits"
+        return found + (", normed" if self.normed else "")
 
 
 def ranges(problem: Problem, card: Card) -> Ranges:

@@ -13,6 +13,7 @@ in each program and once for the product.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -21,16 +22,18 @@ from aios_compile.codegen.naming import layout, symbol_of
 from aios_compile.codegen.operand import BYTES, Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton import (
+    candidate_variants,
     choice,
     linear_spec,
     quantized_configs,
     quantized_linear,
     split_depth,
 )
+from aios_compile.codegen.triton.candidate_variants import Others, candidates
 from aios_compile.codegen.triton.cards import DEFAULT, Card
 from aios_compile.codegen.triton.choice import Choice, Tuning
 from aios_compile.codegen.triton.configs import Config, Problem
-from aios_compile.codegen.triton.frame import Launch, Variant, module_text, python_dim
+from aios_compile.codegen.triton.frame import Launch, module_text, python_dim
 from aios_compile.codegen.triton.linear_spec import LinearSpec
 from aios_compile.codegen.triton.linear_text import kernel_text, tail_lines, tile_lines, x_row
 from aios_compile.codegen.triton.norm_prologue import gain_lines, scale_text, scaled
@@ -75,35 +78,59 @@ def emit(
         )
     base, plane = spec.linear, spec.plane
     symbol, reasons = symbol_of("fp8_linear", (spec, chosen, card.target)), []
+    others: Others = {}
     if chosen is None:
         made = choices(spec, card, tuning)
         chosen, reasons = [(c.most, c.config) for c in made], [c.text() for c in made]
-    shared = [Shared(c.split, -(-base.columns // c.block_n), c.block_t, False) for _, c in chosen]
+        others = {c.most: c.others for c in made}
+    shared = [_shared(base, config) for config in candidate_variants.used(chosen, others)]
     workspace, counters = split_depth.workspace(base, shared), split_depth.counters(shared)
     operands = [*base.operands, *workspace, *split_depth.counter_operand(counters)]
-    rows, variants = python_dim(base.x.operand.shape[0]), []
-    parts = [(TEMPLATES / "fp8.py.txt").read_text().rstrip("\n")]
-    for (most, config), depth in zip(chosen, shared):
-        name = f"{symbol}_{config.kind}_{'any' if most is None else most}"
-        tokens, grid = config.block_t, str(depth.tiles * config.split)
-        sizes: list[tuple[str, int | str]] = [("BLOCK_N", config.block_n), ("SPLIT", config.split)]
-        if config.kind == "rows":
-            body = _rows(spec, operands, depth)
-        else:
-            sizes = [("BLOCK_T", tokens), *sizes]
-            body = _tiles(spec, operands, depth)
-            if config.kind == "tile":
-                grid = f"(({rows} + {tokens - 1}) // {tokens}) * {depth.tiles}"
-        parts.append(kernel_text(name, operands, tuple(n for n, _ in sizes), body))
-        launch = Launch(name, grid, tuple(sizes), config.num_warps, config.num_stages)
-        variants.append(Variant(most, (launch,)))
+    parts, variants = candidate_variants.variants(
+        symbol, chosen, others, partial(_variant, spec, operands)
+    )
+    head = (TEMPLATES / "fp8.py.txt").read_text().rstrip("\n")
     comment = [f"fp8_linear: e4m3 by {plane.group}, {quantized_linear.sizes_text(base)}"]
     comment += [f"  {layout(o)}" for o in operands]
     comment += [f"chosen for {x}" for x in reasons] + [f"model: {line}" for line in base.lines]
-    text = module_text(comment, operands, parts, variants, base.x.operand.shape[0], workspace)
+    rows = base.x.operand.shape[0]
+    text = module_text(comment, operands, [head, *parts], variants, rows, workspace)
     return KernelSource(
         "fp8_linear", symbol, "triton", text, len(base.operands), linear_spec.inplace(base),
         base.lines, tuple(workspace), counters,
+        candidates=candidates(others, problem_of(spec).signature("fp8_linear")),
+    )  # fmt: skip
+
+
+def _shared(base: LinearSpec, config: Config) -> Shared:
+    return Shared(config.split, -(-base.columns // config.block_n), config.block_t, False)
+
+
+def _variant(
+    spec: QuantizedLinearSpec, operands: list[Operand], config: Config, name: str
+) -> tuple[list[str], tuple[Launch, ...]]:
+    """Return the kernel function of a configuration and its launch."""
+    depth, tokens = _shared(spec.linear, config), config.block_t
+    grid = str(depth.tiles * config.split)
+    sizes: list[tuple[str, int | str]] = [("BLOCK_N", config.block_n), ("SPLIT", config.split)]
+    if config.kind == "rows":
+        body = _rows(spec, operands, depth)
+    else:
+        sizes = [("BLOCK_T", tokens), *sizes]
+        body = _tiles(spec, operands, depth)
+        if config.kind == "tile":
+            rows = python_dim(spec.linear.x.operand.shape[0])
+            grid = f"(({rows} + {tokens - 1}) // {tokens}) * {depth.tiles}"
+    text = kernel_text(name, operands, tuple(n for n, _ in sizes), body)
+    return [text], (Launch(name, grid, tuple(sizes), config.num_warps, config.num_stages),)
+
+
+def problem_of(spec: QuantizedLinearSpec) -> Problem:
+    """Return the sizes that the cost model needs."""
+    base = spec.linear
+    return Problem(
+        base.columns, base.depth, base.streams, spec.plane.row_bytes / base.depth,
+        BYTES[base.x.operand.dtype], scans=True,
     )  # fmt: skip
 
 
@@ -111,13 +138,14 @@ def choices(
     spec: QuantizedLinearSpec, card: Card = DEFAULT, tuning: Tuning | None = None
 ) -> list[Choice]:
     """Return the choice for each range of rows; tiles go through a group of k a step."""
-    base, plane = spec.linear, spec.plane
-    problem = Problem(
-        base.columns, base.depth, base.streams, plane.row_bytes / base.depth,
-        BYTES[base.x.operand.dtype], scans=True,
-    )  # fmt: skip
-    found = quantized_configs.float_ranges(problem, plane.group, card)
-    return choice.choose(problem, card, tuning, lambda c: emit(spec, card, ((None, c),)), found)
+    problem = problem_of(spec)
+    found = quantized_configs.float_ranges(problem, spec.plane.group, card)
+    build = partial(_alone, spec, card)
+    return choice.choose(problem, card, tuning, build, found, "fp8_linear")
+
+
+def _alone(spec: QuantizedLinearSpec, card: Card, config: Config) -> KernelSource:
+    return emit(spec, card, ((None, config),))
 
 
 def _gained(base: LinearSpec, name: str, place: str, mask: str) -> list[str]:

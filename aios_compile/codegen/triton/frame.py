@@ -5,6 +5,8 @@ the sizes T, S, R, P follow as i32. `VARIANTS`: which launches serve up to `most
 warps and stages are fixed there, so that the set of binaries is known without running anything.
 `launch(operands, T=, S=, R=, P=)` picks the variant and runs its launches in order. `WORKSPACE`:
 (dtype, sizes) of each buffer that a caller gives after the outputs; its contents are nobody's.
+While a GPU has to choose (select_kernels), a variant also lists `candidates`: other launches that
+give the same bits. Such a module has `variant_of`, and `launch` takes the name of one.
 """
 
 from __future__ import annotations
@@ -30,8 +32,21 @@ def launch(operands, T=1, S=1, R=1, P=1):
         grid, options = call["grid"](T, S, R, P), {{**call["constexprs"], **call["options"]}}
 '''
 
-HEAD = (
-    """\
+# The same where there are candidates: one is named, and serves where the variant has it.
+LAUNCH_CANDIDATE = '''\
+def variant_of(T=1, S=1, R=1, P=1):
+    """Return the variant that serves these sizes."""
+    return next(v for v in VARIANTS if v["most"] is None or {rows} <= v["most"])
+
+
+def launch(operands, T=1, S=1, R=1, P=1, candidate=None):
+    """Run on tensors: the inputs, the outputs, the workspace. candidate: in a variant's place."""
+    variant = variant_of(T, S, R, P)
+    for call in variant.get("candidates", {{}}).get(candidate, variant["launches"]):
+        grid, options = call["grid"](T, S, R, P), {{**call["constexprs"], **call["options"]}}
+'''
+
+HEAD = """\
 {comment}
 import triton
 import triton.language as tl
@@ -50,10 +65,8 @@ VARIANTS = (
 
 
 """
-    + LAUNCH
-    + """        call["kernel"][grid](*operands, T, S, R, P, **options)
+CALL = """        call["kernel"][grid](*operands, T, S, R, P, **options)
 """
-)
 
 
 @dataclass(frozen=True)
@@ -81,15 +94,29 @@ class Launch:
 
 @dataclass(frozen=True)
 class Variant:
-    """The launches for up to `most` rows (None: any number)."""
+    """The launches for up to `most` rows (None: any number). candidates: name -> other launches;
+    name: of the variant's own, where there are some.
+    """
 
     most: int | None
     launches: tuple[Launch, ...]
+    candidates: tuple[tuple[str, tuple[Launch, ...]], ...] = ()
+    name: str = ""
 
     def text(self) -> str:
-        launches = "\n".join(launch.text() for launch in self.launches)
         head = f"    dict(\n        most={self.most},\n        launches=("
-        return f"{head}\n{launches}\n        ),\n    ),"
+        text = f"{head}\n{_listed(self.launches)}\n        ),\n"
+        if self.candidates:
+            found = [
+                f'            "{n}": (\n{_listed(x)}\n            ),\n' for n, x in self.candidates
+            ]
+            text += f'        name="{self.name}",\n'
+            text += f"        candidates={{\n{''.join(found)}        }},\n"
+        return f"{text}    ),"
+
+
+def _listed(launches: Sequence[Launch]) -> str:
+    return "\n".join(launch.text() for launch in launches)
 
 
 def python_dim(dim: Dim) -> str:
@@ -114,7 +141,9 @@ def module_text(
 ) -> str:
     """Return the text of a module. `operands` holds the workspace too, at its end."""
     spaces = [f'("{o.dtype}", "{"*".join(python_dim(d) for d in o.shape)}"),' for o in workspace]
-    return HEAD.format(
+    choice = any(variant.candidates for variant in variants)
+    text = HEAD + (LAUNCH_CANDIDATE if choice else LAUNCH) + CALL
+    return text.format(
         comment="\n".join(f"# {line}".rstrip() for line in comment),
         kernels="\n\n\n".join([*called_by(kernels), *kernels]),
         types=" ".join(f'"{POINTERS[o.dtype]}",' for o in operands),

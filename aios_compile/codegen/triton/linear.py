@@ -24,6 +24,7 @@ from aios_compile.codegen.naming import layout, symbol_of
 from aios_compile.codegen.operand import BYTES, Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton import (
+    candidate_variants,
     choice,
     descriptor_linear,
     library_linear,
@@ -33,11 +34,12 @@ from aios_compile.codegen.triton import (
     split_depth,
     tile_linear,
 )
+from aios_compile.codegen.triton.candidate_variants import Others, candidates
 from aios_compile.codegen.triton.cards import DEFAULT, Card
 from aios_compile.codegen.triton.choice import Choice, Tuning
 from aios_compile.codegen.triton.configs import Config, Problem
 from aios_compile.codegen.triton.dependent_launch import with_dependent_launch
-from aios_compile.codegen.triton.frame import Launch, Variant, module_text
+from aios_compile.codegen.triton.frame import Launch, module_text
 from aios_compile.codegen.triton.linear_spec import LinearSpec
 from aios_compile.codegen.triton.linear_text import PRODUCT
 
@@ -65,7 +67,12 @@ def choices(spec: LinearSpec, card: Card = DEFAULT, tuning: Tuning | None = None
         source = emit(spec, card, ((None, config),))
         return with_dependent_launch(source) if card.dependent_launch else source
 
-    return choice.choose(problem_of(spec), card, tuning, build)
+    def described(config: Config) -> Config | None:
+        """Return a tile through tensor descriptors, where the card and the layout have them."""
+        fits = config.kind == "tile" and (spec.norm or descriptor_linear.serves(spec, card))
+        return replace(config, kind="descriptor") if fits and card.dependent_launch else None
+
+    return choice.choose(problem_of(spec), card, tuning, build, also=described)
 
 
 def choose(spec: LinearSpec, card: Card = DEFAULT) -> list[tuple[int | None, Config]]:
@@ -83,11 +90,17 @@ def emit(
     chosen: overrides the choice; tuning: lets the compiler report on candidates.
     """
     symbol, reasons = symbol_of(spec.name, (spec, chosen, card.target)), []
+    others: Others = {}
     if chosen is None:
         made = choices(spec, card, tuning)
         chosen, reasons = [(c.most, c.config) for c in made], [c.text() for c in made]
+        others = {c.most: c.others for c in made}
     chosen = [(most, replace(c, prefetch=card.dependent_launch)) for most, c in chosen]
-    used = [config for _, config in chosen]
+    others = {
+        most: tuple(replace(c, prefetch=card.dependent_launch) for c in found)
+        for most, found in others.items()
+    }
+    used = candidate_variants.used(chosen, others)
     shared = [skinny_linear.shared(spec, config) for config in used]
     workspace = split_depth.workspace(spec, shared)
     if spec.norm is not None and any(config.kind in TILED for config in used):
@@ -96,12 +109,9 @@ def emit(
         workspace += library_linear.workspace(spec)
     counters = split_depth.counters(shared)
     operands = [*spec.operands, *workspace, *split_depth.counter_operand(counters)]
-    kernels, variants = [PRODUCT], []
-    for most, config in chosen:
-        name = f"{symbol}_{config.kind}_{'any' if most is None else most}"
-        texts, launches = _variant(spec, operands, config, name, card)
-        kernels += [text for text in texts if text not in kernels]
-        variants.append(Variant(most, launches))
+    kernels, variants = candidate_variants.variants(
+        symbol, chosen, others, lambda config, name: _variant(spec, operands, config, name, card)
+    )
     names = [o.name for o in spec.operands]
     leaves = [(names + [f"sum{s}" for s in range(spec.streams)])[x.operand] for x in spec.leaves]
     comment = [f"{spec.name}: sums over {spec.depth} inputs for {spec.columns} columns"]
@@ -110,10 +120,11 @@ def emit(
     comment += [f"chosen for {reason}" for reason in reasons]
     comment += [f"model: {line}" for line in spec.lines]
     rows = spec.x.operand.shape[0]
-    text = module_text(comment, operands, kernels, variants, rows, workspace)
+    text = module_text(comment, operands, [PRODUCT, *kernels], variants, rows, workspace)
     return KernelSource(
         spec.name, symbol, "triton", text, len(spec.operands), linear_spec.inplace(spec),
         spec.lines, tuple(workspace), counters,
+        candidates=candidates(others, problem_of(spec).signature("linear")),
     )  # fmt: skip
 
 

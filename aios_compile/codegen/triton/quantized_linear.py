@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +27,18 @@ from aios_compile.codegen.operand import BYTES, Operand
 from aios_compile.codegen.plane import PREFIX, Plane, plane_of
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import resolve
-from aios_compile.codegen.triton import choice, linear_spec, quantized_configs, split_depth
+from aios_compile.codegen.triton import (
+    candidate_variants,
+    choice,
+    linear_spec,
+    quantized_configs,
+    split_depth,
+)
+from aios_compile.codegen.triton.candidate_variants import Others, candidates
 from aios_compile.codegen.triton.cards import DEFAULT, Card
 from aios_compile.codegen.triton.choice import Choice, Tuning
 from aios_compile.codegen.triton.configs import Config, Problem
-from aios_compile.codegen.triton.frame import Launch, Variant, module_text, python_dim
+from aios_compile.codegen.triton.frame import Launch, module_text, python_dim
 from aios_compile.codegen.triton.linear_spec import FLOATS, LinearSpec
 from aios_compile.codegen.triton.linear_text import (
     PRODUCT,
@@ -101,7 +109,12 @@ def choices(
     """Return the choice for each range of rows; tuning: with what the compiler reports."""
     problem = problem_of(spec)
     found = quantized_configs.ranges(problem, strip_codes(spec.plane), card)
-    return choice.choose(problem, card, tuning, lambda c: emit(spec, card, ((None, c),)), found)
+    build = partial(_alone, spec, card)
+    return choice.choose(problem, card, tuning, build, found, "quantized_linear")
+
+
+def _alone(spec: QuantizedLinearSpec, card: Card, config: Config) -> KernelSource:
+    return emit(spec, card, ((None, config),))
 
 
 def emit(
@@ -113,36 +126,46 @@ def emit(
     base, plane = spec.linear, spec.plane
     symbol = symbol_of("quantized_linear", (spec, chosen, card.target, card.warps))
     reasons: list[str] = []
+    others: Others = {}
     if chosen is None:
         made = choices(spec, card, tuning)
         chosen, reasons = [(c.most, c.config) for c in made], [c.text() for c in made]
-    shared = [_shared(base, config) for _, config in chosen]
+        others = {c.most: c.others for c in made}
+    shared = [_shared(base, config) for config in candidate_variants.used(chosen, others)]
     workspace, counters = split_depth.workspace(base, shared), split_depth.counters(shared)
     operands = [*base.operands, *workspace, *split_depth.counter_operand(counters)]
-    rows, parts, variants = python_dim(base.x.operand.shape[0]), [PRODUCT], []
-    for (most, config), depth in zip(chosen, shared):
-        name = f"{symbol}_{config.kind}_{'any' if most is None else most}"
-        strips = config.block_k // strip_codes(plane)
-        sizes = [("BLOCK_N", config.block_n), ("STRIPS", strips), ("SPLIT", config.split)]
-        grid = str(depth.tiles * config.split)
-        if config.kind == "rows":
-            body = _rows(spec, operands, depth)
-        else:
-            body = _tiles(spec, operands, depth)
-            sizes = [("BLOCK_T", config.block_t), *sizes]
-            if config.kind == "tile":
-                grid = f"(({rows} + {config.block_t - 1}) // {config.block_t}) * {depth.tiles}"
-        parts.append(kernel_text(name, operands, tuple(n for n, _ in sizes), body))
-        launch = Launch(name, grid, tuple(sizes), config.num_warps, config.num_stages)
-        variants.append(Variant(most, (launch,)))
+    parts, variants = candidate_variants.variants(
+        symbol, chosen, others, partial(_variant, spec, operands)
+    )
     comment = [f"quantized_linear: {plane.bits} bits by {plane.group}, {sizes_text(base)}"]
     comment += [f"  {layout(o)}" for o in operands] + [f"chosen for {x}" for x in reasons]
     comment += [f"model: {x}" for x in base.lines]
-    text = module_text(comment, operands, parts, variants, base.x.operand.shape[0], workspace)
+    rows = base.x.operand.shape[0]
+    text = module_text(comment, operands, [PRODUCT, *parts], variants, rows, workspace)
     return KernelSource(
         "quantized_linear", symbol, "triton", text, len(base.operands), linear_spec.inplace(base),
         base.lines, tuple(workspace), counters,
+        candidates=candidates(others, problem_of(spec).signature("quantized_linear")),
     )  # fmt: skip
+
+
+def _variant(
+    spec: QuantizedLinearSpec, operands: list[Operand], config: Config, name: str
+) -> tuple[list[str], tuple[Launch, ...]]:
+    """Return the kernel function of a configuration and its launch."""
+    depth, strips = _shared(spec.linear, config), config.block_k // strip_codes(spec.plane)
+    sizes = [("BLOCK_N", config.block_n), ("STRIPS", strips), ("SPLIT", config.split)]
+    grid = str(depth.tiles * config.split)
+    if config.kind == "rows":
+        body = _rows(spec, operands, depth)
+    else:
+        body = _tiles(spec, operands, depth)
+        sizes = [("BLOCK_T", config.block_t), *sizes]
+        if config.kind == "tile":
+            rows = python_dim(spec.linear.x.operand.shape[0])
+            grid = f"(({rows} + {config.block_t - 1}) // {config.block_t}) * {depth.tiles}"
+    text = kernel_text(name, operands, tuple(n for n, _ in sizes), body)
+    return [text], (Launch(name, grid, tuple(sizes), config.num_warps, config.num_stages),)
 
 
 def _shared(base: LinearSpec, config: Config) -> Shared:
