@@ -59,7 +59,8 @@ def make_scheduler_options(
     if host_bytes is None:
         host_bytes = limits.num_pages * page_bytes // 4
         if program.settings.get("family") == "triton":
-            host_bytes = min(host_bytes, PINNED_BYTES)
+            # less the page to spare: pinned memory is taken in powers of two
+            host_bytes = min(host_bytes, PINNED_BYTES - page_bytes)
     chunk = options.chunked_prefill_size or max(1, limits.max_num_batched_tokens // 4)
     return SchedulerOptions(
         policy=options.scheduling_policy,

@@ -30,6 +30,7 @@ def engine_row(shape: str, options: argparse.Namespace, clock: Clock) -> dict[st
 
     folder = make(shape, Path(tempfile.mkdtemp(prefix="aios-gpu-engine-")) / shape, options.layers)
     work = workload(options, min(1000, config_of(shape)["vocab_size"]))
+    clock.bytes_per_us(), clock.flops_per_us  # before the model has taken the card's memory
     begin = time.perf_counter()
     sizes = {} if clock.cuda else {"max_num_batched_tokens": 16, "max_num_seqs": 4}
     with aios_compile.load_and_compile(

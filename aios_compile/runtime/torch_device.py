@@ -211,7 +211,10 @@ class CudaDevice(TorchDevice):
         self._set_scratch()
 
     def _set_scratch(self) -> None:
-        """Give tensor descriptors a fixed place: kernels run one behind the other."""
+        """Give tensor descriptors a fixed place: kernels run one behind the other.
+
+        Triton keeps this for the thread alone that says it, so whoever captures says it again.
+        """
         import triton
 
         def take(size: int, alignment: int, stream: int | None) -> Any:
@@ -240,6 +243,7 @@ class CudaDevice(TorchDevice):
 
     def capture(self, run: Callable[[], None]) -> Graph:
         graph = self.torch.cuda.CUDAGraph()
+        self._set_scratch()
         try:
             with self.torch.cuda.device(self.name), self.torch.cuda.graph(graph, pool=self._pool):
                 run()

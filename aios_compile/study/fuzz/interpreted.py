@@ -1,7 +1,7 @@
-"""The Triton target without a GPU: a level-3 program whose kernels run in Triton's interpreter.
+"""The Triton target: a level-3 program whose kernels run in Triton's interpreter, or on a GPU.
 
-TRITON_INTERPRET=1 must be set before triton is first imported. Tensors have the strides that level
-3 says (study/triton_check.py).
+For the interpreter TRITON_INTERPRET=1 must be set before triton is first imported. Tensors have the
+strides that level 3 says (study/triton_check.py); they come from the host and go back to it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from aios_compile.ir.module import IRModule, body_of, is_region_call, placeholde
 from aios_compile.passes.context import PassOptions
 from aios_compile.passes.result import PassResult
 from aios_compile.passes.runner import Stage, run_pipeline
-from aios_compile.runtime.torch_device import open_device
+from aios_compile.runtime.torch_device import card_name, open_device
 from aios_compile.study.fuzz.compile_graph import prepare
 from aios_compile.study.triton_check import TritonKernels
 
@@ -69,21 +69,24 @@ class InterpretedGraph:
                 # 8-bit floats are their bits to kernels: not every card has the type
                 dtype = torch.uint8 if value.dtype == torch.float8_e4m3fn else value.dtype
                 self.held[node.name] = torch.zeros(tuple(map(int, value.shape)), dtype=dtype)
+        place = self.kernels.device.name
+        self.held = {name: value.to(place) for name, value in self.held.items()}
 
     def close(self) -> None:
         """Release nothing: the tensors go with the object."""
 
     def __call__(self, sizes: Mapping[str, int], **inputs: Tensor) -> list[Tensor]:
         full = {"S": 1, "R": 1, "P": 8, **{n: sizes[n] for n in "TSR" if n in sizes}}
+        place = self.kernels.device.name
         given = [
-            inputs[self.module.inputs[n.name]]
+            inputs[self.module.inputs[n.name]].to(place)
             if n.name in self.module.inputs
             else self.held[n.name]
             for n in placeholders(self.module.root.graph)
         ]
         results = self._run(self.module.root, given, full)
         states = set(self.module.states.values())
-        return [r.clone() for i, r in enumerate(results) if i not in states]
+        return [r.clone().cpu() for i, r in enumerate(results) if i not in states]
 
     def _run(self, owner: fx.GraphModule, given: Sequence[Any], sizes: dict[str, int]) -> Any:
         env: dict[fx.Node, Any] = dict(zip(placeholders(owner.graph), given))
@@ -130,13 +133,17 @@ def interpret_graph(
     objects: Path,
     options: PassOptions,
     disabled: Sequence[str] = (),
+    device: Any = None,
 ) -> InterpretedGraph:
     """Run `stages` on a program and emit its kernels for the Triton target, into `objects`.
 
-    Raises AiosError for what cannot be emitted.
+    device: of runtime/torch_device.py; the interpreter without one. Raises AiosError for what
+    cannot be emitted.
     """
-    device = open_device("interpreter")
+    device = device or open_device("interpreter")
     prepare(module)
     results = run_pipeline(module, stages, options, disabled=disabled, verify=verify)
-    emitted = emit(module, "interpreter")
+    cuda = device.name.startswith("cuda")
+    card = card_name(device.name) if cuda else ""
+    emitted = emit(module, "cuda" if cuda else "interpreter", card=card)
     return InterpretedGraph(module, emitted, TritonKernels(emitted, objects, device), results)
