@@ -194,7 +194,7 @@ def main() -> None:
         "launches": executor.program.num_launches, "frozen": gc.get_freeze_count(),
         "ahead": executor.overlap == "always",
         "chosen": sum(set(names) != {"standard"} for names in (choices.chosen or {}).values()),
-        "told": sum("select_kernels" in line for line in model.report().notes),
+        "told": [line for line in model.report().notes if "select_kernels" in line],
         "candidates_run": sum(bool(CANDIDATE.search(name)) for name in ran),
     }))  # fmt: skip
     model.close()

@@ -25,7 +25,7 @@ SOME = ("attention", "sample", "index_select")
 
 def started(
     tmp_path: Path, parts: tuple[str, ...], seconds: int = 0, **options: Any
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Return what a start with options, and steps after it, found and compiled (aot_engine.py).
 
     seconds: in which its clock, which finds candidates faster, may choose kernels.
@@ -38,7 +38,7 @@ def started(
     command = [sys.executable, "-m", "tests.interpreted.aot_engine", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    seen: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return seen
 
 
@@ -60,6 +60,6 @@ def test_nothing_is_compiled_at_the_start_nor_after_ready(
 @pytest.mark.nightly
 def test_what_the_clock_chose_comes_from_the_artefact(tmp_path: Path) -> None:
     """Candidates are compiled with the rest and chosen; the start runs them and compiles none."""
-    seen = started(tmp_path, (), seconds=600)
+    seen = started(tmp_path, ("linear",), seconds=600)
     assert seen["at_start"] == 0 and seen["late"] == 0, seen
-    assert seen["chosen"] > 2 and seen["candidates_run"] > 2 and seen["told"] > 10, seen
+    assert seen["chosen"] > 2 and seen["candidates_run"] > 2 and len(seen["told"]) > 10, seen

@@ -53,6 +53,7 @@ def test_a_part_runs_and_goes_on_where_it_was(
     assert names[-2:] == ["prepare_step", "collect_results"]
 
 
+@pytest.mark.nightly
 def test_random_programs_are_held_to_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the row does on a GPU; a kernel that gives a wrong number is named."""
     clock = Clock("interpreter", 1)

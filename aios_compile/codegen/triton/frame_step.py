@@ -44,7 +44,10 @@ def frame_step(program: Program, emitted: Emitted) -> Program:
     )
     return replace(
         program,
-        kernels=tuple(Kernel(s.name, s.symbol, s.digest(), s.model_lines) for s in emitted.sources),
+        kernels=tuple(
+            Kernel(s.name, s.symbol, s.digest(), s.model_lines, s.candidates)
+            for s in emitted.sources
+        ),
         functions=functions,
         num_launches=program.num_launches + len(before) + len(behind),
     )
