@@ -62,4 +62,4 @@ def test_what_the_clock_chose_comes_from_the_artefact(tmp_path: Path) -> None:
     """Candidates are compiled with the rest and chosen; the start runs them and compiles none."""
     seen = started(tmp_path, ("linear",), seconds=600)
     assert seen["at_start"] == 0 and seen["late"] == 0, seen
-    assert seen["chosen"] > 2 and seen["candidates_run"] > 2 and len(seen["told"]) > 10, seen
+    assert seen["chosen"] > 2 and seen["candidates_run"] > 2 and len(seen["told"]) >= 10, seen
