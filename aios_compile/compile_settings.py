@@ -8,7 +8,6 @@ here too.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
