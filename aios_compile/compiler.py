@@ -116,7 +116,7 @@ def compile_model(
     elif card:
         writer.write_bytes(artefact.LIBRARY, b"")
         kernels = partial(_compile_triton, launched_sources(program, emitted), card, options)
-        _pack_beside(kernels, program, module, source, writer, progress)
+        quantized = _pack_beside(kernels, program, module, source, writer, progress)
     else:
         library = writer.folder / artefact.LIBRARY
         kernels = partial(_compile_cpp, emitted.sources, step, library, cache_root, progress)

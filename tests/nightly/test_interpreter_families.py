@@ -1,11 +1,15 @@
 """Foreign models on the Triton target in the interpreter: experts, ALiBi, soft caps and windows.
 
+And what its artefact tells of quantised weights.
+
 TRITON_INTERPRET=1 pytest tests/nightly/test_interpreter_families.py     (minutes)
 """
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
@@ -15,6 +19,7 @@ import torch
 import transformers
 
 import aios_compile
+from benchmarks.shapes import make
 
 pytest.importorskip("triton")
 
@@ -67,3 +72,15 @@ def test_logits_are_those_of_transformers(name: str) -> None:
         found = [kernel.name for kernel in compiled.program.kernels]
         assert all(any(x.startswith(kernel) for x in found) for kernel in kernels), found
         torch.testing.assert_close(compiled(ids), want, atol=2e-5, rtol=2e-5)
+
+
+def test_the_artefact_tells_what_was_quantised(tmp_path: Path) -> None:
+    sizes = {"max_model_len": 32, "max_num_seqs": 1, "max_num_batched_tokens": 1}
+    with aios_compile.load_and_compile(
+        make("micro", tmp_path), device="interpreter", quantization="int8", progress=False,
+        cache_dir=str(tmp_path / "cache"), **sizes,
+    ) as compiled:  # fmt: skip
+        rows = json.loads((compiled.artefact_path / "quantization.json").read_text())
+        notes = " ".join(compiled.report().notes)
+    assert len(rows) == 3 and all(row["bits"] == 8.5 for row in rows), rows
+    assert "3 matrices quantised to int8_g32_f16, 0 kept: 8.50 bits" in notes
