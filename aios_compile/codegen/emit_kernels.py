@@ -12,7 +12,9 @@ import torch
 from torch import fx
 
 from aios_compile.codegen.layout import base_of, check_dense, kernel_calls
-from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.linear_tail import streams_of
+from aios_compile.codegen.operand import Operand, dim_of
+from aios_compile.codegen.packing import has_halves, with_halves
 from aios_compile.codegen.source import KernelSource
 from aios_compile.errors import CodegenError
 from aios_compile.ir import ops, provenance
@@ -95,9 +97,20 @@ def linear_weights(call: fx.Node, packs: bool = True) -> dict[int, str]:
                 found[index] = f"{rows}.{node.args[2]}"
             elif packs:
                 found[index] = LAYOUTS[node.target]
+            if packs:
+                found[index] = layout_in(body, node.args[1], found[index])
         if node.target is aios.quantized_embedding.default and node.args[0] in holders:
             found[holders.index(node.args[0])] = f"{rows}.{node.args[2]}"
     return found
+
+
+def layout_in(body: fx.GraphModule, weight: fx.Node, layout: str) -> str:
+    """Return the layout of a linear's weight in a kernel: that which it has alone, or, where the
+    kernel combines the halves of its rows, the one with both halves' blocks by turns.
+    """
+    rows = dim_of(weight.meta["val"].shape[0])
+    gated = isinstance(rows, int) and streams_of(body, rows) == 2
+    return with_halves(layout) if gated else layout
 
 
 def _streamed_weights(module: IRModule) -> dict[str, str]:
@@ -139,6 +152,7 @@ def _operands(
     for i, (holder, argument) in enumerate(zip(holders, arguments)):
         names = bound_weights(module, region, argument)
         shared = {(streamed or {}).get(name) for name in names}  # a head's tied table
+        shared -= {found for found in shared if found and has_halves(found)}
         table = shared.pop() if i in tables and len(shared) == 1 else None
         layout = weights.get(i, table) if names else None
         if layout:

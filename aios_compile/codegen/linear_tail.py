@@ -40,6 +40,17 @@ class Tail:
     stores: tuple[Linear, ...]
 
 
+def streams_of(body: fx.GraphModule, rows: int) -> int | None:
+    """Return 1, or 2 when the outputs combine the halves of a product with a matrix of `rows` rows.
+
+    None for outputs of other widths.
+    """
+    widths = {shape_of(r)[-1] for r in outputs(body)}
+    if widths == {rows}:
+        return 1
+    return 2 if widths == {rows // 2} and rows % 2 == 0 else None
+
+
 def read_tail(
     body: fx.GraphModule,
     operands: Sequence[Operand],
@@ -53,9 +64,8 @@ def read_tail(
     None when the tail is not pointwise, or splits the product other than into two halves.
     """
     results = outputs(body)
-    widths = {shape_of(r)[-1] for r in results}
-    streams = 1 if widths == {rows} else 2
-    if streams == 2 and (widths != {rows // 2} or rows % 2):
+    streams = streams_of(body, rows)
+    if streams is None:
         return None
     columns = rows // streams
 

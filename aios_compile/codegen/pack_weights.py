@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aios_compile.codegen.packing import ROW_PACKINGS, check_finite, pack_quant16
+from aios_compile.codegen.packing import FLOAT_LAYOUTS, check_finite, kind_of, pack
 from aios_compile.codegen.planar import pack_planar
 from aios_compile.codegen.plane import PREFIX
 from aios_compile.codegen.program import Program, WeightEntry
 from aios_compile.codegen.quantized_weights import (
-    PACKED,
+    QUANTISED_LAYOUTS,
     QuantizedWeight,
     describe,
     form_of,
@@ -81,7 +81,7 @@ def pack_weights(
     described = []
     for i, entry in enumerate(program.weights):
         recipe = module.weights[entry.name.removesuffix(f".{entry.packed}")]
-        if entry.packed.startswith(PACKED):
+        if kind_of(entry.packed) in QUANTISED_LAYOUTS:
             array, weight = _quantized(entry, recipe, tensors)
             described.append(weight)
             writer.add_tensor(entry.name, array, entry.dtype)
@@ -98,8 +98,8 @@ def _packed(entry: WeightEntry, recipe: Recipe, tensors: Mapping[str, Tensor]) -
         value = recipe.run(tensors).to(dtype)
     label = _checked(entry, recipe, value)
     array = to_numpy(value.contiguous())
-    if entry.packed in ROW_PACKINGS:
-        return ROW_PACKINGS[entry.packed](array, label)
+    if kind_of(entry.packed) in FLOAT_LAYOUTS:
+        return pack(array, entry.packed, label)
     check_finite(array, label)
     return array
 
@@ -116,7 +116,7 @@ def _quantized(
         if entry.packed.startswith(PREFIX):
             array = pack_planar(rows, form, label).numpy()
         else:
-            array = pack_quant16(rows.numpy(), form, label)
+            array = pack(rows.numpy(), entry.packed, label)
         return array, describe(label, entry.packed, rows, value)
 
 

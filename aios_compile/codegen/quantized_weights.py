@@ -9,13 +9,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-from aios_compile.codegen.packing import ROW_PACKINGS
+from aios_compile.codegen.packing import FLOAT_LAYOUTS, kind_of
 from aios_compile.codegen.program import Program
 from aios_compile.ir.module import Recipe, outputs
 from aios_compile.ir.quant_format import QuantFormat
 from aios_compile.ir.quantized import dequantize
 
-PACKED = ("quant16.", "planar.")  # layouts of quantised rows, followed by the format's name
+QUANTISED_LAYOUTS = ("quant16", "planar")  # a format's name follows
 SAMPLED_ROWS = 128  # of a matrix whose error is measured
 KV_NAMES = {"i8": "int8", "e4m3": "fp8 (e4m3)"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -37,7 +37,7 @@ class QuantizedWeight:
 
 
 def form_of(packed: str) -> QuantFormat:
-    """Return the format of rows in one of the layouts PACKED."""
+    """Return the format of rows in one of QUANTISED_LAYOUTS."""
     return QuantFormat.parse(packed.partition(".")[2])
 
 
@@ -90,7 +90,7 @@ def remarks(program: Program, weights: Sequence[QuantizedWeight]) -> list[str]:
     """Return what the report says: rounded activations; bits a weight of all matrices that are
     multiplied, those of experts included; errors.
     """
-    rounded = sum(w.packed == "pairs16" for w in program.weights)
+    rounded = sum(kind_of(w.packed) == "pairs16" for w in program.weights)
     notes = []
     if rounded:
         notes.append(
@@ -99,7 +99,7 @@ def remarks(program: Program, weights: Sequence[QuantizedWeight]) -> list[str]:
         )
     if not weights:
         return notes
-    kept = [w for w in program.weights if w.packed in ROW_PACKINGS or len(w.shape) > 2]
+    kept = [w for w in program.weights if kind_of(w.packed) in FLOAT_LAYOUTS or len(w.shape) > 2]
     count = sum(w.rows * w.depth for w in weights) + sum(prod(w.shape) for w in kept)
     total = sum(w.rows * w.depth * w.bits for w in weights)
     total += sum(8 * BYTES[w.dtype] * prod(w.shape) for w in kept)

@@ -24,12 +24,11 @@ from aios_compile.codegen.cpp import build
 from aios_compile.codegen.emit_kernels import Emitted, tensor_arguments
 from aios_compile.codegen.operand import BYTES, Operand, dim_value
 from aios_compile.codegen.pack_weights import to_numpy
-from aios_compile.codegen.packing import ROW_PACKINGS, pack_quant16
+from aios_compile.codegen.packing import FLOAT_LAYOUTS, kind_of, pack
 from aios_compile.codegen.source import KernelSource
 from aios_compile.errors import CodegenError
 from aios_compile.ir import evaluate
 from aios_compile.ir.module import body_of, placeholders
-from aios_compile.ir.quant_format import QuantFormat
 from aios_compile.ir.quantized import LARGEST_CODE
 from aios_compile.passes.certificate import FACTORS
 from aios_compile.passes.measure import FLOOR_ROUNDINGS
@@ -185,13 +184,8 @@ def prepare(
 
 def _operand_array(operand: Operand, value: Tensor, sizes: Mapping[str, int]) -> Array:
     value = value.detach().to(_TORCH[operand.dtype])
-    layout, _, form = (operand.packed or "").partition(".")
-    if operand.packed in ROW_PACKINGS or layout == "quant16":
-        rows = to_numpy(value.contiguous())
-        if layout == "quant16":
-            packed = pack_quant16(rows, QuantFormat.parse(form), operand.name)
-        else:
-            packed = ROW_PACKINGS[layout](rows, operand.name)
+    if operand.packed and kind_of(operand.packed) in (*FLOAT_LAYOUTS, "quant16"):
+        packed = pack(to_numpy(value.contiguous()), operand.packed, operand.name)
         array = _aligned(packed.nbytes)
         array[: packed.nbytes] = packed.reshape(-1).view(np.uint8)
         return array

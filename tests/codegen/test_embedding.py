@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aios_compile.codegen.cpp import embedding
 from aios_compile.codegen.operand import Operand
-from aios_compile.codegen.packing import ROW_PACKINGS
+from aios_compile.codegen.packing import pack
 from tests.codegen.kernels import operands_of, run, trace
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -22,7 +22,7 @@ def packed(table: Tensor, layout: str) -> Tensor:
     """Return a [N, K] table in a layout of codegen/packing.py."""
     wide = table if table.dtype == torch.float32 else table.view(torch.int16)
     kind = np.float32 if table.dtype == torch.float32 else np.uint16
-    array = ROW_PACKINGS[layout](wide.numpy().view(kind)).view(wide.numpy().dtype)
+    array = pack(wide.numpy().view(kind), layout).view(wide.numpy().dtype)
     return torch.from_numpy(np.ascontiguousarray(array)).view(table.dtype)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aios_compile.codegen.cpp import build, linear
-from aios_compile.codegen.packing import ROW_PACKINGS
+from aios_compile.codegen.packing import pack, with_halves
 from aios_compile.ir import ops  # noqa: F401  (registers the ops)
 from tests.codegen.harness import Kernel, make_body, sparse
 from tests.variants import nightly
@@ -28,7 +28,13 @@ def skip_unless(target):
 
 def packed(w, layout="rows16"):
     bits = w.view(torch.uint16) if w.dtype == torch.bfloat16 else w
-    return ROW_PACKINGS[layout](bits.numpy())
+    return pack(bits.numpy(), layout)
+
+
+def layout_of(function):
+    """Return the layout of w in the kernel of one of the functions below."""
+    layout = "pairs16" if function.__name__.startswith("rounded") else "rows16"
+    return with_halves(layout) if "gated" in function.__name__ else layout
 
 
 def rounded(x, w):
@@ -77,10 +83,10 @@ def made(function, rows, depth, dtype, target="avx512", out=None, row=None, extr
     inputs = {"x": (("T", depth), torch.float32), "w": ((rows, depth), dtype)}
     inputs |= {name: (shape, torch.float32) for name, shape in extra}
     strided = {"x": (row, 1)} if row else None
-    layout = "pairs16" if function.__name__.startswith("rounded") else "rows16"
+    layout = layout_of(function)
     body, operands = make_body(function, inputs, strided, packed={"w": layout})
     spec = linear.spec_of(body, operands)
-    assert spec is not None and spec.pairs == (layout == "pairs16")
+    assert spec is not None and spec.pairs == layout.startswith("pairs16")
     source = linear.emit(spec)
     return spec, body, source, Kernel(source, build.Target.named(target))
 
@@ -220,9 +226,11 @@ def test_gated_halves(tokens, target):
         assert spec.streams == 2
         tail = [torch.randn(rows // 2)] if extra else []
         out = torch.full((tokens, rows // 2), float("nan"))
-        layout = "pairs16" if function is rounded_and_gated else "rows16"
-        built({"T": tokens}, x, packed(w, layout), *tail, out, splits=2)
+        built({"T": tokens}, x, packed(w, layout_of(function)), *tail, out, splits=2)
         close(out, linear.reference(spec, body, x, w, *tail), depth)
+        one = torch.empty(1, rows // 2)
+        built({"T": 1}, x[-1], packed(w, layout_of(function)), *tail, one)
+        assert torch.equal(one[0], out[-1])
 
 
 def test_weights_beyond_two_to_the_31_elements():
@@ -238,18 +246,23 @@ def test_weights_beyond_two_to_the_31_elements():
 
 
 def test_refusals():
-    """A gate that is not a multiple of 16 rows, a tail over tokens, a weight that is not packed."""
+    """A gate that is not a multiple of 16 rows, a tail over tokens, a weight packed otherwise."""
     inputs = {"x": (("T", 8), torch.float32), "w": ((24, 8), torch.float32)}
     for function, names in (
-        (gated, ("w",)),
+        (gated, {"w": "rows16_halves"}),
         (lambda x, w: aten.cumsum.default(aios.linear.default(x, w), 0), ("w",)),
         (plain, ()),
         (plain, {"w": "pairs16"}),
         (rounded, {"w": "rows16"}),
+        (plain, {"w": "rows16_halves"}),
         (lambda x, w: aten.neg.default(x), ("w",)),
     ):
         body, operands = make_body(function, inputs, packed=names)
         assert linear.spec_of(body, operands) is None
+    inputs["w"] = ((32, 8), torch.float32)
+    for layout in ("rows16", "rows16_halves"):
+        body, operands = make_body(gated, inputs, packed={"w": layout})
+        assert (linear.spec_of(body, operands) is None) == (layout == "rows16")
 
 
 def test_the_text_names_the_formula_and_is_pure():

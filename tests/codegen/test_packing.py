@@ -10,17 +10,24 @@ import torch
 
 from aios_compile.codegen.packing import (
     check_finite,
+    has_halves,
+    in_order,
+    kind_of,
+    pack,
     pack_pairs16,
     pack_quant16,
     pack_rows16,
     unpack_pairs16,
     unpack_quant16,
     unpack_rows16,
+    with_halves,
 )
 from aios_compile.errors import CheckpointError
 from aios_compile.ir import quantized
 from aios_compile.ir.quant_format import QuantFormat
 from tests.ir.test_quantized import FORMATS, random_fields
+
+FORM = QuantFormat.parse("int4_g32_f16")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])
@@ -92,6 +99,25 @@ def test_quantised_rows_interleave_and_come_back(name, rows):
     for row in (0, rows - 1):  # a lane of the first dot product: four bytes of codes
         at = first * 16 + row % 16 * 4
         assert np.array_equal(packed[row // 16, at : at + 4], made[row, first : first + 4])
+
+
+def test_blocks_of_halves_lie_by_turns():
+    """Every layout of a gate's matrix, and where its first bad value is."""
+    w = np.random.default_rng(0).integers(0, 30000, (96, 33)).astype(np.uint16)
+    fields = random_fields(FORM, 96, 64)
+    rows = quantized.pack_fields(FORM, fields).numpy()
+    for array, layout in ((w, "rows16"), (w, "pairs16"), (rows, f"quant16.{FORM.name}")):
+        plain, turned = pack(array, layout), pack(array, with_halves(layout))
+        assert has_halves(with_halves(layout)) and not has_halves(layout)
+        assert kind_of(with_halves(layout)) == kind_of(layout) == layout.partition(".")[0]
+        assert np.array_equal(turned, plain[[0, 3, 1, 4, 2, 5]])
+        assert np.array_equal(in_order(turned), plain) and turned.flags.c_contiguous
+    w[50, 3] = 0x7F80
+    fields.scales[50, 0] = float("inf")
+    rows = quantized.pack_fields(FORM, fields).numpy()
+    for array, layout, place in ((w, "pairs16", 3), (rows, f"quant16.{FORM.name}", 0)):
+        with pytest.raises(CheckpointError, match=rf"gate.*first at \[50, {place}\]"):
+            pack(array, with_halves(layout), "gate")
 
 
 @pytest.mark.parametrize("name", FORMATS)

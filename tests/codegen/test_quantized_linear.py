@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from aios_compile.codegen.cpp import build, quantized_linear
-from aios_compile.codegen.packing import pack_quant16
+from aios_compile.codegen.packing import pack, pack_quant16
 from aios_compile.ir import ops, quantized
 from aios_compile.ir.quant_format import QuantFormat
 from tests.codegen.emulated import emulable, skip_unless_runnable
@@ -71,7 +71,8 @@ def source_of(function, rows, depth, name, row=None, extra=()):
         return function(x, w, name, bias, residual)
 
     traced = long if extra else short
-    body, operands = make_body(traced, inputs, strided, packed={"w": f"quant16.{name}"})
+    layout = f"quant16_halves.{name}" if function is gated else f"quant16.{name}"
+    body, operands = make_body(traced, inputs, strided, packed={"w": layout})
     spec = quantized_linear.spec_of(body, operands)
     assert spec is not None
     return spec, body, quantized_linear.emit(spec)
@@ -192,13 +193,17 @@ def test_tails(tokens, target):
 
 @pytest.mark.parametrize("tokens", [1, 4, 29])
 def test_gated_halves(tokens):
-    rows, depth, name = 2 * 16 * 99, 128, "int4_g64_f16"  # runs of blocks, whole and not
+    rows, depth, name = 2 * 16 * 9, 128, "int4_g64_f16"
     spec, body, source = source_of(gated, rows, depth, name)
     assert spec.linear.streams == 2
     weights, x = random_rows(name, rows, depth), torch.randn(tokens, depth)
     out = torch.full((tokens, rows // 2), float("nan"))
-    Kernel(source)({"T": tokens}, x, packed(weights, name), out, splits=2)
+    stored, one = pack(weights.numpy(), f"quant16_halves.{name}"), torch.empty(1, rows // 2)
+    built = Kernel(source)
+    built({"T": tokens}, x, stored, out, splits=2)
     close(out, quantized_linear.reference(spec, body, x, weights))
+    built({"T": 1}, x[-1], stored, one)
+    assert torch.equal(one[0], out[-1])
 
 
 def test_the_largest_codes_do_not_overflow():

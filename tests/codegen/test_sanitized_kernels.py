@@ -25,7 +25,6 @@ from aios_compile.codegen.cpp import (
     sample,
 )
 from aios_compile.codegen.operand import dim_value
-from aios_compile.codegen.packing import ROW_PACKINGS
 from tests.codegen import (
     test_kv_write,
     test_linear,
@@ -90,17 +89,18 @@ class Jobs:
 
 
 def add_linear(jobs):
-    for function, rows, extra, layout in (
-        (test_linear.with_bias_and_residual, 37, ("bias", "residual"), "rows16"),
-        (test_linear.gated, 96, (), "rows16"),
-        (test_linear.rounded_and_gated, 96, (), "pairs16"),
+    for function, rows, extra in (
+        (test_linear.with_bias_and_residual, 37, ("bias", "residual")),
+        (test_linear.gated, 96, ()),
+        (test_linear.rounded_and_gated, 96, ()),
     ):
         shapes = {"bias": (rows,), "residual": ("T", rows)}
         inputs = {"x": (("T", 51), torch.float32), "w": ((rows, 51), torch.bfloat16)}
         inputs |= {name: (shapes[name], torch.float32) for name in extra}
+        layout = test_linear.layout_of(function)
         body, operands = make_body(function, inputs, packed={"w": layout})
         source = linear.emit(linear.spec_of(body, operands))
-        w = ROW_PACKINGS[layout](torch.randn(rows, 51).bfloat16().view(torch.uint16).numpy())
+        w = test_linear.packed(torch.randn(rows, 51).bfloat16(), layout)
         for tokens in (1, 3, 13):
             tail = [torch.randn(rows), torch.randn(tokens, rows)] if extra else []
             columns = rows if extra else rows // 2

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from aios_compile.codegen.cpp import build
+from aios_compile.codegen.packing import kind_of
 from tests import zoo
 from tests.compiled.conftest import Load
 from tests.variants import nightly
@@ -25,7 +26,7 @@ def test_error_against_float32(name: str, load: Load, zoo_folder: Path) -> None:
     oracle = zoo.reference_logits(path, ids, "float32")  # the stored values, computed in float32
     theirs = (zoo.reference_logits(path, ids, "bfloat16") - oracle).abs()
     model = load(name, "bfloat16")
-    packings = {w.packed for w in model.program.weights if w.packed}
+    packings = {kind_of(w.packed) for w in model.program.weights if w.packed}
     rounds = build.Target.host().bf16_dot
     assert packings == {"pairs16" if rounds else "rows16"}
     assert rounds == any("activations rounded to bf16" in n for n in model.report().notes)

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Kind
 import aios_compile
 from aios_compile.checkpoint.gguf import GgufCheckpoint
 from aios_compile.checkpoint.gguf_header import read_gguf_header
-from aios_compile.codegen.packing import unpack_quant16
+from aios_compile.codegen.packing import has_halves, in_order, kind_of, unpack_quant16
 from aios_compile.config import CompileOptions
 from aios_compile.errors import CheckpointError
 from aios_compile.ir.quant_format import QuantFormat
@@ -142,10 +142,11 @@ def check_stored(model: aios_compile.CompiledModel, meant: dict[str, torch.Tenso
     """
     found = 0
     for entry in model.program.weights:
-        if not entry.packed.startswith("quant16."):
+        if kind_of(entry.packed) != "quant16":
             continue
-        form = QuantFormat.parse(entry.packed.removeprefix("quant16."))
+        form = QuantFormat.parse(entry.packed.partition(".")[2])
         packed = np.array(model._artefact.tensor(entry.name))
+        packed = in_order(packed) if has_halves(entry.packed) else packed
         got = dequantize(torch.from_numpy(unpack_quant16(packed, form, entry.shape[0])), form)
         parts = re.findall(r"checkpoint\['([^':]+):", entry.recipe)
         assert parts, entry.recipe

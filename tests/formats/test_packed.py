@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import aios_compile
 from aios_compile.checkpoint.folder import CheckpointFolder
+from aios_compile.codegen.packing import kind_of
 from aios_compile.config import CompileOptions
 from aios_compile.errors import AiosError, CheckpointError, UnsupportedModelError
 from aios_compile.model_source import open_source
@@ -152,7 +153,7 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "quant16.uint4_g32_f16_min_zero"
         }
         assert check_stored(model, meant) == 14  # 7 a layer
-        codes = [w.name for w in model.program.weights if w.packed.startswith("quant16.")]
+        codes = [w.name for w in model.program.weights if kind_of(w.packed) == "quant16"]
         taken = sum(model._artefact.tensors[name].num_bytes for name in codes)
     stored = load_file(path / "model.safetensors")
     parts = ("qweight", "qzeros", "scales")

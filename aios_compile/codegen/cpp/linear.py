@@ -3,7 +3,7 @@
 Layouts: x[T, K] float32 (any row stride), w packed as rows16 ([ceil(N / 16)][K][16], float32, bf16
 or f16) or, for aios.bf16_linear, as pairs16 (codegen/packing.py); the tail's operands (bias,
 residual, ...) and outputs [T, N] as they are. A gated tail reads the halves of w[2F, K] (gate rows,
-then up rows) and writes [T, F]: both halves' blocks are computed together.
+then up rows) and writes [T, F]: both halves' blocks lie by turns and are computed together.
 Sums are float32. rows16: one chain of fused multiply-adds over k ascending an element. pairs16: x
 is rounded to bf16, to nearest even, and the chain takes k + 1, then k, of each pair, one rounding
 each; vdpbf16ps does so and takes denormal bf16 and denormal sums as zeros (processors without it
@@ -34,7 +34,7 @@ from aios_compile.codegen.cpp.head_rows import without_leading_ones
 from aios_compile.codegen.cpp.nest import Nest
 from aios_compile.codegen.cpp.template import C_TYPES, constants, kernel, number
 from aios_compile.codegen.cpp.template import pointer as address_function
-from aios_compile.codegen.emit_kernels import LAYOUTS
+from aios_compile.codegen.emit_kernels import LAYOUTS, layout_in
 from aios_compile.codegen.expression import Const, Expr, Printer, formula
 from aios_compile.codegen.linear_index import Linear, add_dims
 from aios_compile.codegen.linear_tail import inplace_pairs, read_tail
@@ -92,7 +92,9 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> LinearSpec | N
     x = without_leading_ones(resolve(nodes[0].args[0], operands), 2)
     weight = resolve(nodes[0].args[1], operands)
     layout = LAYOUTS[nodes[0].target]
-    if x is None or weight is None or weight.operand.packed != layout:
+    if x is None or weight is None:
+        return None
+    if weight.operand.packed != layout_in(body, nodes[0].args[1], layout):
         return None
     depth, rows = x.operand.shape[1], weight.operand.shape[0]
     dense = x.operand.strides[1] == 1 and x.operand.dtype == "f32"

@@ -26,6 +26,7 @@ from aios_compile.codegen.cpp import linear
 from aios_compile.codegen.cpp.candidates import candidates_of
 from aios_compile.codegen.cpp.head_rows import without_leading_ones
 from aios_compile.codegen.cpp.template import C_TYPES, constants, kernel
+from aios_compile.codegen.emit_kernels import layout_in
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.packing import joint_groups
 from aios_compile.codegen.source import KernelSource
@@ -55,7 +56,7 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> QuantizedLinea
     weight = resolve(nodes[0].args[1], operands)
     if x is None or weight is None or form.is_float:
         return None
-    if weight.operand.packed != f"quant16.{form.name}":
+    if weight.operand.packed != layout_in(body, nodes[0].args[1], f"quant16.{form.name}"):
         return None
     depth, dense = x.operand.shape[1], x.operand.strides[1] == 1 and x.operand.dtype == "f32"
     if not dense or not isinstance(depth, int):

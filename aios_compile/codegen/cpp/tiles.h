@@ -12,7 +12,6 @@ constexpr int BLOCK = 16;                            // rows of a packed block
 constexpr int VECTORS = BLOCK / VL;                  // vectors of a packed block
 constexpr int ITEM = 2;                              // blocks of a work item
 constexpr int PART = 512;                            // values of a token that are prepared together
-constexpr int RUN = 48;                              // blocks of one stream before the other's turn
 
 #ifndef AIOS_L2_BYTES
 #define AIOS_L2_BYTES 524288                         // of a core

@@ -4,9 +4,9 @@
 // The text before this one defines Weight (float, bf16, f16, pair), Element (what a token's values
 // become: float, or pair for weights in pairs), PER (values of an element), K, COLUMNS (output
 // columns), STRIDE (elements from a prepared token to the next), STREAMS (1, or 2 when row n of the
-// second half of the matrix belongs to row n of the first), num_tokens(n), x_row(n, p, t),
-// weight(n, p), workspace(p) and epilogue(n, p, i0, begin, end, sum0, sum1), which writes columns
-// [begin, end) of token i0 from the sums of the two streams.
+// second half of the matrix belongs to row n of the first: the halves' blocks lie by turns),
+// num_tokens(n), x_row(n, p, t), weight(n, p), workspace(p) and epilogue(n, p, i0, begin, end,
+// sum0, sum1), which writes columns [begin, end) of token i0 from the sums of the two streams.
 
 constexpr int REGISTERS = VL == 8 ? 12 : 24;         // accumulators that fit in registers
 constexpr int TILE = VL == 16 ? 12 : 6;              // tokens of a full tile
@@ -66,18 +66,22 @@ AIOS_NOINLINE void tile(const Weight* w, const Element* x, float* sums) {
     for (int r = 0; r < BLOCKS * VECTORS; ++r) store(sums + t * BLOCKS * BLOCK + r * VL, acc[t][r]);
 }
 
-// BLOCKS blocks from `block` on for the tokens [first, first + count) prepared at x.
+// The columns from `block` on that BLOCKS packed blocks give (one block's where they are those of
+// two streams), for the tokens [first, first + count) prepared at x.
 template <int BLOCKS, int WIDTH, class C>
 AIOS_INLINE void panel(const Sizes* n, void* const* p, int64_t block, int64_t first, int64_t count,
                        const Element* x) {
-  alignas(64) float sums[STREAMS][WIDTH * BLOCKS * BLOCK];
-  const Weight* w = (const Weight*)weight(n, p);
-  for (int s = 0; s < STREAMS; ++s)
-    tile<BLOCKS, WIDTH, C>(w + (s * NUM_BLOCKS + block) * DEPTH * BLOCK, x, sums[s]);
-  const int64_t column = block * BLOCK, stop = min(column + BLOCKS * BLOCK, COLUMNS);
+  constexpr int TILES = BLOCKS < STREAMS ? STREAMS : 1;
+  alignas(64) float sums[TILES][WIDTH * BLOCKS * BLOCK];
+  const Weight* w = (const Weight*)weight(n, p) + block * STREAMS * DEPTH * BLOCK;
+  for (int i = 0; i < TILES; ++i)
+    tile<BLOCKS, WIDTH, C>(w + i * DEPTH * BLOCK, x, sums[i]);
+  const float* second = TILES > 1 ? sums[TILES - 1] : sums[0] + (STREAMS - 1) * BLOCK;
+  const int64_t column = block * BLOCK;
+  const int64_t stop = min(column + TILES * BLOCKS / STREAMS * BLOCK, COLUMNS);
   for (int64_t t = 0; t < count; ++t) {
     const int64_t at = t * BLOCKS * BLOCK;
-    epilogue(n, p, first + t, column, stop, sums[0] + at, sums[STREAMS - 1] + at);
+    epilogue(n, p, first + t, column, stop, sums[0] + at, second + at);
   }
 }
 
@@ -88,9 +92,9 @@ template <int WIDTH, class C>
 AIOS_NOINLINE void panels(const Sizes* n, void* const* p, int64_t block, int64_t stop,
                           int64_t first, int64_t count, const Element* x) {
   constexpr bool TWO = 2 * VECTORS * WIDTH <= REGISTERS && (PER == 1 || WIDTH > 2);
-  if constexpr (TWO)
+  if constexpr (TWO && STREAMS == 1)
     for (; stop - block >= 2; block += 2) panel<2, WIDTH, C>(n, p, block, first, count, x);
-  for (; block < stop; ++block) panel<1, WIDTH, C>(n, p, block, first, count, x);
+  for (; block < stop; ++block) panel<TWO ? STREAMS : 1, WIDTH, C>(n, p, block, first, count, x);
 }
 
 // A lone token's elements: its values where they are, or rounded ones in `space`.
