@@ -32,16 +32,18 @@ def test_a_part_runs_and_goes_on_where_it_was(
         monkeypatch.setattr(select_gpu_kernels, name, 1)
     out = tmp_path / "rows.jsonl"
     arguments = [part, "--out", str(out), "--ledgers", str(tmp_path), *TINY.split()]
+    if part == "ledger":  # of 8 tokens, that tensor cores multiply: there is a choice
+        arguments += ["--tokens", "8", "--forms", "int4"]
     assert gpu.main([*arguments, "--minutes", "0"]) == 3, "no time: no row"
     assert gpu.main(arguments) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert not [row for row in rows if "error" in row], rows
-    assert len(rows) >= {"ours": 9, "ledger": 3, "peers": 5, "engine": 3}[part]
+    assert len(rows) >= {"ours": 9, "ledger": 2, "peers": 5, "engine": 3}[part]
     before = out.read_text()
     assert gpu.main(arguments) == 0 and out.read_text() == before, "rows that are there stay"
     if part == "ledger":
         ledger = KernelLedger.from_json(json.loads((tmp_path / "interpreter.json").read_text()))
-        assert len(ledger.entries) == sum(row["kernels"] for row in rows) > 8
+        assert len(ledger.entries) == sum(row["kernels"] for row in rows) > 0
         assert all(row["trials"] and not row["late_compilations"] for row in rows)
     if part != "ours":
         return
