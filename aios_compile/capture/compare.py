@@ -8,7 +8,7 @@ It works for a module on the meta device too, because the module's own parameter
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ def compare_with_eager(
     layers = [layer for group in regions.layer_lists(model).values() for layer in group]
     calls = [n for n in module.root.graph.nodes if n.op == "call_module"]
     active = _first_of_each_kind(calls, len(layers))
-    table = evaluate.carried(module) if len(layers) == len(calls) else None
+    repeated = len({id(layer) for layer in layers}) < len(layers)  # one module in several places
+    table = evaluate.carried(module) if len(layers) == len(calls) and not repeated else None
     if table is None:
         active = set(range(len(layers)))
     skips = {c.name: table[c.name] for i, c in enumerate(calls) if table and i not in active}
@@ -94,10 +95,18 @@ def _run_eager(
     seen: list[Tensor] = []
     with torch.no_grad(), foreign.evaluating(model), _passed_through(layers, active, seen):
         result = torch.func.functional_call(model, given, (), kwargs, tie_weights=False)
-    logits = getattr(result, "logits", result)
+    logits = _logits_in(result)
     if not isinstance(logits, Tensor):
         raise CaptureError(f"forward returns a {type(result).__name__}, expected the logits")
     return seen, logits
+
+
+def _logits_in(result: Any) -> Any:
+    """Return what a model means by its logits: by name, else the first of several results."""
+    if isinstance(result, Mapping):
+        return result.get("logits", result)
+    first = result[0] if isinstance(result, (tuple, list)) and result else result
+    return getattr(result, "logits", first)
 
 
 def _parameters(
@@ -128,7 +137,8 @@ def _passed_through(
         style["tuple"] = isinstance(result, (tuple, list))
         seen.append(result[0] if isinstance(result, (tuple, list)) else result)
 
-    hooks = [layers[i].register_forward_hook(record) for i in active]
+    watched = {id(layers[i]): layers[i] for i in active}
+    hooks = [layer.register_forward_hook(record) for layer in watched.values()]
     skipped = [layer for i, layer in enumerate(layers) if i not in active]
     for layer in skipped:
         layer.forward = _identity(style)

@@ -125,3 +125,21 @@ class OfLists(Model):
 def test_layers_that_return_lists():
     lists = modules.build(lambda: OfLists([Listing(causal()) for _ in range(3)], learned=False))
     assert compare_with_eager(lists, capture(lists, flat=False)) <= 1e-5
+
+
+def test_one_layer_in_several_places():
+    """It was skipped and compared at once, and its forward taken away twice."""
+    shared = modules.build(lambda: modules.Model(modules.blocks(modules.causal, 1) * 3))
+    assert compare_with_eager(shared, capture(shared, flat=False)) <= 1e-6
+
+
+class Several(Model):
+    """As nanoGPT: the logits, and a loss that nobody asked for."""
+
+    def forward(self, input_ids, position_ids):
+        return super().forward(input_ids, position_ids), None
+
+
+def test_the_first_of_several_results_is_the_logits():
+    model = modules.build(lambda: Several(modules.blocks(causal, 1)))
+    assert compare_with_eager(model, capture(model, flat=False)) <= 1e-6
