@@ -112,8 +112,16 @@ def _logits_in(result: Any) -> Any:
 def _parameters(
     model: nn.Module, module: IRModule, weights: RandomWeights, skips: evaluate.Skips
 ) -> dict[str, Tensor]:
-    """Return random values for the parameters that something active reads, by every name."""
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    """Return random values for the parameters that something active reads.
+
+    By every name of a tied parameter, but by one name of a module that has several places: put in
+    twice, the model's own parameter would not come back.
+    """
+    own = {
+        f"{place}.{name}" if place else name
+        for place, holder in model.named_modules()
+        for name in holder._parameters
+    }
     given: dict[str, Tensor] = {}
     for node in placeholders(module.root.graph):
         recipe = module.weights.get(node.name)
@@ -131,10 +139,10 @@ def _passed_through(
     layers: Sequence[nn.Module], active: set[int], seen: list[Tensor]
 ) -> Iterator[None]:
     """Let inactive layers return their input; collect the results of the active ones."""
-    style: dict[str, bool] = {}
+    style: dict[str, int] = {}
 
     def record(_layer: nn.Module, _args: Any, result: Any) -> None:
-        style["tuple"] = isinstance(result, (tuple, list))
+        style["length"] = len(result) if isinstance(result, (tuple, list)) else 0
         seen.append(result[0] if isinstance(result, (tuple, list)) else result)
 
     watched = {id(layers[i]): layers[i] for i in active}
@@ -151,10 +159,13 @@ def _passed_through(
             hook.remove()
 
 
-def _identity(style: dict[str, bool]) -> Callable[..., Any]:
+def _identity(style: dict[str, int]) -> Callable[..., Any]:
+    """Return a forward that gives its input back, as the first of a layer's usual results."""
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-        return (x,) if style.get("tuple") else x
+        length = style.get("length", 0)
+        return (x, *[None] * (length - 1)) if length else x
 
     return forward
 

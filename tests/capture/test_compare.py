@@ -133,6 +133,43 @@ def test_one_layer_in_several_places():
     assert compare_with_eager(shared, capture(shared, flat=False)) <= 1e-6
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_module_in_several_places_keeps_its_parameters(whole: bool) -> None:
+    """They were put in under each name, and the second time the random ones were taken for them."""
+
+    def layers() -> list[Block]:
+        found = modules.blocks(causal, 1 if whole else 2)
+        found[-1].qkv = found[0].qkv  # one linear in two layers
+        return found * 2 if whole else found
+
+    shared = modules.build(lambda: Model(layers()))
+    before = {name: (id(p), p.clone()) for name, p in shared.named_parameters()}
+    assert compare_with_eager(shared, capture(shared, flat=False)) <= 1e-6
+    after = dict(shared.named_parameters())
+    assert {name: id(p) for name, p in after.items()} == {n: i for n, (i, _) in before.items()}
+    assert all(torch.equal(p, before[name][1]) for name, p in after.items())
+
+
+class Pairing(Block):
+    """A layer that returns something beside its result."""
+
+    def forward(self, x, positions):
+        return super().forward(x, positions), None
+
+
+class OfPairs(Model):
+    def forward(self, input_ids, position_ids):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x, _ = block(x, position_ids)
+        return self.head(self.norm(x))
+
+
+def test_layers_that_return_a_pair():
+    pairs = modules.build(lambda: OfPairs([Pairing(causal()) for _ in range(3)], learned=False))
+    assert compare_with_eager(pairs, capture(pairs, flat=False)) <= 1e-5
+
+
 class Several(Model):
     """As nanoGPT: the logits, and a loss that nobody asked for."""
 
