@@ -111,10 +111,11 @@ static inline bool take_own(Worker *w, int of, int64_t launch) {
     return true;
 }
 
-/* Claim items of what is shared; return whether there were any, from *begin to *end. */
-static inline bool claim(Worker *w, Launched *l, int64_t shared, int64_t *begin, int64_t *end) {
+/* Claim items of those that are shared, `least` or more but at the end; return whether there were
+ * any, from *begin to *end. */
+static inline bool claim(Worker *w, Launched *l, int64_t shared, int64_t least, int64_t *begin,
+                         int64_t *end) {
     const int64_t workers = w->pool->num_workers;
-    const int64_t least = (shared + workers * 6 - 1) / (workers * 6);
     uint64_t seen = l->claimed.load(std::memory_order_relaxed);
     do {
         const Tagged now = Tagged::of(seen);
@@ -157,12 +158,13 @@ static inline void share(Worker *w, const Run *r, int64_t total, Kernel kernel, 
     Launched *l = &w->pool->launched[index];
     const int64_t own = total <= FEW_ITEMS * workers ? total * 3 / (workers * 4) : 0;
     const int64_t first = own * workers; /* of the items that are claimed */
+    const int64_t least = (total + workers * 8 - 1) / (workers * 8);
     int64_t items = 0, begin, end;
     if (own && take_own(w, w->id, index)) {
         kernel(&r->n, p, w->id * own, (w->id + 1) * own);
         items += own;
     }
-    while (!w->late && claim(w, l, total - first, &begin, &end)) {
+    while (!w->late && claim(w, l, total - first, least, &begin, &end)) {
         kernel(&r->n, p, first + begin, first + end);
         items += end - begin;
     }
