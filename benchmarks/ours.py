@@ -45,6 +45,7 @@ class Ours:
             kv_cache_memory_bytes=pool, cache_dir=str(cache),
         )  # fmt: skip
         self.weight_bytes = weight_bytes(self.model.program)
+        self._prompts = 0
 
     def decode(self, prompts: Sequence[Sequence[int]], steps: int) -> float:
         """Return seconds a step of greedy decoding, from the last prompt's first token on."""
@@ -56,8 +57,14 @@ class Ours:
         return float(max(m.total_us for m in metrics) - last) / steps / 1e6
 
     def prefill(self, ids: Sequence[int]) -> float:
-        """Return seconds of a prompt to its first token."""
-        result = self.model.generate(list(ids), max_tokens=1, temperature=0, ignore_eos=True)
+        """Return seconds of a prompt to its first token.
+
+        Each prompt is a tenant's of its own: even a random one may begin as another one did.
+        """
+        self._prompts += 1
+        result = self.model.generate(
+            list(ids), max_tokens=1, temperature=0, ignore_eos=True, tenant=f"{self._prompts}"
+        )
         assert result.metrics.num_cached_tokens == 0, "the prompt was in the prefix cache"
         return float(result.metrics.ttft_us) / 1e6
 
