@@ -66,7 +66,7 @@ OVERLAP = Variable(
     "1",
     "1: a decode step runs while the host takes in the one before and prepares the next: on a GPU "
     "always, on the C++ target where a core is left for the host (fewer threads than cores) and a "
-    "few timed steps show a gain; 2: always; 0: never",
+    "few timed steps show no loss; 2: always; 0: never",
 )
 CXX = Variable("AIOS_CXX", "", "C++ compiler; default c++, then g++, then clang++")
 

@@ -3,7 +3,8 @@
 Beginning a step ahead saves the host's time and costs a hand-over between two threads. With a core
 for each that is a clear gain; beside other programs the second thread may wait for a core, and a
 small step then takes twice as long. So a few steps are timed each way, and the better way is kept
-for a while. Sizes are judged apart: large steps gain where small ones lose.
+for a while: steps ahead, unless they clearly lose, as what is gained is small beside the noise of
+a few steps. Sizes are judged apart: large steps gain where small ones lose.
 
 Means are compared, not medians: a host that comes late makes one step long and the next one short.
 """
@@ -16,7 +17,7 @@ from statistics import fmean
 TRIAL_STEPS = 16  # each way
 BLOCK_STEPS = 8  # of one way, before the other has its turn
 KEPT_STEPS = 480  # so that at most one step in 30 is a trial of the worse way
-LEAST_GAIN = 0.93  # of the time: a smaller gain is not worth a second thread
+LEAST_LOSS = 1.08  # steps ahead are given up when they take so many times as long
 
 
 @dataclass
@@ -55,7 +56,7 @@ class OverlapGovernor:
         if len(times) < TRIAL_STEPS:
             times.append(micros)
         if min(len(size.ahead_us), len(size.plain_us)) == TRIAL_STEPS:
-            size.choice = fmean(size.ahead_us) < LEAST_GAIN * fmean(size.plain_us)
+            size.choice = fmean(size.ahead_us) < LEAST_LOSS * fmean(size.plain_us)
             size.num_left = KEPT_STEPS
             size.ahead_us, size.plain_us = [], []
 

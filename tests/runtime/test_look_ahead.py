@@ -167,8 +167,8 @@ def test_ids_of_a_guess_come_from_the_step_before(
 
 def test_the_better_way_is_kept_for_a_while_and_tried_again() -> None:
     governor = OverlapGovernor()
-    times = {1: (100.0, 300.0), 16: (700.0, 560.0)}  # plain, ahead
-    ways: dict[int, list[bool]] = {1: [], 16: []}
+    times = {1: (100.0, 300.0), 4: (200.0, 205.0), 16: (700.0, 560.0)}  # plain, ahead
+    ways: dict[int, list[bool]] = {1: [], 4: [], 16: []}
     for step in range(1500):
         if step == 700:
             times[1] = (100.0, 90.0)  # a core has become free
@@ -178,5 +178,6 @@ def test_the_better_way_is_kept_for_a_while_and_tried_again() -> None:
             late = step % 2 if wants and count == 1 else 0.5  # by turns: the mean is what counts
             governor.measure(count, wants, 2 * late * (ahead if wants else plain))
     assert not any(ways[1][40:500]) and all(ways[16][40:500])
+    assert all(ways[4][40:500]), "a loss as small as noise is none"
     assert sum(ways[1][:700]) <= 32 and sum(ways[16][:700]) >= 700 - 32
     assert all(ways[1][-200:])
