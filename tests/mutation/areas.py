@@ -30,7 +30,7 @@ AREAS: dict[str, tuple[str, ...]] = {
     "planner": (
         "passes/plan_memory.py", "ir/lifetimes.py", "codegen/form_phases.py", "codegen/lower.py",
         "codegen/layout.py", "codegen/kernel_choices.py", "runtime/select_kernels.py",
-        "runtime/weight_memory.py",
+        "runtime/select_gpu_kernels.py", "runtime/weight_memory.py", "kernel_tuning.py",
     ),
 }  # fmt: skip
 
