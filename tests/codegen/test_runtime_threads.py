@@ -39,6 +39,16 @@ int main(int, char **argv) {
     for (int round = 0; round < 3; round++) {
         aios::Pool *pool = pool_new(workers, spins, 2);
         if (pool_size(pool) != workers) return 3;
+        if (round == 2) { /* as after four billion steps: the numbers wrap in the middle */
+            const uint32_t number = 0u - 59u;
+            const uint64_t word = aios::Tagged{number - 1, 0}.word();
+            pool->sequence.store(number);
+            for (int i = 0; i < 2; i++) {
+                pool->launched[i].claimed.store(word);
+                pool->launched[i].done.store(word);
+            }
+            for (int i = 0; i < workers; i++) pool->workers[i].own.store(word);
+        }
         for (int i = 0; i < 60; i++) {
             run.n.T = 1 + (i * 37) % 4096;
             for (int64_t j = 0; j < 4096; j++) a[j] = 0;

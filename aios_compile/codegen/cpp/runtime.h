@@ -27,7 +27,8 @@ typedef struct Run {
 
 namespace aios {
 
-/* A number of a step, which only grows (it may wrap), and what was counted in that step. */
+/* The number of a step (Pool::sequence), and what was counted in that step. Numbers grow and wrap:
+ * all 32 bits are compared, and words are touched far more often than every 2^30 steps. */
 struct Tagged {
     uint32_t step, count;
 
@@ -75,7 +76,7 @@ struct Pool {
     std::atomic<bool> stop{false};
     Places places;
     Bell started, advanced;
-    alignas(64) std::atomic<uint32_t> sequence{1}; /* the step's number, twice; odd between steps */
+    alignas(64) std::atomic<uint32_t> sequence{1}; /* of the step: even; odd between steps */
     std::atomic<uint64_t> run[RUN_WORDS];
     alignas(64) std::atomic<int> num_inside{0}; /* workers that may read what `run` points to */
     int64_t phase_began = 0; /* nanoseconds, in a run that is timed */
@@ -287,7 +288,7 @@ static void *worker_loop(void *argument) {
         if (pool->stop.load()) return nullptr;
         Run r;
         if (enter(pool, now, &r)) {
-            begin_step(w, now / 2);
+            begin_step(w, now);
             run_step(w, &r);
         }
         leave(pool);
@@ -332,7 +333,7 @@ void pool_step(aios::Pool *p, const Run *r) {
     for (size_t i = 0; i < aios::RUN_WORDS; i++)
         p->run[i].store(words[i], std::memory_order_release);
     if (r->nanoseconds) p->phase_began = aios::time_now();
-    aios::begin_step(&p->workers[0], sequence / 2);
+    aios::begin_step(&p->workers[0], sequence);
     p->sequence.store(sequence);
     p->started.ring();
     run_step(&p->workers[0], r);
