@@ -118,9 +118,9 @@ def _parameters(
     twice, the model's own parameter would not come back.
     """
     own = {
-        f"{place}.{name}" if place else name
+        name
         for place, holder in model.named_modules()
-        for name in holder._parameters
+        for name, _ in holder.named_parameters(place, recurse=False, remove_duplicate=False)
     }
     given: dict[str, Tensor] = {}
     for node in placeholders(module.root.graph):

@@ -51,6 +51,7 @@ def test_a_stopped_process_is_noticed_and_replaced() -> None:
     with fake_front(step_seconds=0.003, stall_s=0.6) as front:
         front.wait_until_ready()
         run_while_killing(front, asked, answers(asked), 2, num_clients=3, how=signal.SIGSTOP)
+        assert front.epoch >= 2
 
 
 @pytest.mark.parametrize("what", ["hang_at", "exit_at", "fail_at"])
