@@ -274,7 +274,10 @@ def _sdpa(
     enable_gqa: bool = False,
 ) -> Any:
     if dropout_p:
-        raise CaptureError(f"attention with dropout_p={dropout_p}", advice="call model.eval()")
+        raise CaptureError(
+            f"attention with dropout_p={dropout_p} in eval mode",
+            advice="pass dropout_p=0.0 unless self.training",
+        )
     return torch.ops.aios.sdpa(q, k, v, attn_mask, is_causal, scale, enable_gqa)
 
 
