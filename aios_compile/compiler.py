@@ -82,7 +82,7 @@ def compile_model(
         weights = RandomWeights.of(module, options.seed)
         if env.VERIFY.get_int(0, 2):
             compare_with_eager(model, module, seed=options.seed)
-        bind_stored_weights(module, source.stored_forms())
+        bind_stored_weights(module, source.stored_forms(), source.stored_orders())
     with progress.stage("measure"):
         measured = measure_weights(module, source, options)
     with progress.stage("passes"):

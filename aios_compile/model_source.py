@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,8 @@ from aios_compile.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+ORDER = "order"  # what a tensor's columns are called in names, as ir/stored_weights.py has it
+
 
 @dataclass
 class ModelSource:
@@ -33,8 +35,9 @@ class ModelSource:
 
     build() makes the module to capture (torch is imported then); read(name) gives a weight.
     stored_forms() says which weights are stored quantised, in which format of ir/quant_format.py;
-    read("name:format") gives the rows of those (ir/stored_weights.py). expanded() says, for the
-    report, which are quantised in the files and not in memory.
+    read("name:format") gives the rows of those (ir/stored_weights.py). stored_orders() says whose
+    order of columns those have that have one, read("name:order") gives it: int32 [K]. expanded()
+    says, for the report, which are quantised in the files and not in memory, or in another order.
     """
 
     name: str
@@ -48,6 +51,7 @@ class ModelSource:
     load_tokenizer: Callable[[], Tokenizer | None] = lambda: None
     notes: tuple[str, ...] = ()
     stored_forms: Callable[[], Mapping[str, str]] = dict
+    stored_orders: Callable[[], Mapping[str, str]] = dict
     expanded: Callable[[], tuple[str, ...]] = tuple
 
     @cached_property
@@ -98,6 +102,8 @@ def _open_checkpoint(path: Path, options: CompileOptions) -> ModelSource:
         tensor, _, form = name.partition(":")
         if tensor not in known:
             raise KeyError(name)
+        if form == ORDER:
+            return _read_order(folder.weights, tensor)
         if form:
             return _read_rows(folder.weights, tensor, form)
         return _read_tensor(folder.weights, name, dtype)
@@ -121,6 +127,7 @@ def _open_checkpoint(path: Path, options: CompileOptions) -> ModelSource:
         load_tokenizer=lambda: _tokenizer(folder, options),
         notes=tuple(notes),
         stored_forms=stored_forms,
+        stored_orders=lambda: _orders(folder.weights, stored_forms()),
         expanded=lambda: _expanded(folder.weights, stored_forms(), dtype),
     )
 
@@ -187,6 +194,24 @@ def _read_rows(weights: Tensors, name: str, form: str) -> Tensor:
     return rows
 
 
+def _read_order(weights: Tensors, name: str) -> Tensor:
+    import torch
+
+    order = weights.column_order(name)
+    assert order is not None, f"the columns of {name} are in order"
+    return torch.from_numpy(order)
+
+
+def _orders(weights: Tensors, names: Iterable[str]) -> dict[str, str]:
+    """Return, for each matrix of shuffled columns, the first one that has the same order."""
+    found, first = dict[str, str](), dict[bytes, str]()
+    for name in names:
+        order = weights.column_order(name)
+        if order is not None:
+            found[name] = first.setdefault(order.tobytes(), name)
+    return found
+
+
 def _quantized_notes(weights: Tensors, dtype: str) -> list[str]:
     """Say in which formats weights are stored; nothing where none is quantised."""
     stored = weights.quantized_bytes()
@@ -200,15 +225,24 @@ def _quantized_notes(weights: Tensors, dtype: str) -> list[str]:
 
 
 def _expanded(weights: Tensors, forms: Mapping[str, str], dtype: str) -> tuple[str, ...]:
-    """Say which quantised matrices no format of ir/quant_format.py holds, and what they take."""
+    """Say which quantised matrices no format of ir/quant_format.py holds, and what they take; and
+    whose columns are held in another order.
+    """
     lost = [n for n in weights.names() if weights.is_quantized(n) and n not in forms]
+    orders = _orders(weights, forms)
+    sorted_note = (
+        f"{len(orders)} quantised weights have columns that are shuffled among the groups "
+        f"(act-order): they are kept sorted by group, in {len(set(orders.values()))} different "
+        "orders, and activations are read in those",
+    ) * bool(orders)
     if not lost:
-        return ()
+        return sorted_note
     count = sum(math.prod(weights.info(name).shape) for name in lost)
     size = 4 if dtype == "float32" else 2
     return (
-        f"{len(lost)} quantised weights are kept in {dtype}, {count * size:,} bytes: their "
-        "columns are shuffled among the groups (act-order), or their groups are no multiple of 32: "
+        *sorted_note,
+        f"{len(lost)} quantised weights are kept in {dtype}, {count * size:,} bytes: their groups "
+        "are no multiple of 32 columns, or are shuffled (act-order) and of uneven sizes: "
         f"{', '.join(lost[:3])}" + (", ..." if len(lost) > 3 else ""),
     )
 

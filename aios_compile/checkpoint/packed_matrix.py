@@ -91,12 +91,13 @@ def dequantize_rows(matrix: PackedMatrix, begin: int, end: int) -> NDArray[np.fl
 def stored_form(matrix: PackedMatrix) -> str:
     """Return the format of ir/quant_format.py that holds the same values, "" for none.
 
-    None has columns whose groups are shuffled (act-order), nor a zero point with float32 scales,
-    whose product would be rounded twice.
+    Where columns are shuffled among the groups (act-order), it holds them sorted by group: see
+    column_order. None holds a zero point with float32 scales, whose product would be rounded twice,
+    nor shuffled groups of uneven sizes.
     """
     layout = matrix.layout
     group = _stored_group(layout)
-    if not group or matrix.group_of_column() is not None:
+    if not group or not _has_even_groups(matrix):
         return ""
     scales = layout.parts["scales"].dtype.lower()
     if _is_symmetric(matrix):
@@ -110,9 +111,26 @@ def stored_fields(matrix: PackedMatrix, form: str, begin: int, end: int) -> Stor
     group = _stored_group(layout)
     index = np.arange(layout.columns // group) * group // layout.group
     zeros = matrix.zeros(begin, end) if form.endswith("_min_zero") else None
-    scales = matrix.scales(begin, end)[:, index]
+    scales, codes = matrix.scales(begin, end)[:, index], matrix.codes(begin, end)
+    order = column_order(matrix)
     return StoredFields(
-        matrix.codes(begin, end), scales, None if zeros is None else zeros[:, index]
+        codes if order is None else codes[:, order],
+        scales,
+        None if zeros is None else zeros[:, index],
+    )
+
+
+def column_order(matrix: PackedMatrix) -> NDArray[np.int32] | None:
+    """Return the columns sorted by group, those of one in their order; None where they are."""
+    groups = matrix.group_of_column()
+    return None if groups is None else np.argsort(groups, kind="stable").astype(np.int32)
+
+
+def _has_even_groups(matrix: PackedMatrix) -> bool:
+    """Say whether sorted groups are runs of `group` columns; the last one may be short."""
+    layout, groups = matrix.layout, matrix.group_of_column()
+    return groups is None or np.array_equal(
+        np.sort(groups), np.arange(layout.columns) // layout.group
     )
 
 

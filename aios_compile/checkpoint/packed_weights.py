@@ -13,6 +13,7 @@ from aios_compile.checkpoint.compressed_tensors import find_compressed
 from aios_compile.checkpoint.gptq import find_gptq
 from aios_compile.checkpoint.packed_matrix import (
     PackedMatrix,
+    column_order,
     dequantize_rows,
     stored_fields,
     stored_form,
@@ -109,6 +110,9 @@ class PackedWeights(Tensors):
         if name not in self._forms:  # looks at all zero points
             self._forms[name] = stored_form(self._packed[name])
         return self._forms[name]
+
+    def column_order(self, name: str) -> Array | None:
+        return column_order(self._packed[name]) if name in self._packed else None
 
     def fields(self, name: str) -> Iterator[tuple[int, StoredFields]]:
         form = self.stored_form(name)

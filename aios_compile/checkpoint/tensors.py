@@ -71,6 +71,10 @@ class Tensors(ABC):
         """Return the format of ir/quant_format.py in which a tensor can be kept, "" for none."""
         return ""
 
+    def column_order(self, name: str) -> Array | None:
+        """Return the column of each value of a row of `fields`, int32 [K]; None for 0, 1, ..."""
+        return None
+
     def fields(self, name: str) -> Iterator[tuple[int, StoredFields]]:
         """Yield (first row, fields) of a tensor that has a stored form."""
         raise NotImplementedError(name)

@@ -124,8 +124,14 @@ def _apply(
 
 
 def _dequantized_linear(
-    widened: Widened, x: Tensor, rows: Tensor, form: str, bias: Tensor | None = None
+    widened: Widened,
+    x: Tensor,
+    rows: Tensor,
+    form: str,
+    bias: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
+    x = x if order is None else x[..., order]
     result: Tensor = LINEAR(x, widened(rows, form).to(x.dtype), bias)
     return result
 

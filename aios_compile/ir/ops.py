@@ -279,11 +279,12 @@ OPS: tuple[Op, ...] = (
     ),
     Op(
         "quantized_linear",
-        "(Tensor x, Tensor weight, str form, Tensor? bias=None) -> Tensor",
+        "(Tensor x, Tensor weight, str form, Tensor? bias=None, Tensor? order=None) -> Tensor",
         quantized.quantized_linear,
         quantized.fake_quantized_linear,
         "x[..., K] @ dequantised weight[N, K].T + bias[N]: rows uint8[N, row_bytes] of a format, x "
-        "quantised to int8 by token and 32 values; in float64 x stays exact",
+        "quantised to int8 by token and 32 values; in float64 x stays exact; with order[K], value "
+        "k of a row belongs to x[..., order[k]]",
     ),
     Op(
         "sample",

@@ -160,14 +160,24 @@ def quantize_groups(
     return codes.nan_to_num(0.0, 0.0, 0.0).clamp(-top, top).to(dtype), scales
 
 
-def quantized_linear(x: Tensor, weight: Tensor, form: str, bias: Tensor | None = None) -> Tensor:
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    form: str,
+    bias: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
     """Return x @ dequantize(weight).T + bias, with the activations quantised as above.
+
+    order: int32 [K], value k of a row of `weight` belongs to x[..., order[k]] (columns that were
+    sorted by group); activations are quantised in that order.
 
     Codes that are floats meet activations as float_activations has them, one scale a token. Sums of
     whole numbers are whole numbers inside a group; float32 over the groups ascending. In float64
     nothing is rounded but the weights: the oracle has exact activations.
     """
     parsed = QuantFormat.parse(form)
+    x = x if order is None else x[..., order]
     if x.dtype == torch.float64:
         return F.linear(x, dequantize(weight, parsed).double(), bias)
     fields = unpack_fields(parsed, weight)
@@ -216,7 +226,11 @@ def _float_linear(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
 
 
 def fake_quantized_linear(
-    x: Tensor, weight: Tensor, form: str, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    form: str,
+    bias: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
     depth = QuantFormat.parse(form).depth(int(weight.shape[1]))
     assert depth == x.shape[-1], f"{form}: rows of {depth} values, x has {x.shape[-1]}"

@@ -67,8 +67,10 @@ class RandomWeights:
                 dtypes[recipe.names[0]] = value.dtype
             elif recipe is not None and (stored := stored_rows(recipe)) is not None:
                 rows, depth = map(int, value.shape)
-                shapes[stored[0]] = (rows, QuantFormat.parse(stored[1]).row_bytes(depth))
-                dtypes[stored[0]] = torch.uint8
+                shapes[stored.name] = (rows, QuantFormat.parse(stored.form).row_bytes(depth))
+                dtypes[stored.name] = torch.uint8
+                if stored.order:
+                    shapes[stored.order], dtypes[stored.order] = (depth,), torch.int32
         known = {n: t for n, t in module.tensors.items() if not isinstance(t, nn.Parameter)}
         return RandomWeights(shapes, dtypes, known, seed, vocabulary)
 

@@ -3,6 +3,10 @@
 A matrix `w` that is stored in a format F is known to recipes by two names: "w", its values, and
 "w:F", its rows uint8 [N, row_bytes] (ir/quant_format.py). After bind_stored_weights the program
 reads rows alone, and what computes with floats gets them by aios.dequantize_rows.
+
+Where the columns of a matrix are shuffled among the groups (GPTQ's act-order), its rows hold them
+sorted by group, and "v:order" is the column int32 [K] of each value; v is the first of the matrices
+that have the same order, so that equal orders have one name.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Hashable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +27,9 @@ from aios_compile.ir.quantized import SCALE_DTYPES, QuantFields, pack_fields
 
 assert ops.TABLE, "the op table registers the aios operators"
 DEQUANTIZE = torch.ops.aios.dequantize_rows.default
+INDEX_SELECT = torch.ops.aten.index_select.default
+ARGSORT = torch.ops.aten.argsort.default
+ORDER = "order"
 RANDOM_ROWS = 64  # made for a random matrix; more rows repeat them
 
 
@@ -36,20 +44,35 @@ def split_name(name: str) -> tuple[str, str]:
     return tensor, form
 
 
-def stored_rows(recipe: Recipe) -> tuple[str, str] | None:
-    """Return (name of the rows, format) of a recipe that dequantises stored rows, else None."""
-    result = outputs(recipe.graph)[0]
-    if result.target is not DEQUANTIZE or len(recipe.names) != 1:
+class StoredRows(NamedTuple):
+    """The names of a matrix's rows and of its columns' order ("" where they are in order)."""
+
+    name: str
+    form: str
+    order: str = ""
+
+
+def stored_rows(recipe: Recipe) -> StoredRows | None:
+    """Return what a recipe that dequantises stored rows reads, None of any other recipe."""
+    result, names = outputs(recipe.graph)[0], recipe.names
+    if result.target is INDEX_SELECT and len(names) == 2 and split_name(names[1])[1] == ORDER:
+        result = result.args[0]
+    elif len(names) != 1:
+        return None
+    if result.target is not DEQUANTIZE:
         return None
     form = str(result.args[1])
-    return (recipe.names[0], form) if split_name(recipe.names[0])[1] == form else None
+    return StoredRows(names[0], form, *names[1:]) if split_name(names[0])[1] == form else None
 
 
-def bind_stored_weights(module: IRModule, forms: Mapping[str, str]) -> None:
+def bind_stored_weights(
+    module: IRModule, forms: Mapping[str, str], orders: Mapping[str, str] | None = None
+) -> None:
     """Make the weights in `forms` (name -> format) from their rows; then split the regions.
 
-    A region whose calls bind weights of different formats becomes one region a combination: code
-    is made for a format.
+    orders: name -> the first matrix with the same order of columns, for those that have one. A
+    region whose calls bind weights of different formats becomes one region a combination: code is
+    made for a format.
     """
     for holder, recipe in list(module.weights.items()):
         if not recipe.is_identity():
@@ -57,15 +80,22 @@ def bind_stored_weights(module: IRModule, forms: Mapping[str, str]) -> None:
         names = module.aliases.get(recipe.names[0], recipe.names)
         name = next((name for name in names if name in forms), None)
         if name is not None:
-            module.weights[holder] = _dequantized(name, forms[name])
+            order = (orders or {}).get(name, "")
+            module.weights[holder] = _dequantized(name, forms[name], order)
     _split_regions(module)
 
 
-def _dequantized(name: str, form: str) -> Recipe:
+def _dequantized(name: str, form: str, order: str) -> Recipe:
     graph = fx.Graph()
     rows = graph.placeholder("w0")
-    graph.output(graph.call_function(DEQUANTIZE, (rows, form)))
-    return Recipe(graph, (stored_name(name, form),))
+    if not order:
+        graph.output(graph.call_function(DEQUANTIZE, (rows, form)))
+        return Recipe(graph, (stored_name(name, form),))
+    column = graph.placeholder("w1")
+    values = graph.call_function(DEQUANTIZE, (rows, form))
+    place = graph.call_function(ARGSORT, (column,))
+    graph.output(graph.call_function(INDEX_SELECT, (values, 1, place)))
+    return Recipe(graph, (stored_name(name, form), stored_name(order, ORDER)))
 
 
 def _split_regions(module: IRModule) -> None:
@@ -83,11 +113,14 @@ def _split_regions(module: IRModule) -> None:
 def _formats(module: IRModule, call: fx.Node) -> tuple[str, ...]:
     recipes = [module.weights.get(a.name) if isinstance(a, fx.Node) else None for a in call.args]
     stored = [None if recipe is None else stored_rows(recipe) for recipe in recipes]
-    return tuple("" if entry is None else entry[1] for entry in stored)
+    return tuple("" if s is None else s.form + (f" {ORDER}" if s.order else "") for s in stored)
 
 
 def random_rows(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Return seeded rows uint8 `shape` = [N, row_bytes] of the format in a name."""
+    """Return seeded rows uint8 `shape` = [N, row_bytes] of the format in a name, or an order."""
+    if split_name(name)[1] == ORDER:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+        return torch.randperm(shape[0], generator=generator).to(torch.int32)
     form = QuantFormat.parse(split_name(name)[1])
     rows, depth = min(shape[0], RANDOM_ROWS), form.depth(shape[1])
     groups, spans = depth // form.group, depth // form.span

@@ -34,6 +34,7 @@ class Match(NamedTuple):
     bias: fx.Node | None
     form: str
     names: list[str]  # of the rows, one a call of the region
+    orders: tuple[str, ...] = ()  # of the columns, one a call; () where they are in order
     rows: fx.Node | None = None  # where the graph has them already
 
 
@@ -42,7 +43,7 @@ def _match(node: fx.Node, context: PassContext) -> Match | Refusal | None:
     if weight.target is DEQUANTIZE and context.is_weight(weight.args[0]):
         rows, form = weight.args
         assert isinstance(rows, fx.Node)
-        return Match(node, x, weight, bias, str(form), [], rows)
+        return Match(node, x, weight, bias, str(form), [], rows=rows)
     if not context.is_weight(weight):
         return None
     stored = [stored_rows(recipe) for recipe in context.recipes(weight)]
@@ -50,7 +51,7 @@ def _match(node: fx.Node, context: PassContext) -> Match | Refusal | None:
     if not found:
         return None
     line = provenance.place(node)
-    forms = sorted({form for _, form in found})
+    forms = sorted({entry.form for entry in found})
     if len(found) < len(stored) or len(forms) > 1:
         return Refusal(f"stored as {' and '.join(forms)} in some layers only", line)
     depth = int(weight.meta["val"].shape[1])
@@ -58,7 +59,12 @@ def _match(node: fx.Node, context: PassContext) -> Match | Refusal | None:
         return Refusal(f"rows of {depth} values, no multiple of {ACTIVATION_GROUP}", line)
     if x.meta["val"].dim() != 1 and node.target is aten.embedding.default:
         return Refusal("ids that are no list", line)
-    return Match(node, x, weight, bias, forms[0], [name for name, _ in found])
+    orders = tuple(entry.order for entry in found if entry.order)
+    if 0 < len(orders) < len(found):
+        return Refusal("columns shuffled among the groups in some layers only", line)
+    if orders and node.target is aten.embedding.default:
+        return Refusal("a table whose columns are shuffled among the groups", line)
+    return Match(node, x, weight, bias, forms[0], [entry.name for entry in found], orders)
 
 
 def operands_of(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
@@ -77,7 +83,8 @@ def keep_quantized_weights(graph: fx.Graph, context: PassContext) -> int:
     """Replace linears and embeddings whose weight is dequantised from stored rows by ones on rows.
 
     Where a checkpoint stores `w` quantised, its recipe is dequantize_rows of the stored rows; the
-    example has it in the graph.
+    example has it in the graph. Rows whose columns were sorted by group (act-order) come with the
+    order of the columns, in which the linear then reads x.
 
     Before::
 
@@ -91,6 +98,7 @@ def keep_quantized_weights(graph: fx.Graph, context: PassContext) -> int:
             return aios.quantized_linear.default(x, rows, "int8_g32_f16", None)
     """
     made: dict[fx.Node, fx.Node] = {}
+    orders: dict[tuple[str, ...], fx.Node] = {}  # those that are equal in all layers are one
     hits = 0
     for node in [n for n in graph.nodes if is_call(n, *TARGETS)]:
         match = _match(node, context)
@@ -99,22 +107,33 @@ def keep_quantized_weights(graph: fx.Graph, context: PassContext) -> int:
         elif match is not None:
             if match.weight not in made:
                 made[match.weight] = match.rows or _rows(graph, match, context)
-            read_rows(graph, node, made[match.weight], match.form, context)
+            if match.orders and match.orders not in orders:
+                orders[match.orders] = _order(graph, match, context)
+            order = orders.get(match.orders)
+            read_rows(graph, node, made[match.weight], match.form, context, order)
             hits += 1
     return hits
 
 
 def read_rows(
-    graph: fx.Graph, node: fx.Node, rows: fx.Node, form: str, context: PassContext
+    graph: fx.Graph,
+    node: fx.Node,
+    rows: fx.Node,
+    form: str,
+    context: PassContext,
+    order: fx.Node | None = None,
 ) -> None:
-    """Replace a linear or an embedding by one that reads quantised rows."""
+    """Replace a linear or an embedding by one that reads quantised rows.
+
+    order: the column of each value of a row, of a linear whose columns were sorted by group.
+    """
     x, _, bias = operands_of(node)
     with graph.inserting_before(node):
         if node.target is aten.embedding.default:
             values: tuple[Any, ...] = (rows, x, form)
             new = context.call(graph, aios.quantized_embedding.default, *values, source=[node])
         else:
-            values = (x, rows, form, bias)
+            values = (x, rows, form, bias) if order is None else (x, rows, form, bias, order)
             new = context.call(graph, aios.quantized_linear.default, *values, source=[node])
     if new.meta["val"].dtype != node.meta["val"].dtype:
         new = _narrowed(graph, node, new, context)
@@ -143,3 +162,10 @@ def _rows(graph: fx.Graph, match: Match, context: PassContext) -> fx.Node:
         value = torch.empty(shape, dtype=torch.uint8)
     recipes = [Recipe.identity(name) for name in match.names]
     return context.add_recipes(graph, f"{match.weight.name}_{match.form}", value, recipes)
+
+
+def _order(graph: fx.Graph, match: Match, context: PassContext) -> fx.Node:
+    with context.module.mode:
+        value = torch.empty(int(match.weight.meta["val"].shape[1]), dtype=torch.int32)
+    recipes = [Recipe.identity(name) for name in match.orders]
+    return context.add_recipes(graph, f"{match.weight.name}_order", value, recipes)

@@ -27,6 +27,8 @@ def refusal_to_merge(linears: Sequence[fx.Node], context: PassContext) -> Refusa
     forms = sorted({form_of(n) or "floats" for n in linears})
     if len(forms) > 1:
         return Refusal(f"weights stored as {' and '.join(forms)}", line)
+    if len({order_of(n) for n in linears}) > 1:
+        return Refusal("columns that are shuffled among the groups in different orders", line)
     dtypes = {w.meta["val"].dtype for w in weights}  # type: ignore[union-attr]
     if len(dtypes) > 1:
         return Refusal(f"weights of different dtypes: {sorted(map(str, dtypes))}", line)
@@ -48,6 +50,12 @@ def form_of(linear: fx.Node) -> str:
     return str(linear.args[2]) if linear.target is aios.quantized_linear.default else ""
 
 
+def order_of(linear: fx.Node) -> fx.Node | None:
+    """Return the order of the columns of a quantised linear, None where they are in order."""
+    order = linear.args[4] if form_of(linear) and len(linear.args) > 4 else None
+    return order if isinstance(order, fx.Node) else None
+
+
 def merge(graph: fx.Graph, linears: Sequence[fx.Node], name: str, context: PassContext) -> fx.Node:
     """Replace linears of one input by slices of one linear `name`; return that linear.
 
@@ -61,7 +69,9 @@ def merge(graph: fx.Graph, linears: Sequence[fx.Node], name: str, context: PassC
     bias = _merge_biases(graph, linears, sizes, f"{name}_bias", context)
     with graph.inserting_before(linears[0]):
         target, form = linears[0].target, form_of(linears[0])
+        order = order_of(linears[0])
         values = (x, weight, form, bias) if form else (x, weight, bias)
+        values = (*values, order) if order is not None else values
         merged = context.call(graph, target, *values, source=linears)
         last, start, slices = merged.meta["val"].dim() - 1, 0, []
         for linear, size in zip(linears, sizes):

@@ -47,6 +47,10 @@ def plain(x, w, form):
     return aios.quantized_linear.default(x, w, form)
 
 
+def ordered(x, w, form, order):
+    return aios.quantized_linear.default(x, w, form, None, order)
+
+
 def with_bias_and_residual(x, w, form, bias, residual):
     return aten.add.Tensor(residual, aios.quantized_linear.default(x, w, form, bias))
 
@@ -122,6 +126,31 @@ def run_on(target, name, tokens):
     _, _, source = source_of(plain, rows, depth, name)
     Kernel(source, target)({"T": tokens}, x, packed(random_rows(name, rows, depth), name), out)
     return out
+
+
+@pytest.mark.parametrize("target", [*RUNNABLE[:1], *nightly(*RUNNABLE[1:])])
+def test_columns_in_another_order_are_the_same_as_activations_in_it(target):
+    """Bit for bit, also of a depth that fills no whole part of a token."""
+    rows, depth, name = ROWS, 1120, "uint4_g32_f16_min_zero"
+    weights, order = random_rows(name, rows, depth), torch.randperm(depth).to(torch.int32)
+    _, _, direct = source_of(plain, rows, depth, name)
+    inputs = {"x": (("T", depth), torch.float32), "w": (tuple(weights.shape), torch.uint8)}
+    body, operands = make_body(
+        lambda x, w, order: ordered(x, w, name, order),
+        inputs | {"order": ((depth,), torch.int32)},
+        packed={"w": f"quant16.{name}"},
+    )
+    spec = quantized_linear.spec_of(body, operands)
+    assert spec is not None and spec.order is not None
+    source, target = quantized_linear.emit(spec), build.Target.named(target)
+    built, straight, x = Kernel(source, target), Kernel(direct, target), torch.randn(13, depth)
+    close(ordered(x, weights, name, order), plain(x[:, order], weights, name))
+    for tokens in (1, 13):
+        out, want = torch.empty(tokens, rows), torch.empty(tokens, rows)
+        built({"T": tokens}, x[:tokens], packed(weights, name), order, out, splits=3)
+        picked = x[:tokens, order].contiguous()
+        straight({"T": tokens}, picked, packed(weights, name), want)
+        assert torch.equal(out, want)
 
 
 def test_neon_gives_the_same_bits():

@@ -124,6 +124,33 @@ def test_weights_are_dequantised_exactly_enough(name: str) -> None:
         close(out, x, w)
 
 
+@pytest.mark.parametrize("normed", [False, True])
+def test_columns_in_another_order(normed: bool) -> None:
+    """With a norm in front, whose weight is taken in the same order."""
+    rows, depth, name = 37, 320, "uint4_g32_f16_min_zero"
+    form = QuantFormat.parse(name)
+
+    def f(x, w, order, gain):
+        x = aios.rms_norm.default(x, gain, 1e-5, True) if normed else x
+        return aios.quantized_linear.default(x, w, name, None, order)
+
+    inputs = {"x": (("T", depth), torch.float32), "w": ((rows, form.row_bytes(depth)), torch.uint8)}
+    inputs |= {"order": ((depth,), torch.int32), "gain": ((depth,), torch.float32)}
+    body, operands = make_body(f, inputs)
+    operands[1] = replace(operands[1], packed=PREFIX + form.name)
+    spec = quantized_linear.spec_of(body, operands)
+    assert spec is not None and spec.order is not None and bool(spec.linear.norm) == normed
+    source = quantized_linear.emit(spec)
+    module, packed = load(source), random_rows(form, rows, depth)
+    order, gain = torch.randperm(depth).to(torch.int32), torch.rand(depth)
+    for tokens in (1, 3, 17):
+        x, out = torch.randn(tokens, depth), poisoned((tokens, rows))
+        run(source, module, [x, pack_planar(packed, form), order, gain, out], T=tokens)
+        norm = x.double().pow(2).mean(-1, keepdim=True).add(1e-5).rsqrt()
+        given = (x.double() * norm * gain).float() if normed else x
+        close(out, given[:, order], dequantize(packed, form))
+
+
 @pytest.mark.parametrize("name", FORMS[:2])
 def test_tails_and_a_depth_that_fills_no_step(name: str) -> None:
     rows, depth = 42, 96

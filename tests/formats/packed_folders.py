@@ -38,7 +38,8 @@ def draw(
     shape: tuple[int, ...], bits: int, group: int, dtype: torch.dtype, kind: str, seed: int
 ) -> Drawn:
     """kind: "sym" (zero in the middle), "asym" (any zero but 0), "asym0" (0 as well), with
-    "+order" for columns whose groups are shuffled.
+    "+order" for columns whose groups are shuffled, "+shared" where all matrices of as many columns
+    share one order (one input, as GPTQ sees it), "+uneven" for groups of other sizes.
     """
     generator = np.random.default_rng(seed)
     rows, columns = shape
@@ -52,8 +53,12 @@ def draw(
         zeros = generator.integers(low, 1 << bits, (rows, num_groups))
     scales = generator.uniform(0.5, 1.5, (rows, num_groups)) / half / np.sqrt(columns)
     groups = np.arange(columns) // group
-    if kind.endswith("+order"):
+    if kind.endswith(("+order", "+uneven")):
         generator.shuffle(groups)
+    if kind.endswith("+shared"):
+        np.random.default_rng(columns).shuffle(groups)
+    if kind.endswith("+uneven"):
+        groups[np.argmax(groups == 0)] = 1
     return Drawn(codes, zeros, torch.from_numpy(scales).to(dtype), groups)
 
 

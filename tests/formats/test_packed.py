@@ -26,6 +26,7 @@ from tests.formats.packed_folders import awq, compressed, convert, draw, gptq
 from tests.formats.test_gguf_header import hold
 from tests.formats.test_gguf_model import check_stored
 from tests.quick_builds import build_quickly
+from tests.variants import nightly
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
@@ -58,6 +59,10 @@ CASES: dict[str, tuple[str, Any, str, int, int, torch.dtype, Any]] = {
     "gptq-asym": ("qwen3_gqa", GPTQ | {"sym": False}, "asym0", 4, 32, torch.float16, gptq),
     "gptq-order": ("llama_attention_bias", GPTQ | {"desc_act": True}, "asym+order", 4, 32,
                    torch.bfloat16, gptq),
+    "gptq-shared": ("llama_gqa", GPTQ | {"desc_act": True}, "asym+shared", 4, 32, torch.float16,
+                    gptq),
+    "gptq-uneven": ("llama_gqa", GPTQ | {"desc_act": True}, "asym+uneven", 4, 32, torch.float16,
+                    gptq),
     "gptq-v2": ("mistral_full", GPTQ | {"checkpoint_format": "gptq_v2"}, "asym0+order", 4, 32,
                 torch.float16, partial(gptq, v1=False)),
     "gptq-no-index": ("llama_gqa", GPTQ | {"bits": 8}, "asym0", 8, 32, torch.float16,
@@ -122,11 +127,14 @@ def test_weights_and_logits(case: str, tmp_path: Path) -> None:
 
 
 def test_what_takes_more_memory_than_in_the_file_is_reported(tmp_path: Path) -> None:
-    for case, expected in (("gptq-order", 14), ("compressed-short-group", 14), ("gptq-asym", 0)):
+    floats = ("gptq-uneven", "compressed-short-group")
+    for case in (*floats, "gptq-order", "compressed-order", "gptq-asym"):
+        expected = 14 if case in floats else 0
         source = open_source(made(case, tmp_path / case)[0], CompileOptions.parse({}))
         stored, notes = source.stored_forms(), source.expanded()
-        assert len(stored) == 14 - expected and len(notes) == (expected > 0)
-        assert all(f"{expected} quantised weights are kept in float16, " in n for n in notes)
+        assert len(stored) == 14 - expected and len(notes) == (expected > 0 or "order" in case)
+        said = "kept in float16, " if expected else "kept sorted by group, in 14 different orders"
+        assert all(said in n and n.startswith("14 quantised weights") for n in notes)
 
 
 def test_pieces_are_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,24 +147,53 @@ def test_pieces_are_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert len(pieces) > 3 and torch.equal(torch.cat(pieces), meant[name])
 
 
-def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "case, form, matrices",
+    [
+        ("gptq-shared", "uint4_g32_f16_min_zero", 8),  # q, k, v are one matrix, gate and up another
+        *nightly(
+            ("awq", "uint4_g32_f16_min_zero", 8),
+            ("gptq-order", "uint4_g32_bf16_min_zero", 14),  # each in an order of its own: all apart
+            ("compressed-order", "uint4_g32_f16_min_zero", 14),
+        ),
+    ],
+)
+def test_compiled(
+    case: str, form: str, matrices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build_quickly(monkeypatch)
     monkeypatch.setenv("AIOS_VERIFY", "0")
-    path, folder, meant = made("awq", tmp_path)
+    path, folder, meant = made(case, tmp_path)
+    stored = load_file(path / "model.safetensors")
+    orders = {
+        f"{name.rpartition('.')[0]}.weight": torch.argsort(groups.long(), stable=True)
+        for name, groups in stored.items()
+        if name.endswith("g_idx")
+    }
     ids = zoo.token_ids(folder)
     options: dict[str, Any] = {"dtype": "float32", "progress": False, "num_threads": 1}
     with aios_compile.load_and_compile(path, **options) as model:
         expected = zoo.reference_logits(folder, ids)
         assert (model(ids) - expected).abs().max() <= 0.02 * expected.abs().max()
-        assert any("AWQ int4" in note for note in model.report().notes)
-        assert {w.packed for w in model.program.weights if w.packed} > {
-            "quant16.uint4_g32_f16_min_zero"
+        label = {"gptq": "GPTQ int4", "awq": "AWQ int4"}.get(case[:4].strip("-"), "compressed")
+        assert any(label in note for note in model.report().notes)
+        assert {w.packed.replace("_halves", "") for w in model.program.weights if w.packed} > {
+            f"quant16.{form}"
         }
-        assert check_stored(model, meant) == 14  # 7 a layer
+        assert any("sorted by group" in n for n in model.report().notes) == (case != "awq")
+        in_order = meant | {name: meant[name][:, order] for name, order in orders.items()}
+        assert check_stored(model, in_order) == 14  # 7 a layer
         codes = [w.name for w in model.program.weights if kind_of(w.packed) == "quant16"]
-        taken = sum(model._artefact.tensors[name].num_bytes for name in codes)
-    stored = load_file(path / "model.safetensors")
-    parts = ("qweight", "qzeros", "scales")
+        assert len(codes) == matrices
+        placed = [w for w in model.program.weights if w.recipe.endswith(":order']")]
+        assert len(placed) == {"awq": 0, "gptq-shared": 4}.get(case, 14)  # inputs of 64 and of 96
+        for entry in placed:
+            name = entry.recipe.removeprefix("checkpoint['").removesuffix(":order']")
+            assert torch.equal(torch.from_numpy(model._artefact.tensor(entry.name)), orders[name])
+        taken = sum(model._artefact.tensors[w.name].num_bytes for w in placed)
+        taken += sum(model._artefact.tensors[name].num_bytes for name in codes)
+    parts = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale")
+    parts += ("weight_zero_point", "weight_g_idx")
     held = sum(t.nbytes for name, t in stored.items() if name.rpartition(".")[2] in parts)
     assert 0.9 * held <= taken <= 1.1 * held
 

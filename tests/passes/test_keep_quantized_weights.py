@@ -55,6 +55,48 @@ def test_other_formats_stay_apart() -> None:
     assert applied.refusals == (f"weights stored as {Q8} and {Q4}",)
 
 
+ORDERED = {"wq": "wq", "wk": "wq", "wv": "wv"}  # q and k have one order, v its own
+
+
+def test_columns_in_another_order() -> None:
+    module = helpers.trace(attention)
+    bind_stored_weights(module, dict.fromkeys(ORDERED, Q8), ORDERED)
+    rows = {f"{n}:{Q8}": random_rows(f"{n}:{Q8}", (32, 68), 0) for n in ORDERED}
+    orders = {f"{n}:order": random_rows(f"{n}:order", (64,), 0) for n in ("wq", "wv")}
+    recipe = module.weights[next(n for n in module.weights if n.startswith("wk"))]
+    values = dequantize(rows[f"wk:{Q8}"], QuantFormat.parse(Q8))
+    assert torch.equal(recipe.run(rows | orders)[:, orders["wq:order"]], values)
+    assert helpers.apply(keep_quantized_weights, module).total == 3
+    nodes = list(module.root.graph.nodes)
+    q, k, v = (n for n in nodes if n.target is aios.quantized_linear.default)
+    assert q.args[4] is k.args[4] is not v.args[4]
+    applied = helpers.apply(merge_qkv, module)
+    assert applied.total == 0 and "in different orders" in applied.refusals[0]
+
+
+def test_linears_of_one_order_are_merged() -> None:
+    module = helpers.trace(attention)
+    bind_stored_weights(module, dict.fromkeys(ORDERED, Q8), dict.fromkeys(ORDERED, "wq"))
+    helpers.apply(keep_quantized_weights, module)
+    assert helpers.apply(merge_qkv, module).total == 1
+    (linear,) = (n for n in module.root.graph.nodes if n.target is aios.quantized_linear.default)
+    assert module.weights[linear.args[4].name].names == ("wq:order",)
+    bind_ordered = helpers.trace(attention)  # some matrices in order, some not, stay apart
+    bind_stored_weights(bind_ordered, dict.fromkeys(ORDERED, Q8), {"wq": "wq"})
+    helpers.apply(keep_quantized_weights, bind_ordered)
+    assert helpers.apply(merge_qkv, bind_ordered).total == 0
+
+
+def test_a_table_whose_columns_are_shuffled_stays() -> None:
+    def f(ids: "i64[T]", w: "weight f32[128, 64]") -> Any:
+        return torch.ops.aten.embedding(w, ids)
+
+    module = helpers.trace(f)
+    bind_stored_weights(module, {"w": Q8}, {"w": "w"})
+    applied = helpers.apply(keep_quantized_weights, module)
+    assert applied.total == 0 and "columns are shuffled" in applied.refusals[0]
+
+
 def test_floats_stay_linears() -> None:
     module = helpers.trace(attention)
     bind_stored_weights(module, {"wk": Q8})
@@ -113,7 +155,7 @@ def test_layers_of_other_formats_become_regions() -> None:
     assert [str(call.args[-1]) for call in calls] == order
     assert body_of(calls[0]) is not body_of(calls[1])
     found = [stored_rows(recipe) for recipe in module.weights.values()]
-    assert sorted(entry for entry in found if entry)[1] == (f"{name.format(1)}:{Q4}", Q4)
+    assert sorted(entry for entry in found if entry)[1] == (f"{name.format(1)}:{Q4}", Q4, "")
     module.root.graph.lint()
 
 

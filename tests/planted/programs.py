@@ -63,6 +63,16 @@ def _stored() -> IRModule:
     return module
 
 
+def _ordered() -> IRModule:
+    """As stored, both matrices with columns in orders of their own."""
+    module = _traced(stored)
+    bind_stored_weights(
+        module, dict.fromkeys(("gate", "up"), "int8_g32_f16"), {"gate": "gate", "up": "up"}
+    )
+    module.outputs = ("gate", "up")
+    return module
+
+
 def _traced(function: Callable[..., Any]) -> IRModule:
     module = trace(function)
     for node in module.root.graph.nodes:
@@ -94,6 +104,7 @@ PROGRAMS: dict[str, Callable[[], IRModule]] = {
     "e4m3_kv": lambda: snapshot.take(level_1("int8_kv")),
     "experts": lambda: _traced(experts),
     "stored": _stored,
+    "ordered": _ordered,
     "strided": lambda: _traced(strided),
     "parts": lambda: _traced(parts),
     "counted": lambda: _traced(counted),

@@ -374,3 +374,21 @@ def another_row_of_the_input(graph: fx.Graph, context: PassContext) -> int:
     with graph.inserting_before(node):
         new = context.call(graph, aten.flip.default, x, [1], source=[node])
     return set_argument([node], 0, lambda _: new)
+
+
+@plant("keep_quantized_weights", "ordered")
+def activations_in_their_own_order(graph: fx.Graph, context: PassContext) -> int:
+    nodes = calls(graph, aios.quantized_linear.default)
+    return set_argument(nodes, 4, lambda _: None)
+
+
+@plant("keep_quantized_weights", "ordered")
+def order_of_the_first_for_all(graph: fx.Graph, context: PassContext) -> int:
+    a, b = calls(graph, aios.quantized_linear.default)
+    return set_argument([b], 4, lambda _: a.args[4])
+
+
+@plant("keep_quantized_weights", "ordered")
+def places_instead_of_columns(graph: fx.Graph, context: PassContext) -> int:
+    """The order's inverse, which is as good an order."""
+    return rebuild(context, "_order", lambda order: torch.argsort(order).to(torch.int32))

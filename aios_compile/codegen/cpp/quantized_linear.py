@@ -30,7 +30,7 @@ from aios_compile.codegen.emit_kernels import layout_in
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.packing import joint_groups
 from aios_compile.codegen.source import KernelSource
-from aios_compile.codegen.strided import resolve
+from aios_compile.codegen.strided import Strided, resolve
 from aios_compile.ir.quant_format import QuantFormat
 from aios_compile.ir.quantized import ACTIVATION_GROUP
 
@@ -39,10 +39,14 @@ TYPES = {**C_TYPES, "k": "int8_t", "": "uint8_t", "zero": "uint8_t"}
 
 @dataclass(frozen=True)
 class QuantizedLinearSpec:
-    """A linear's spec (its weight are the rows), and the format of the rows."""
+    """A linear's spec (its weight are the rows), and the format of the rows.
+
+    order: the column of each value of a row, where columns were sorted by group.
+    """
 
     linear: linear.LinearSpec
     form: QuantFormat
+    order: Strided | None = None
 
 
 def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> QuantizedLinearSpec | None:
@@ -61,9 +65,18 @@ def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> QuantizedLinea
     depth, dense = x.operand.shape[1], x.operand.strides[1] == 1 and x.operand.dtype == "f32"
     if not dense or not isinstance(depth, int):
         return None
-    bias = nodes[0].args[3] if len(nodes[0].args) > 3 else nodes[0].kwargs.get("bias")
+    bias, order = bias_and_order(nodes[0])
+    columns = resolve(order, operands)
+    if order is not None and (columns is None or columns.operand.dtype != "i32"):
+        return None
     spec = linear.with_tail(body, operands, nodes[0], bias, x, weight.index)
-    return None if spec is None else QuantizedLinearSpec(spec, form)
+    return None if spec is None else QuantizedLinearSpec(spec, form, columns)
+
+
+def bias_and_order(node: fx.Node) -> tuple[Any, Any]:
+    """Return the bias and the order of the columns of an aios.quantized_linear, None for none."""
+    given = dict(zip(("bias", "order"), node.args[3:])) | node.kwargs
+    return given.get("bias"), given.get("order")
 
 
 def reference(spec: QuantizedLinearSpec, body: fx.GraphModule, *tensors: Tensor) -> Any:
@@ -76,7 +89,7 @@ def emit(spec: QuantizedLinearSpec) -> KernelSource:
     base = spec.linear
     words = prepared_words(spec.form, base.depth)
     definitions = [*format_definitions(spec.form, base.depth), constants(WORDS=words)]
-    definitions += linear.definitions(base)
+    definitions += [*linear.definitions(base), *_order_definitions(spec.order)]
     rows = base.columns * base.streams
     source = kernel(
         "quantized_linear",
@@ -90,6 +103,19 @@ def emit(spec: QuantizedLinearSpec) -> KernelSource:
         candidates=candidates_of(rows * spec.form.row_bytes(base.depth)),
     )
     return dataclasses.replace(source, workspace=(linear.workspace(base, words),))
+
+
+def _order_definitions(order: Strided | None) -> list[str]:
+    """Return whether x is read in another order, and the function that gives it."""
+    if order is None:
+        return [constants(ORDERED=False), "const int32_t* column_of(void* const*, int64_t);"]
+    step = order.operand.strides[0]
+    assert step == 1 and order.offset == 0, "an order is a whole weight"
+    text = f"return (const int32_t*)p[{order.index}] + k;"
+    return [
+        constants(ORDERED=True),
+        f"AIOS_INLINE const int32_t* column_of(void* const* p, int64_t k) {{ {text} }}",
+    ]
 
 
 def prepared_words(form: QuantFormat, depth: int) -> int:

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, fx
 
 from aios_compile.codegen.access import outputs
+from aios_compile.codegen.cpp.quantized_linear import bias_and_order
 from aios_compile.codegen.naming import layout, symbol_of, variable
 from aios_compile.codegen.operand import BYTES, Operand
 from aios_compile.codegen.plane import PREFIX, Plane, plane_of
 from aios_compile.codegen.source import KernelSource
-from aios_compile.codegen.strided import resolve
+from aios_compile.codegen.strided import Strided, resolve
 from aios_compile.codegen.triton import (
     candidate_variants,
     choice,
@@ -56,10 +57,14 @@ DTYPES = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
 
 @dataclass(frozen=True)
 class QuantizedLinearSpec:
-    """A linear's spec (its weight operand are the packed rows), and the layout of a row."""
+    """A linear's spec (its weight operand are the packed rows), and the layout of a row.
+
+    order: the column of each value of a row, where columns were sorted by group.
+    """
 
     linear: LinearSpec
     plane: Plane
+    order: Strided | None = None
 
 
 def spec_of(body: fx.GraphModule, operands: Sequence[Operand]) -> QuantizedLinearSpec | None:
@@ -83,9 +88,12 @@ def read_spec(body: fx.GraphModule, operands: Sequence[Operand]) -> QuantizedLin
     depth, dense = x.operand.shape[1], x.operand.strides[1] == 1
     if not dense or not isinstance(depth, int) or depth % 32 or x.operand.dtype not in FLOATS:
         return None
-    bias = nodes[0].args[3] if len(nodes[0].args) > 3 else nodes[0].kwargs.get("bias")
+    bias, order = bias_and_order(nodes[0])
+    columns = resolve(order, operands)
+    if order is not None and (columns is None or form.is_float):
+        return None
     spec = linear_spec.with_tail(body, operands, nodes[0], bias, x, weight, norm)
-    return None if spec is None else QuantizedLinearSpec(spec, plane_of(form, depth))
+    return None if spec is None else QuantizedLinearSpec(spec, plane_of(form, depth), columns)
 
 
 def reference(spec: QuantizedLinearSpec, body: fx.GraphModule, *tensors: Tensor) -> Any:
@@ -217,6 +225,14 @@ def _affine(spec: QuantizedLinearSpec, stream: int, half: int) -> list[str]:
     return lines
 
 
+def _order_lines(spec: QuantizedLinearSpec, mask: str) -> list[str]:
+    """Return the line from the places of values in a row to those in x, where they differ."""
+    if spec.order is None:
+        return []
+    columns = variable(spec.order.operand, spec.order.index)
+    return [f"place = tl.load({columns} + place{mask})"]
+
+
 def _codes(plane: Plane, half: int) -> str:
     text = "codes" if plane.bits == 8 else "(codes & 15)" if half == 0 else "(codes >> 4)"
     return f"{text}.to(tl.float32)"
@@ -248,6 +264,7 @@ def _rows(spec: QuantizedLinearSpec, operands: list[Operand], depth: Shared) -> 
     ]
     for h in _halves(plane):
         inner.append(f"place = strip * {STRIP * count} + {STRIP * h} + byte")
+        inner += _order_lines(spec, ", mask=inside, other=0")
         inner.append(f"x{h} = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)")
         if base.norm:
             inner.append(f"squares += tl.sum(x{h} * x{h}, 2)")
@@ -294,6 +311,7 @@ def _tiles(spec: QuantizedLinearSpec, operands: list[Operand], depth: Shared) ->
         normed = ["squares += x * x", *gain_lines(base, "place", mask), f"x = {scaled(base, 'x')}"]
         inner += [
             f"place = (start + k // {STRIP}) * {STRIP * count} + {STRIP * h} + k % {STRIP}",
+            *_order_lines(spec, f", mask=place < {base.depth}, other={base.depth}"),
             f"x = tl.load(x_at + place{mask}).to(tl.float32)",
             *(normed if base.norm else []),
             f"x{h}_0 = x.to(tl.bfloat16)",

@@ -4,7 +4,8 @@
 // second half of the matrix belongs to row n of the first: the halves' blocks lie by turns), BITS,
 // GROUP, LOW, SPAN, HEADER, GROUP_BYTES (of a row), JOINT, Scale, MINIMUMS, Minimum, SUPER_SCALE,
 // SUPER_MINIMUM, ZERO_POINT, WORDS (of a prepared token, 32 bits each), num_tokens(n),
-// x_row(n, p, t), weight(n, p), workspace(p) and epilogue(n, p, i0, begin, end, sum0, sum1).
+// x_row(n, p, t), weight(n, p), workspace(p), epilogue(n, p, i0, begin, end, sum0, sum1), ORDERED
+// (x is read in another order) and column_of(p, k) (where values k, k + 1, ... of a row are in x).
 //
 // A block is 16 rows: K / SPAN super-blocks of [HEADER][codes, scales, minimums of each group],
 // every field of the 16 rows side by side. JOINT groups (of formats without super-blocks) lie
@@ -44,8 +45,20 @@ constexpr int64_t NUM_BLOCKS = LinearWork<>::NUM_BLOCKS;
 AIOS_NOINLINE void quantize(const Sizes* n, void* const* p, int64_t t, int64_t begin, int64_t end,
                             Token& out) {
   int32_t* sums = out.offsets + begin / STEP;
-  quantize_row<STEP>(x_row(n, p, t) + begin, end - begin, (int8_t*)(out.codes + begin / 4),
-                     out.scales + begin / 32, sums);
+  const float* x = x_row(n, p, t);
+  if constexpr (ORDERED) {
+    alignas(64) float picked[PART];
+    for (int64_t k = begin; k < end; k += PART) {
+      const int64_t count = min(end - k, (int64_t)PART);
+      const int32_t* columns = column_of(p, k);
+      for (int64_t i = 0; i < count; ++i) picked[i] = x[columns[i]];
+      quantize_row<STEP>(picked, count, (int8_t*)(out.codes + k / 4), out.scales + k / 32,
+                         out.offsets + k / STEP);
+    }
+  } else {
+    quantize_row<STEP>(x + begin, end - begin, (int8_t*)(out.codes + begin / 4),
+                       out.scales + begin / 32, sums);
+  }
   for (int64_t i = 0; i < (end - begin) / STEP; ++i) {
     const int64_t at = begin / STEP + i;
     if (MINIMUMS) out.sums[at] = out.scales[at * STEP / 32] * (float)sums[i];
