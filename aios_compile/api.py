@@ -22,7 +22,6 @@ from aios_compile.errors import CacheError
 from aios_compile.model_source import ModelSource, open_source
 from aios_compile.progress import Progress
 from aios_compile.runtime.torch_device import card_name, gpu_name, require_cuda
-from aios_compile.runtime.weight_memory import OpenArtefact
 
 if TYPE_CHECKING:
     from aios_compile.compiled_model import CompiledModel, MakeExecutor
@@ -176,11 +175,9 @@ def _start(
 ) -> CompiledModel:
     try:
         with progress.stage("load"):
-            # The weights are read while the engine is imported, which takes as long.
-            opened = OpenArtefact.of(path, options.threads(), reads=eager is None)
             from aios_compile.compiled_model import CompiledModel
 
-        model = CompiledModel(path, options, progress, eager, draft, opened)
+        model = CompiledModel(path, options, progress, eager, draft)
     except BaseException:
         release()
         if draft is not None:

@@ -57,8 +57,7 @@ class CompiledModel:
     """See interfaces: generate, stream, __call__, report, dump, memory_plan, close.
 
     make_executor: runs the steps instead of the artefact's kernels (AIOS_EAGER). draft: proposes
-    tokens for speculation; nobody else may run it from now on. opened: the artefact, whose weights
-    may still be being read; it is this model's from now on.
+    tokens for speculation; nobody else may run it from now on.
     """
 
     def __init__(
@@ -68,7 +67,6 @@ class CompiledModel:
         progress: Progress,
         make_executor: MakeExecutor | None = None,
         draft: CompiledModel | None = None,
-        opened: OpenArtefact | None = None,
     ) -> None:
         self.artefact_path = path
         self.options = options
@@ -76,8 +74,7 @@ class CompiledModel:
         self._closing = ExitStack()
         try:
             with progress.stage("load"):
-                reads, threads = make_executor is None, options.threads()
-                self._opened = opened or OpenArtefact.of(path, threads, reads)
+                self._opened = OpenArtefact.of(path, reads=make_executor is None)
                 self._closing.callback(self._opened.close)  # last: what it holds is used by all
                 self._load(make_executor, draft)
         except BaseException:
@@ -235,11 +232,12 @@ class CompiledModel:
     def report(self) -> Report:
         """Return the pass table with certificates, and the notes of this compile and of its use."""
         report = Report.from_json(self._artefact.report)
-        report = replace(report, notes=(*report.notes, *self._artefact.kernel_choices.lines()))
-        speculation = self.engine.speculation
-        if speculation is None:
-            return report
-        return replace(report, notes=(*report.notes, f"speculation: {speculation}"))
+        lines = [*self._artefact.kernel_choices.lines()]
+        if self._opened.memory is not None and (line := self._opened.memory.line()):
+            lines.append(line)
+        if self.engine.speculation is not None:
+            lines.append(f"speculation: {self.engine.speculation}")
+        return replace(report, notes=(*report.notes, *lines))
 
     def dump(self, folder: str | os.PathLike[str]) -> Path:
         """Write every level, kernel, the plan and certificates to a folder; return its index."""
@@ -251,8 +249,14 @@ class CompiledModel:
         """Run a few steps, so that the first request finds everything in place; choose threads.
 
         Without the option num_threads, one thread is kept where all of them measure slower. Of a
-        large model it is one step: each takes as long as the first token may.
+        large model it is one step: each takes as long as the first token may. Large weights begin
+        to move to huge pages after it.
         """
+        self._choose_threads()
+        if self._opened.memory is not None:
+            self._opened.memory.begin()
+
+    def _choose_threads(self) -> None:
         runner = self.runner
         large = sum(t.num_bytes for t in self._artefact.tensors.values()) > LARGE_MODEL_BYTES
         self._time_step(0 if large else WARM_UP_SECONDS)

@@ -51,8 +51,8 @@ CACHE_LIMIT = Variable("AIOS_CACHE_LIMIT_BYTES", "21474836480", "size at which o
 HUGE_WEIGHTS = Variable(
     "AIOS_HUGE_WEIGHTS",
     "1",
-    "1: the C++ target copies large weights into huge pages; 0: they stay mapped from the "
-    "artefact, which processes share",
+    "1: while the C++ target serves, large weights move to huge pages wherever the page cache "
+    "has them in small ones; 0: they stay as the page cache has them, which processes share",
 )
 SELECT_KERNELS = Variable(
     "AIOS_SELECT_KERNELS",

@@ -65,7 +65,8 @@ def _choose_on_cpu(
 ) -> KernelChoices:
     limits = _small_pool(make_limits(program, options, free := free_memory_bytes()))
     library = build.load(artefact.library)
-    memory = WeightMemory(artefact, program, options.threads(), free)
+    memory = WeightMemory(artefact, program, free)
+    memory.finish()  # they are timed where they will lie
     runner = ProgramRunner(
         program,
         library,

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from aios_compile.codegen.aligned_map import map_aligned
 from aios_compile.codegen.checksum import Checksum, checksum_buffer
 from aios_compile.codegen.kernel_choices import FILE, NO_CHOICES, KernelChoices
 from aios_compile.codegen.manifest import WEIGHTS, Manifest, canonical, damaged, open_folder
@@ -148,7 +149,7 @@ class Artefact:
         self.path = path
         self.manifest = manifest
         self.tensors: Mapping[str, TensorRecord] = {t.name: t for t in tensors}
-        self._mapped: mmap.mmap | None = None
+        self._mapped: tuple[mmap.mmap, int] | None = None
 
     @classmethod
     def open(cls, path: Path) -> Artefact:
@@ -171,7 +172,7 @@ class Artefact:
         if got != size:
             raise damaged(path / WEIGHTS, f"has {got} bytes, expected {size}")
         artefact = cls(path, manifest, records)
-        artefact._checksum = checksum
+        artefact._checksum, artefact._num_bytes = checksum, size
         return artefact
 
     @classmethod
@@ -179,9 +180,11 @@ class Artefact:
         """Return an artefact that this process has just written and that has no manifest yet."""
         table = _read_json(path / TENSORS)
         records = [TensorRecord(n, d, tuple(s), o) for n, d, s, o in table["tensors"]]
-        return cls(path, Manifest("", {}, {}), records)
+        artefact = cls(path, Manifest("", {}, {}), records)
+        artefact._num_bytes = table["bytes"]
+        return artefact
 
-    _checksum = ""
+    _checksum, _num_bytes = "", 0  # of weights.bin
 
     @cached_property
     def kernel_choices(self) -> KernelChoices:
@@ -218,11 +221,10 @@ class Artefact:
     def weights(self) -> memoryview:
         """Return weights.bin, mapped shared and read-only; made on first use, owned by this."""
         if self._mapped is None:
-            with cache_errors(self.path / WEIGHTS), open(self.path / WEIGHTS, "rb") as file:
-                flags, protection = mmap.MAP_SHARED, mmap.PROT_READ
-                self._mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
-                self._mapped.madvise(mmap.MADV_WILLNEED)
-        return memoryview(self._mapped)
+            with cache_errors(self.path / WEIGHTS):
+                self._mapped = map_aligned(self.path / WEIGHTS)
+        mapped, begin = self._mapped
+        return memoryview(mapped)[begin : begin + self._num_bytes]
 
     def tensor(self, name: str) -> Array:
         """Return a tensor as a read-only view; bfloat16 as its bits in uint16."""
@@ -244,7 +246,7 @@ class Artefact:
         """Unmap the weights. Raises BufferError while an array of `tensor` is alive."""
         mapped, self._mapped = self._mapped, None
         if mapped is not None:
-            mapped.close()
+            mapped[0].close()
 
 
 def verify_weights(path: Path, num_threads: int = 2) -> None:

@@ -1,19 +1,18 @@
-"""Where a program's weights lie: streamed ones in huge pages, all others mapped from the artefact.
+"""Where a program's weights lie: mapped from the artefact, and soon in huge pages.
 
-A decode step streams every packed weight once. Mapped from a file they lie in pages of 4 KiB, whose
-translations run out every few microseconds: the same kernels run 10 to 16 % faster on a copy in
-huge pages (bf16, int8 and int4 of a 0.6B shape, 2 cores of Zen 4; docs/performance.md). The copy is
-read from the file, so that only one of the two is resident; the file's pages stay the system's.
-The reads run beside whatever the caller goes on with (a start imports the engine and parses the
-tokenizer meanwhile); who asks for `arrays` waits for them.
+A decode step streams every packed weight once. In pages of 4 KiB the translations run out every few
+microseconds: the same kernels run 10 to 16 % faster in huge pages (bf16, int8 and int4 of a 0.6B
+shape, 2 cores of Zen 4; docs/performance.md). A page cache may hold the file in huge pages already.
+What it holds in small ones is replaced, while steps run, by a thread of low priority, piece by
+piece and with pauses (`huge_pages.replace`): no address changes, so the first token need not wait.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,95 +20,133 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aios_compile import env
-from aios_compile.codegen.artefact import ALIGNMENT, NUMPY_DTYPES, Artefact, TensorRecord
-from aios_compile.codegen.manifest import WEIGHTS, damaged
-from aios_compile.codegen.private_folder import cache_errors
+from aios_compile.codegen.aligned_map import HUGE_PAGE
+from aios_compile.codegen.artefact import Artefact, TensorRecord
 from aios_compile.codegen.program import Program
-from aios_compile.runtime.memory import Region
+from aios_compile.runtime import huge_pages
 
 LEAST_BYTES = 64 << 20  # less than this stays in caches or within reach of the translations
-READ_BYTES = 8 << 20  # a thread reads at a time
 SPARE_BYTES = 1 << 30  # left to others
-HUGE_PAGE = 2 << 20
-ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+PIECE_BYTES = 16 << 20  # replaced at a time, and what that takes of memory for a moment
+DELAY_SECONDS = 0.1  # the first request goes first
+PAUSE = 2.0  # between two pieces, in times of what a piece took: steps want the memory's bandwidth
+NICENESS = 10  # behind whatever computes, but not so far that whoever waits for the GIL starves
 
 
 class WeightMemory:
-    """`arrays`: name -> the weight's packed array, read-only, valid until `close`.
+    """`arrays`: name -> the weight's packed array, read-only, valid until the artefact is closed.
 
-    free_bytes: memory that may be used. Weights stay mapped when they are few, when memory is
-    short, where the system has no huge pages, and with AIOS_HUGE_WEIGHTS=0.
+    free_bytes: memory that may be used. Weights stay as the page cache has them when they are few,
+    when memory is short, where the system has no huge pages, and with AIOS_HUGE_WEIGHTS=0; else
+    `begin` or `finish` moves what is streamed into huge pages. `close` before the artefact.
     """
 
-    def __init__(
-        self, artefact: Artefact, program: Program, num_threads: int, free_bytes: int
-    ) -> None:
-        names = [w.name for w in program.weights]
-        streamed = {w.name: artefact.tensors[w.name] for w in program.weights if w.packed}
-        total = sum(_padded(record.num_bytes) for record in streamed.values())
-        self._path = artefact.path / WEIGHTS
-        self._region: Region | None = None
-        self._reads: list[Future[None]] = []
-        if total >= LEAST_BYTES and total + SPARE_BYTES <= free_bytes and huge_pages_allowed():
-            self._region = Region(total + HUGE_PAGE)
-        else:
-            streamed = {}
-        self._arrays: dict[str, NDArray[Any]] = {
-            name: artefact.tensor(name) for name in names if name not in streamed
+    def __init__(self, artefact: Artefact, program: Program, free_bytes: int) -> None:
+        self.arrays: dict[str, NDArray[Any]] = {
+            w.name: artefact.tensor(w.name) for w in program.weights
         }
-        if self._region is not None:
-            self._begin_to_read(self._region, streamed, num_threads)
+        packed = [artefact.tensors[w.name] for w in program.weights if w.packed]
+        # A view keeps the mapping as long as the thread lives.
+        self._view = artefact.weights if packed else memoryview(b"")
+        at = np.frombuffer(self._view, np.uint8).ctypes.data if packed else 0
+        self._ranges = [(at + begin, at + end) for begin, end in _whole_pages(packed)]
+        self._total = sum(end - begin for begin, end in self._ranges)
+        enough = self._total >= LEAST_BYTES and self._total + SPARE_BYTES <= free_bytes
+        self._moves = enough and at % HUGE_PAGE == 0 and huge_pages.allowed()
+        self._moved = 0
+        self._why_not = ""
+        self._pid = os.getpid()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
 
     @property
     def in_huge_pages(self) -> bool:
-        return self._region is not None
+        """Return whether the weights lie in huge pages or will after a few seconds of use."""
+        return self._moves and not self._why_not
 
-    @property
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """Wait until all is read and return the weights. CacheError for a file that ends early."""
-        with cache_errors(self._path):
-            while self._reads:
-                self._reads[0].result()
-                self._reads.pop(0)
-        return self._arrays
+    def begin(self) -> None:
+        """Begin to move weights to huge pages, in a thread of its own."""
+        if self._moves and self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="huge pages", daemon=True)
+            self._thread.start()
 
-    def _begin_to_read(
-        self, region: Region, records: dict[str, TensorRecord], num_threads: int
-    ) -> None:
-        raw = region.array()
-        begin, pool = -raw.ctypes.data % HUGE_PAGE, ThreadPoolExecutor(num_threads)
-        try:
-            for name, record in records.items():
-                bytes_of = raw[begin : begin + record.num_bytes]
-                for at in range(0, record.num_bytes, READ_BYTES):
-                    piece = bytes_of[at : at + READ_BYTES]
-                    self._reads.append(pool.submit(self._read, record.offset + at, piece))
-                array = bytes_of.view(NUMPY_DTYPES[record.dtype]).reshape(record.shape)
-                array.flags.writeable = False
-                self._arrays[name] = array
-                begin += _padded(record.num_bytes)
-        finally:
-            pool.shutdown(wait=False)  # its threads end with the last read
+    def finish(self) -> None:
+        """Move all weights now, without pauses. `begin` must not have been called."""
+        assert self._thread is None, "a thread moves them"
+        if self._moves:
+            for _ in self._steps():
+                pass
 
-    def _read(self, offset: int, array: NDArray[np.uint8]) -> None:
-        into, done = memoryview(array), 0  # type: ignore[arg-type]  # numpy < 2.1 does not say so
-        with open(self._path, "rb", buffering=0) as file:
-            while done < len(into):
-                count = os.preadv(file.fileno(), [into[done:]], offset + done)
-                if count == 0:
-                    raise damaged(self._path, f"ends at byte {offset + done}")
-                done += count
+    def _run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        if self._stop.wait(DELAY_SECONDS):
+            return
+        begin = time.perf_counter()
+        for _ in self._steps():
+            if self._stop.wait(PAUSE * (time.perf_counter() - begin)):
+                return
+            begin = time.perf_counter()
+
+    def _steps(self) -> Iterator[None]:
+        """Replace one piece at a time; end where memory is short or has no huge pages."""
+        for begin, end in self._ranges:
+            for first in range(begin, end, PIECE_BYTES):
+                last = min(first + PIECE_BYTES, end)
+                huge_pages.populate(first, last)  # the page cache's huge pages are found only then
+                for piece in _between(first, last, huge_pages.find(first, last) or []):
+                    size = piece[1] - piece[0]
+                    if free_memory_bytes() < SPARE_BYTES + size:
+                        self._why_not = "memory is short"
+                    elif not huge_pages.replace(*piece):
+                        self._why_not = "the system has no more huge pages"
+                    if self._why_not:
+                        return
+                    self._moved += size
+                    yield
+
+    def line(self) -> str:
+        """Return how much lies in huge pages by now, and why no more does; "" for few weights."""
+        if self._total < LEAST_BYTES:
+            return ""
+        found = [huge_pages.find(*each) for each in self._ranges]
+        huge = sum(end - begin for each in found for begin, end in each or [])
+        known = [f"{max(huge, self._moved) >> 20} in huge pages, {self._moved >> 20} of them moved"]
+        if not self._moves:
+            known.append("the rest stays mapped in small ones")
+        elif self._thread is not None and self._thread.is_alive():
+            known.append("the rest is being moved")
+        known += [self._why_not] if self._why_not else []
+        return f"weights: of {self._total >> 20} MiB that are streamed, {'; '.join(known)}"
 
     def close(self) -> None:
-        """Free the copy; no step may run and no array be touched afterwards. Idempotent."""
-        reads, self._reads = self._reads, []
-        for read in [read for read in reads if not read.cancel()]:
-            with suppress(Exception):  # nobody wants it any more
-                read.result()
-        self._arrays = {}
-        if self._region is not None:
-            self._region.close()
+        """Stop moving, within one piece. Idempotent. The artefact unmaps what was moved too."""
+        self.arrays = {}
+        if self._pid == os.getpid():  # a forked child has no thread, and may find the event locked
+            self._stop.set()
+            if self._thread is not None:
+                self._thread.join()
+        self._view.release()
+
+
+def _whole_pages(records: Iterable[TensorRecord]) -> list[tuple[int, int]]:
+    """Return the ranges of offsets in whole huge pages that hold the tensors, in order."""
+    found: list[tuple[int, int]] = []
+    for record in sorted(records, key=lambda record: record.offset):
+        begin = record.offset // HUGE_PAGE * HUGE_PAGE
+        end = -(-(record.offset + record.num_bytes) // HUGE_PAGE) * HUGE_PAGE
+        if found and begin <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        elif begin < end:
+            found.append((begin, end))
+    return found
+
+
+def _between(begin: int, end: int, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield what of begin to end lies in none of the ranges, which are in order."""
+    for first, last in (*ranges, (end, end)):
+        if begin < first:
+            yield begin, first
+        begin = last
 
 
 @dataclass
@@ -125,15 +162,15 @@ class OpenArtefact:
     memory: WeightMemory | None = None
 
     @classmethod
-    def of(cls, path: Path, num_threads: int, reads: bool = True) -> OpenArtefact:
-        """Open the artefact at `path` and begin to read its weights, if kernels of C++ take them
-        and the caller `reads` them.
+    def of(cls, path: Path, reads: bool = True) -> OpenArtefact:
+        """Open the artefact at `path` and map its weights, if kernels of C++ take them and the
+        caller `reads` them.
         """
         artefact = Artefact.open(path)
         program, free = Program.from_json(artefact.program), free_memory_bytes()
         if not reads or program.settings.get("family") == "triton":
             return cls(artefact, program, free)
-        return cls(artefact, program, free, WeightMemory(artefact, program, num_threads, free))
+        return cls(artefact, program, free, WeightMemory(artefact, program, free))
 
     def close(self) -> None:
         """Free the weights, unmap the file. Idempotent; BufferError while an array is alive."""
@@ -151,17 +188,3 @@ def free_memory_bytes() -> int:
     except OSError:
         pass
     return 512 << 20
-
-
-def huge_pages_allowed() -> bool:
-    """Return whether the system gives huge pages to who asks, and the user does not mind."""
-    if not env.HUGE_WEIGHTS.get_int(0, 1) or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return False
-    try:
-        return "[never]" not in ENABLED.read_text()
-    except OSError:
-        return False
-
-
-def _padded(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

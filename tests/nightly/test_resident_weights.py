@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 import aios_compile
 from aios_compile.checkpoint.gguf_header import read_gguf_header
 from aios_compile.checkpoint.safetensors_header import read_header
+from aios_compile.codegen.aligned_map import HUGE_PAGE
 from aios_compile.models.config import ModelConfig
 from aios_compile.models.parameters import parameter_shapes
-from aios_compile.runtime.weight_memory import HUGE_PAGE
 from tests import zoo
 from tests.formats.gguf_files import convert
 from tests.formats.packed_folders import LINEARS
