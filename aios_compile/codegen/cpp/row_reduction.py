@@ -43,6 +43,7 @@ from aios_compile.codegen.source import KernelSource
 START = {"sum": "0", "prod": "1", "max": "-kInfinity", "min": "kInfinity"}
 STEP = {"sum": "{a} + {x}", "prod": "{a} * {x}", "max": "max({a}, {x})", "min": "min({a}, {x})"}
 ACROSS = {"sum": "reduce_add", "prod": "reduce_mul", "max": "reduce_max", "min": "reduce_min"}
+LANES = ("sum", "prod")  # where the order of the elements makes a difference
 LEAST = {"i64": "INT64_MIN", "i32": "INT32_MIN", "bool": "false", "f64": "-(double)kInfinity"}
 MOST = {"i64": "INT64_MAX", "i32": "INT32_MAX", "bool": "true", "f64": "(double)kInfinity"}
 
@@ -170,17 +171,21 @@ def _write_pass(spec: RowReductionSpec, nest: Nest, level: Sequence[int]) -> lis
     floats = all(r.kind in STEP and r.value.dtype == "f32" for r in found.values())
     if floats and nest.can_vectorize(values, []):
         return _vector_pass(spec, nest, found)
-    lines, after = [], []
+    lines, after, ends = [], [], []
+    i = f"i{nest.inner}"
     for index, r in found.items():
         kind = scalar_type(r.value.dtype)
         name = nest.names[index]
-        if r.kind in STEP:
+        if r.kind in LANES and kind == "float":  # as many partial sums as a vector would have
+            lines.append(f"vf acc{index} = splat({_start(r)});")
+            after.append((f"acc{index}[{i} % VL]", r))
+            ends.append(f"const float {name} = {ACROSS[r.kind]}(acc{index});")
+        elif r.kind in STEP:
             lines.append(f"{kind} {name} = {_start(r)};")
             after.append((name, r))
         else:
             lines += [f"int64_t {name} = 0;", f"{kind} best{index} = {_start(r)};"]
             after.append((f"best{index}", r))
-    i = f"i{nest.inner}"
     body, results = nest.scalar().statements(values, nest.scalar_loads(values))
     for (name, r), text, index in zip(after, results, found):
         if r.kind in STEP:
@@ -193,7 +198,7 @@ def _write_pass(spec: RowReductionSpec, nest: Nest, level: Sequence[int]) -> lis
             f"if ({better} || {i} == 0) {{ {name} = x{index}; {nest.names[index]} = {i}; }}"
         )
     loop = f"for (int64_t {i} = 0; {i} < {dim_c(spec.shape[-1])}; ++{i}) {{"
-    return [*lines, loop, *indent(body), "}"]
+    return [*lines, loop, *indent(body), "}", *ends]
 
 
 def _start(r: Reduction) -> str:
