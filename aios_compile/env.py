@@ -68,11 +68,17 @@ OVERLAP = Variable(
     "always, on the C++ target where a core is left for the host (fewer threads than cores) and a "
     "few timed steps show no loss; 2: always; 0: never",
 )
+SPLIT_STEPS = Variable(
+    "AIOS_SPLIT_STEPS",
+    "1",
+    "1: where the last cache holds a model's weights, the workers of the C++ target share out the "
+    "sequences of a decode step, not its kernels; 0: always its kernels",
+)
 CXX = Variable("AIOS_CXX", "", "C++ compiler; default c++, then g++, then clang++")
 
 VARIABLES = (
     *(DEBUG, DUMP, DISABLE, BISECT, VERIFY, EAGER, CACHE_DIR, CACHE_LIMIT),
-    *(HUGE_WEIGHTS, SELECT_KERNELS, OVERLAP, CXX),
+    *(HUGE_WEIGHTS, SELECT_KERNELS, OVERLAP, SPLIT_STEPS, CXX),
 )
 
 

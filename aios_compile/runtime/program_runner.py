@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aios_compile import env
 from aios_compile.codegen.kernel_choices import NO_CHOICES, KernelChoices
 from aios_compile.codegen.operand import BYTES, dim_value
 from aios_compile.codegen.program import Program, TensorEntry
 from aios_compile.errors import EngineClosedError, EngineError
 from aios_compile.runtime.memory import Region
-from aios_compile.runtime.step_slot import Begun, StepSlot, StepTables
+from aios_compile.runtime.run_tables import Memory
+from aios_compile.runtime.split_step import PartArenas, SplitStep, may_split
+from aios_compile.runtime.step_slot import Begun, StepSlot
 
 SPINS = 20_000  # about a millisecond of pause instructions; 50 us parked at every barrier
 NUMPY_DTYPES = {
@@ -77,9 +80,13 @@ class ProgramRunner:
         self._weights: Pointers = np.array(
             [weights[w.name].ctypes.data for w in program.weights], np.uint64
         )
-        tables = StepTables(self._arena.address, self._weights, self._states)
+        self._memory = Memory(self._arena.address, self._weights, self._states)
         # one for `run` and, with another one, for `begin`: a step may wait while one runs
-        self._slots = [StepSlot(program, tables, page_table_width) for _ in range(2)]
+        self._slots = [StepSlot(program, self._memory, page_table_width) for _ in range(2)]
+        self._weight_bytes = sum(weights[w.name].nbytes for w in program.weights)
+        self._arenas: PartArenas | None = None
+        self._splits: list[SplitStep] = []  # of the slots
+        self.num_split_steps = 0
         self.outputs = {o.name: self._output_view(o) for o in program.outputs}
         self._bind_library()
         self._pool = self._line = self._num_begun = 0
@@ -111,6 +118,18 @@ class ProgramRunner:
         if not self._pool:
             raise EngineError(f"cannot start a pool of {num_threads} threads")
         self.num_threads = self._library.pool_size(self._pool)
+        self._make_parts()
+
+    def _make_parts(self) -> None:
+        """Make room for steps that are split, where they are."""
+        splits = env.SPLIT_STEPS.get_int(0, 1) and not self._guarded
+        if not splits or not may_split(self.program, self._weight_bytes, self.num_threads):
+            return
+        self._arenas = PartArenas(self.program, self.num_threads)
+        self._splits = [
+            SplitStep(self.program, slot.tables, self._memory, self._arenas, self.outputs)
+            for slot in self._slots
+        ]
 
     def _free_pool(self) -> None:
         if self._line:
@@ -119,6 +138,12 @@ class ProgramRunner:
         if self._pool:
             self._library.pool_free(self._pool)
         self._line = self._pool = 0
+        self._splits.clear()
+        for slot in self._slots:
+            slot.run.parts = None
+        if self._arenas is not None:
+            self._arenas.close()
+        self._arenas = None
 
     def _output_view(self, entry: TensorEntry) -> NDArray[Any]:
         """Return the whole planned buffer of an output, for its largest shape."""
@@ -134,7 +159,7 @@ class ProgramRunner:
         """Run the program once; results are in `outputs` (whole buffers) until the next run."""
         self.settle()
         slot = self._slots[0]
-        self._prepare(slot, inputs, num_tokens, num_seqs, num_rows)
+        self._prepare(0, inputs, (num_tokens, num_seqs, num_rows), wants_logits=True)
         self._library.pool_step(self._pool, slot.run_address)
 
     def begin(
@@ -155,19 +180,20 @@ class ProgramRunner:
             self._line = self._library.line_new(self._pool)
             if not self._line:
                 raise EngineError("cannot start the thread that runs steps")
-        slot = self._slots[self._num_begun % 2]
+        turn = self._num_begun % 2
+        slot = self._slots[turn]
         assert slot.is_over, "three steps at once"
-        self._prepare(slot, inputs, num_tokens, num_seqs, num_rows)
+        self._prepare(turn, inputs, (num_tokens, num_seqs, num_rows), wants_logits=False)
         self._num_begun += 1
         return slot.begin(self._library, self._line, self.outputs, sources, hold)
 
     def _prepare(
         self,
-        slot: StepSlot,
+        turn: int,
         inputs: Mapping[str, NDArray[Any]],
-        num_tokens: int,
-        num_seqs: int,
-        num_rows: int,
+        sizes: tuple[int, int, int],
+        *,
+        wants_logits: bool,
     ) -> None:
         if self._pid != os.getpid():
             raise EngineClosedError(
@@ -177,9 +203,16 @@ class ProgramRunner:
             raise EngineClosedError("the model is closed")
         if self._guarded:
             self._arena.poison()
+        slot = self._slots[turn]
+        slot.tables.bind(inputs, sizes, self._choices_of(sizes[0]))
+        if self._splits and not slot.run.nanoseconds:
+            split = self._splits[turn].bind(inputs, wants_logits, self._choices_of)
+            self.num_split_steps += split
+
+    def _choices_of(self, num_tokens: int) -> int:
+        """Return the address of the candidates that are chosen for so many tokens."""
         bucket = bisect_left(self._buckets, num_tokens)
-        choices = self._choices.ctypes.data + bucket * self._choices.shape[1]
-        slot.bind(inputs, (num_tokens, num_seqs, num_rows), choices)
+        return int(self._choices.ctypes.data + bucket * self._choices.shape[1])
 
     @property
     def can_begin(self) -> bool:
@@ -205,6 +238,7 @@ class ProgramRunner:
         self._keep["nanoseconds"] = nanoseconds
         for slot in self._slots:
             slot.run.nanoseconds = None if nanoseconds is None else nanoseconds.ctypes.data
+            slot.run.parts = None  # kernels are timed where all workers share them
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages (source, target) in all layers, in the order given."""

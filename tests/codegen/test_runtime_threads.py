@@ -129,6 +129,66 @@ int main(int, char **argv) {
 """
 
 
+PARTS = """
+#include "prelude.h"
+#include "runtime.h"
+#include <cstdio>
+/* Each token's result is made of its neighbours' in the same part, in two phases. */
+constexpr int PART = 40;
+static int64_t tokens[256], results[256], arenas[6][2 * PART];
+static int64_t items(const Sizes *n) { return n->T; }
+static void first(const Sizes *, void *const *p, int64_t i, int64_t end) {
+    int64_t *a = static_cast<int64_t *>(p[0]);
+    for (; i < end; i++) a[i] = static_cast<const int64_t *>(p[1])[i] * 3;
+}
+static void second(const Sizes *n, void *const *p, int64_t i, int64_t end) {
+    int64_t *a = static_cast<int64_t *>(p[0]);
+    for (; i < end; i++) a[PART + i] = a[i] + a[n->T - 1 - i];
+}
+static void run_step(aios::Worker *w, const Run *r) {
+    void *const p[] = {r->arena, r->inputs[0]};
+    aios::launch(w, r, items, first, p);
+    aios::barrier(w);
+    aios::launch(w, r, items, second, p);
+    aios::barrier(w);
+}
+int main(int, char **argv) {
+    aios::Pool *pool = pool_new(atoi(argv[1]), atol(argv[2]), 2);
+    Part parts[6]{};
+    Copy copies[6];
+    char *inputs[6];
+    Run run{};
+    for (int step = 0; step < 200; step++) {
+        const int num = 1 + step % 6, each = 1 + step * 7 % PART;
+        for (int i = 0; i < num * each; i++) tokens[i] = step * 1000 + i, results[i] = 0;
+        for (int i = 0; i < num; i++) {
+            inputs[i] = reinterpret_cast<char *>(tokens + i * each);
+            parts[i].run.n.T = each;
+            parts[i].run.arena = reinterpret_cast<char *>(arenas[i]);
+            parts[i].run.inputs = &inputs[i];
+            copies[i] = {reinterpret_cast<char *>(arenas[i] + PART),
+                         reinterpret_cast<char *>(results + i * each), each * 8};
+            parts[i].copies = &copies[i];
+            parts[i].num_copies = 1;
+        }
+        run = parts[0].run; /* of a pool of one worker, which splits nothing */
+        run.parts = parts;
+        run.num_parts = num;
+        pool_step(pool, &run);
+        const int seen = pool_size(pool) > 1 ? num * each : each;
+        const int64_t *found = pool_size(pool) > 1 ? results : arenas[0] + PART;
+        for (int i = 0; i < seen; i++) {
+            const int turned = i / each * each + each - 1 - i % each;
+            if (found[i] != 3 * (tokens[i] + tokens[turned])) return 1;
+        }
+    }
+    pool_free(pool);
+    printf("200 steps\\n");
+    return 0;
+}
+"""
+
+
 LATE = """
 #include "prelude.h"
 #include "runtime.h"
@@ -201,6 +261,17 @@ def late(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled(tmp_path_factory.mktemp("threads"), PROGRAM)
+
+
+@pytest.mark.parametrize(("workers", "spins"), [(1, 2000), (2, 0), (4, 2000)])
+def test_steps_that_are_split(workers: int, spins: int, parts: Path) -> None:
+    """Fewer parts than workers, and more."""
+    assert output_of(parts, workers, spins) == "200 steps\n"
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(tmp_path_factory.mktemp("parts"), PARTS)
 
 
 @pytest.fixture(scope="module")

@@ -128,16 +128,21 @@ def cpu_features() -> frozenset[str]:
 
 
 @functools.cache
+def cache_bytes(level: int) -> int:
+    """Return the bytes of the first core's cache of a level as Linux tells them; 0: it does not."""
+    for folder in sorted(CACHES.glob("index*")):
+        with contextlib.suppress(OSError, ValueError):
+            if (folder / "level").read_text().strip() == str(level):
+                return int((folder / "size").read_text().strip().removesuffix("K")) << 10
+    return 0
+
+
 def l2_bytes() -> int:
-    """Return the bytes of a core's second-level cache as Linux tells them; 512 KiB if it does not.
+    """Return the bytes of a core's second-level cache; 512 KiB where they are not known.
 
     It decides how many prepared tokens are used again while they lie there (tiles.h): time, no bit.
     """
-    for folder in sorted(CACHES.glob("index*")):
-        with contextlib.suppress(OSError, ValueError):
-            if (folder / "level").read_text().strip() == "2":
-                return int((folder / "size").read_text().strip().removesuffix("K")) << 10
-    return 512 << 10
+    return cache_bytes(2) or 512 << 10
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,6 @@
 #pragma once
 #include "runtime.h"
 
-typedef struct Copy {
-    const char *from;
-    char *to;
-    int64_t bytes;
-} Copy;
-
 enum { WAITING = 0, SURE = 1, RUNNING = 2, ENDED = 3, LEFT_OUT = 4 };
 
 /* One step. Memory of the caller's; it stays as it is until the step has ended. */
