@@ -18,6 +18,7 @@ import torch
 
 from aios_compile import compile_settings
 from aios_compile.capture.capture import capture
+from aios_compile.codegen.aligned_map import HUGE_PAGE
 from aios_compile.codegen.cpp import build
 from aios_compile.codegen.cpp.emitters import EMITTERS
 from aios_compile.codegen.cpp.step import emit_step
@@ -35,7 +36,7 @@ from aios_compile.passes.pipeline import STAGES
 from aios_compile.passes.plan_memory import plan_memory
 from aios_compile.passes.runner import run_pipeline
 from aios_compile.progress import Progress
-from aios_compile.runtime import program_runner
+from aios_compile.runtime import huge_pages, program_runner
 from aios_compile.runtime.batch import Executor, Limits
 from aios_compile.runtime.engine import Engine
 from aios_compile.runtime.executor import CpuExecutor
@@ -95,6 +96,28 @@ def test_an_arena_of_the_planned_bytes_suffices(load: Load) -> None:
         given = {"max_tokens": 20, "temperature": 0, "logprobs": 2}
         one, two = (m.generate([ids[:17], ids[:3]], **given) for m in (model, plain))
         assert [r.outputs for r in one] == [r.outputs for r in two]
+
+
+@pytest.mark.skipif(not huge_pages.allowed(), reason="the system gives no huge pages")
+def test_a_short_context_takes_no_huge_pages_of_the_pool(load: Load) -> None:
+    model = load(NAME)
+    library = build.load(model._artefact.library)
+    runner = ProgramRunner(model.program, library, weights_of(model), 1, num_pages=4096)
+    pool, states = runner._kv, runner._states.tolist()
+    begin, end = pool.address // HUGE_PAGE + 1, (pool.address + pool.num_bytes) // HUGE_PAGE
+
+    def num_huge() -> int:
+        found = huge_pages.find(begin * HUGE_PAGE, end * HUGE_PAGE)
+        if found is None:
+            pytest.skip("this kernel does not say where huge pages are")
+        return sum(last - first for first, last in found) // HUGE_PAGE
+
+    for touched, want in ((0, 0), (program_runner.SHORT_BYTES + HUGE_PAGE, len(states))):
+        for state in states:
+            ctypes.memset(state + touched, 1, 1)
+        assert num_huge() == want
+    runner.close()
+    build.unload(library)
 
 
 def test_the_plan_is_consistent(load: Load) -> None:
