@@ -352,7 +352,10 @@ def _open_module(model: Any, options: CompileOptions) -> ModelSource:
     state = dict(module.named_parameters(remove_duplicate=False))
     meta = [name for name, p in state.items() if p.is_meta]
     if meta:
-        raise ConfigError(f"the module's parameter {meta[0]} has no values (it is on meta)")
+        raise ConfigError(
+            f"the module's parameter {meta[0]} has no values (it is on meta)",
+            advice="load its weights first (to_empty, then load_state_dict)",
+        )
     wide = [name for name, p in state.items() if p.dtype in (torch.float64, torch.complex128)]
     if wide:
         raise ConfigError(
@@ -362,7 +365,7 @@ def _open_module(model: Any, options: CompileOptions) -> ModelSource:
         )
 
     def read(name: str) -> torch.Tensor:
-        return state[name].detach()
+        return state[name].detach().contiguous()
 
     return ModelSource(
         name=type(module).__name__,

@@ -26,6 +26,7 @@ from aios_compile.ir.module import (
 
 aten = torch.ops.aten
 BATCHED = "aios_batched"  # root.meta: the model's own code takes [1, T]
+LAST_ONLY = "aios_last_only"  # root.meta: the model's own code gives the last token's logits
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -180,10 +181,20 @@ def _constant(module: IRModule, name: str, value: torch.Tensor, node: fx.Node) -
         holder = module.root.graph.placeholder(name.replace(".", "_"))
     holder.target = holder.name
     holder.meta = dict(node.meta)
-    holder.meta["val"] = module.mode.from_tensor(value, static_shapes=True)
+    holder.meta["val"] = as_packed(module.mode.from_tensor(value, static_shapes=True))
     module.weights[holder.name] = Recipe.identity(name)
     module.tensors[name] = value
     return holder
+
+
+def as_packed(fake: Any) -> Any:
+    """Return a fake weight as packing leaves it: without gaps, and from its memory's begin.
+
+    A module may hold a weight transposed, or as a part of a larger buffer.
+    """
+    if not isinstance(fake, torch.Tensor) or (fake.is_contiguous() and not fake.storage_offset()):
+        return fake
+    return fake.clone(memory_format=torch.contiguous_format)
 
 
 def _free_of_sizes(graph_module: fx.GraphModule) -> None:

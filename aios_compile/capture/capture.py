@@ -8,7 +8,6 @@ bound to parameter names by identity, so that the module may live on the meta de
 from __future__ import annotations
 
 import contextlib
-import inspect
 import operator
 import re
 from collections import defaultdict
@@ -22,10 +21,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from aios_compile.capture import foreign, regions, torch_private
-from aios_compile.capture.assemble import assemble
+from aios_compile.capture.assemble import LAST_ONLY, as_packed, assemble
+from aios_compile.capture.call_convention import call_convention, without_last_token
 from aios_compile.capture.foreign_rope import trained_frequencies
 from aios_compile.capture.length_limit import guard_limits, line_of, table_limits
 from aios_compile.capture.size_bounds import decide_bounds
+from aios_compile.capture.substitutes import substituted
 from aios_compile.errors import CaptureError, UnsupportedModelError
 from aios_compile.ir import ops, provenance
 from aios_compile.ir.module import IRModule, outputs
@@ -52,7 +53,8 @@ def capture(
     max_length: the longest sequence that will run, if that is known.
     Raises CaptureError with the model's source line when the forward does not capture as one graph.
     """
-    _check_signature(model)
+    _check_has_code(model)
+    call_convention(model)
     with foreign.evaluating(model), trained_frequencies(model, max_length):
         try:
             return _in_regions_or_whole(model, flat is True, max_tokens)
@@ -84,17 +86,17 @@ def _capture(model: nn.Module, flat: bool, max_tokens: int, whole: bool = False)
     if not flat:
         ids, positions = ids[None], positions[None]
     with foreign.adapted(model) as (wrapped, kwargs), marked(wrapped) as lists:
-        with _captured_errors(), torch_private.capture_settings():
-            graph_input = torch_private.full_graph(
-                wrapped, {"input_ids": ids, "position_ids": positions, **kwargs}
-            )
+        given = {**call_convention(wrapped).arguments(ids, positions), **kwargs}
+        with _captured_errors(), torch_private.capture_settings(), substituted():
+            graph_input = torch_private.full_graph(wrapped, given)
         outer = getattr(graph_input, "graph_module", None)
         if outer is None or not outer.graph.output_node().all_input_nodes:
             raise CaptureError("forward computes no tensor, expected the logits")
         examples = _drop_unused(outer, graph_input.example_inputs)
         holders = [n for n in outer.graph.nodes if n.op == "placeholder"]
-        fakes = [n.meta["example_value"] for n in holders]
+        fakes = [as_packed(n.meta["example_value"]) for n in holders]
         mode = next(f.fake_mode for f in fakes if hasattr(f, "fake_mode"))
+        last_only = keep_all_tokens(outer)
         _adopt_token_count(mode, fakes)
         with _captured_errors():
             keep_composites(outer)
@@ -103,26 +105,23 @@ def _capture(model: nn.Module, flat: bool, max_tokens: int, whole: bool = False)
                 lowered = torch_private.lower(outer, fakes, mode)
     limits = guard_limits(mode, max_tokens, _sizes(model))
     names = _names(wrapped)
-    bindings = [_binding(h, e, names) for h, e in zip(holders, examples)]
+    inputs = {id(ids): "token_ids", id(positions): "positions"}
+    bindings = [_binding(h, e, names, inputs) for h, e in zip(holders, examples)]
     module = assemble(outer, lowered, bindings, [] if whole else list(lists))
+    module.root.meta[LAST_ONLY] = last_only
     _check_logits(module)
     module.length_limit = min((*limits, *table_limits(module)), default=None)
     return module
 
 
-def _check_signature(model: nn.Module) -> None:
-    """Refuse a forward that cannot be called with input_ids and position_ids."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError("a scripted module has no Python code left", advice="pass the module")
-    parameters = inspect.signature(model.forward).parameters
-    try:
-        inspect.signature(model.forward).bind(input_ids=None, position_ids=None)
-    except TypeError:
-        raise CaptureError(
-            f"forward of {type(model).__name__} takes ({', '.join(parameters)}), expected "
-            "(input_ids, position_ids)",
-            advice="wrap it in an nn.Module with that forward",
-        ) from None
+def _check_has_code(model: nn.Module) -> None:
+    """Refuse a module, or a part of it, that is TorchScript."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{name or 'the module'} is scripted or traced (torch.jit): no Python code is left",
+                advice="pass the module as it was before",
+            )
 
 
 def _check_logits(module: IRModule) -> None:
@@ -241,6 +240,25 @@ def keep_composites(outer: fx.GraphModule) -> None:
         module.recompile()
 
 
+def keep_all_tokens(outer: fx.GraphModule) -> bool:
+    """Take x for x[:, [-1], :] where the logits are the last token's; return whether they were.
+
+    A model that generates for itself asks for no others (nanoGPT); here a step takes the rows that
+    it needs, of several sequences. What comes after must be token-wise, which is checked.
+    """
+    logits = outer.graph.output_node().all_input_nodes[0].meta.get("example_value")
+    if logits is None or any(isinstance(size, torch.SymInt) for size in logits.shape):
+        return False
+    found = False
+    for node in list(outer.graph.find_nodes(op="call_function", target=operator.getitem)):
+        value = node.args[0].meta.get("example_value")
+        if isinstance(value, torch.Tensor) and without_last_token(value.shape, node.args[1]):
+            node.replace_all_uses_with(node.args[0])
+            outer.graph.erase_node(node)
+            found = True
+    return found
+
+
 def _as_slices(index: Any) -> Any:
     """Return x[..., [i], :] as x[..., i:i+1, :]: a view, and not a gather by a constant tensor."""
     if not isinstance(index, tuple) or sum(isinstance(i, (list, fx.Node)) for i in index) != 1:
@@ -294,15 +312,16 @@ def _names(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _binding(holder: fx.Node, example: Any, names: dict[int, list[str]]) -> Any:
+def _binding(
+    holder: fx.Node, example: Any, names: dict[int, list[str]], inputs: dict[int, str]
+) -> Any:
     """Say what an input is: ("size",), ("input", name), ("weight", names, x), ("constant", x)."""
     if not isinstance(example, torch.Tensor):
         return ("size", "T")
     if id(example) in names:
         return ("weight", tuple(names[id(example)]), example)
-    for kind, name in (("input_ids", "token_ids"), ("position_ids", "positions")):
-        if kind in holder.name:
-            return ("input", name)
+    if id(example) in inputs:
+        return ("input", inputs[id(example)])
     return ("constant", holder.name, example)
 
 

@@ -8,14 +8,15 @@ It works for a module on the meta device too, because the module's own parameter
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from aios_compile.capture import foreign, regions
-from aios_compile.capture.assemble import BATCHED
+from aios_compile.capture.assemble import BATCHED, LAST_ONLY
+from aios_compile.capture.call_convention import call_convention, logits_in
 from aios_compile.errors import CaptureError
 from aios_compile.ir import evaluate, random_weights
 from aios_compile.ir.module import IRModule, placeholders
@@ -52,6 +53,7 @@ def compare_with_eager(
         found, logits = _run_captured(
             module, weights, skips, ids.reshape(-1), positions.reshape(-1)
         )
+        logits = logits[-1:] if module.root.meta.get(LAST_ONLY) else logits
         worst = max(worst, _check(list(zip(found, seen)), (logits, eager), num_tokens))
     return worst
 
@@ -89,24 +91,16 @@ def _run_eager(
 ) -> tuple[list[Tensor], Tensor]:
     """Return the results of the active layers and the logits."""
     given = _parameters(model, module, weights, skips)
-    kwargs: dict[str, Any] = {"input_ids": batch[0], "position_ids": batch[1]}
+    kwargs: dict[str, Any] = call_convention(model).arguments(*batch)
     if foreign.is_hugging_face(model):
         kwargs["use_cache"] = False
     seen: list[Tensor] = []
     with torch.no_grad(), foreign.evaluating(model), _passed_through(layers, active, seen):
         result = torch.func.functional_call(model, given, (), kwargs, tie_weights=False)
-    logits = _logits_in(result)
+    logits = logits_in(result)
     if not isinstance(logits, Tensor):
         raise CaptureError(f"forward returns a {type(result).__name__}, expected the logits")
     return seen, logits
-
-
-def _logits_in(result: Any) -> Any:
-    """Return what a model means by its logits: by name, else the first of several results."""
-    if isinstance(result, Mapping):
-        return result.get("logits", result)
-    first = result[0] if isinstance(result, (tuple, list)) and result else result
-    return getattr(result, "logits", first)
 
 
 def _parameters(

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -134,6 +134,18 @@ def _only_dynamic(kwargs: dict[str, Any]) -> Iterator[None]:
         return static or all(tensor is not given for given in kwargs.values()), reason
 
     with mock.patch.object(variables.builder, always_static.__name__, is_static):
+        yield
+
+
+@contextlib.contextmanager
+def traced_instead(functions: Mapping[Callable[..., Any], Callable[..., Any]]) -> Iterator[None]:
+    """Let dynamo trace other functions for some, whatever name the model knows them by."""
+    table = variables.builder.VariableBuilder._id_dispatch()
+
+    def other(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda builder, value: variables.UserFunctionVariable(function)
+
+    with mock.patch.dict(table, {id(old): other(new) for old, new in functions.items()}):
         yield
 
 

@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 VOCABULARY, HIDDEN, HEADS, WIDTH = 61, 32, 4, 8
 
@@ -202,28 +203,40 @@ class Flat(nn.Module):
 
 
 class Shared(Model):
-    """One block's weights used three times."""
+    """One block's weights used three times, checkpointed as for training."""
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)
         for _ in range(3):
-            x = self.blocks[0](x, position_ids)
+            x = checkpoint(self.blocks[0], x, position_ids, use_reentrant=False)
         return self.head(self.norm(x))
 
 
 class Counted(Model):
-    """nanoGPT's way: it counts the tokens itself, and takes the first rows of a second table."""
+    """nanoGPT's way: it names its tokens idx, counts them itself, takes the first rows of a second
+    table, and gives the last token's logits only.
+    """
 
     def __init__(self, blocks) -> None:
         super().__init__(blocks)
         self.table = nn.Parameter(torch.zeros(1, 90, HIDDEN))
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        tokens = input_ids.shape[1]
-        x = self.embed(input_ids) + self.positions(torch.arange(tokens)) + self.table[:, :tokens]
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, None]:
+        tokens = idx.shape[1]
+        x = self.embed(idx) + self.positions(torch.arange(tokens)) + self.table[:, :tokens]
         for block in self.blocks:
-            x = block(x, position_ids)
-        return self.head(self.norm(x))
+            x = block(x, None)
+        return self.head(self.norm(x)[:, [-1], :]), None
+
+
+def held_oddly(model: nn.Module) -> nn.Module:
+    """Hold weights transposed, and as parts of larger buffers."""
+    for block in model.blocks:
+        block.qkv.weight = nn.Parameter(torch.empty(HIDDEN, 3 * HIDDEN).t())
+        block.up.weight = nn.Parameter(torch.empty(HIDDEN + 48, HIDDEN)[HIDDEN:])
+        block.down.weight = nn.Parameter(torch.empty(HIDDEN, 2 * 48)[:, ::2])
+    model.table = nn.Parameter(torch.empty(HIDDEN, 90).t()[None])
+    return model
 
 
 def causal() -> nn.Module:
@@ -248,7 +261,7 @@ GENERATABLE = {
     "complex_table": lambda: Model(blocks(lambda: Turned(True))),
     "complex_angles": lambda: Model(blocks(lambda: Turned(False))),
     "flat": lambda: Flat(Model(blocks(causal))),
-    "counted": lambda: Counted(blocks(causal)),
+    "counted": lambda: held_oddly(Counted(blocks(causal))),
 }
 CALLABLE = {
     "running_mean": (lambda: Model(blocks(MeanOfPast)), "cumsum"),
