@@ -18,6 +18,6 @@ def candidates_of(weight_bytes: int) -> tuple[Candidate, ...]:
     if weight_bytes < LEAST_BYTES:
         return ()
     return (
-        Candidate("into_l2", "IntoL2", 1, 1, "weights prefetched into L2, 2 KiB ahead"),
+        Candidate("into_l2", "IntoL2", 1, 1, "weights prefetched into L2, 1 KiB ahead"),
         Candidate("unfetched", "Unfetched", 1, 1, "no prefetch but the hardware's"),
     )

@@ -124,13 +124,8 @@ AIOS_INLINE vq unit_of(const uint8_t* group, int c, int v) {
 // ---- dot products: sum over four k of u * x, u a code of a row, x a signed byte ----------------
 #if defined(__AVX512VNNI__) && AIOS_AVX512
 #define AIOS_DOT 1
-#define AIOS_LANES 1  // what is broadcast may come from a register
 AIOS_INLINE vi dot4(vi sum, vq u, int32_t x) {
   return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u, _mm512_set1_epi32(x));
-}
-AIOS_INLINE vi dot4(vi sum, vq u, vi x, int lane) {
-  const __m512i four = _mm512_permutexvar_epi32(_mm512_set1_epi32(lane), (__m512i)x);
-  return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u, four);
 }
 #elif defined(__AVXVNNI__) && AIOS_AVX2
 #define AIOS_DOT 1
@@ -193,24 +188,11 @@ template <int BITS> constexpr int32_t offset_of(int low) {
 }
 
 // The dot products of UNITS units from `first` on of COUNT vectors (of blocks `stride` bytes apart)
-// with WIDTH tokens, onto sums. x[token * STRIDE + unit] are four signed bytes each; AT_ONCE: those
-// of a lone token are read together, where the processor can broadcast lanes of a register.
-template <int BITS, int UNITS, int64_t STRIDE, bool AT_ONCE = false, int WIDTH, int COUNT>
+// with WIDTH tokens, onto sums. x[token * STRIDE + unit] are four signed bytes each.
+template <int BITS, int UNITS, int64_t STRIDE, int WIDTH, int COUNT>
 AIOS_INLINE void dots(const uint8_t* group, int64_t stride, int first, const int32_t* x,
                       vi (&sums)[WIDTH][COUNT]) {
   constexpr int VECTORS = 16 / VL;
-#if AIOS_LANES
-  if constexpr (AT_ONCE && WIDTH == 1 && UNITS == 8) {
-    vi four = (vi)_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)x));
-    asm("" : "+v"(four));  // or the compiler makes eight loads of it again
-    AIOS_LOOP (int c = 0; c < UNITS; ++c)
-      AIOS_LOOP (int r = 0; r < COUNT; ++r) {
-        const uint8_t* at = group + r / VECTORS * stride;
-        sums[0][r] = dot4(sums[0][r], unit_of<BITS>(at, first + c, r % VECTORS), four, c);
-      }
-    return;
-  }
-#endif
 #if AIOS_DOT
   AIOS_LOOP (int c = 0; c < UNITS; ++c) {
     vq u[COUNT];

@@ -17,11 +17,6 @@ constexpr int64_t CODE_BYTES = GROUP * BITS / 8 * BLOCK;
 constexpr int64_t SPAN_BYTES = HEADER * BLOCK + SPAN / GROUP * GROUP_BYTES * BLOCK;
 constexpr int64_t BLOCK_BYTES = K / SPAN * SPAN_BYTES;
 constexpr int64_t PER_SPAN = SPAN / GROUP;
-// Long blocks push a lone token out of the first cache, and loads of its single words then wait for
-// one line all together. Of 4 bits, which meet the most words a byte: K = 3072, one core of Zen 4:
-// 79 % of plain reading word by word, 88 % at once. 8 bits lose 5 to 10 % so, and blocks that are
-// short or lie in a cache up to 15 %: a lane of a register costs more there than a load.
-constexpr bool AT_ONCE = BITS == 4 && BLOCK_BYTES > 24576;
 // Tokens of a full tile: so many that two blocks' sums fit in registers and share each broadcast
 // of activations. 12 tokens of one block are bound by loads, one a cycle; 8 of two are 1.12x as
 // fast at 16 tokens in 8 bits and 1.04x in 4, 1.0 to 1.06x at 256 (K = 1024 and 3072, one core of
@@ -71,6 +66,18 @@ AIOS_INLINE const uint8_t* groups_at(const uint8_t* w, int64_t g) {
   return w + g / PER_SPAN * SPAN_BYTES + HEADER * BLOCK + g % PER_SPAN * GROUP_BYTES * BLOCK;
 }
 
+// Whether the whole numbers of all JOINT groups of a block fit in registers for WIDTH tokens.
+constexpr int JOINT_STEPS = JOINT * GROUP / STEP;
+template <int WIDTH>
+constexpr bool ASCENDING =
+    JOINT_STEPS * VECTORS <= 4 && (WIDTH == 1 || (VL == 16 && JOINT_STEPS * WIDTH <= 8));
+
+// How a tile of WIDTH tokens fetches one stream of weights: one token as C says. Prefetches into
+// the first cache, which are dropped when its buffers are taken, lose with more (two tokens
+// 0.7x as fast, eight 0.5x; one core of Zen 4).
+template <class C, int WIDTH, class S = typename Either<IntoL2, FarIntoL2, WIDTH == 2>::Type>
+using Way = typename Either<Fetching<C, WIDTH>, S, WIDTH == 1 || !ASCENDING<WIDTH>>::Type;
+
 // The scales and minimums of group `j` of those at `groups` in the super-block at `span`.
 AIOS_INLINE void scales_of(const uint8_t* span, const uint8_t* groups, int64_t j, vf* scale,
                            vf* minimum) {
@@ -88,35 +95,40 @@ AIOS_INLINE void scales_of(const uint8_t* span, const uint8_t* groups, int64_t j
   }
 }
 
-// One token's products with the JOINT groups from `g` on of the block at w, onto acc: all codes,
-// then the scales, in the order in which they lie. The hardware's prefetch follows lines that are
-// met in ascending order, and the compiler would load the scales first, in a line behind the codes.
-// Two cores of Zen 4: a step of 0.6B in 4 bits 1.13x as fast (one core 1.21x), kernels of 8 bits
-// 1.2 to 1.3x.
-template <class C>
-AIOS_INLINE void add_ascending(const uint8_t* w, const Token& x, int64_t g, vf (&acc)[VECTORS]) {
+// The products of WIDTH tokens with the JOINT groups from `g` on of the block at w, onto acc: all
+// codes, then the scales, in the order in which they lie. The hardware's prefetch follows lines
+// that are met in ascending order, and the compiler would load the scales first, in a line behind
+// the codes. Two cores of Zen 4: a step of 0.6B in 4 bits 1.13x as fast (one core 1.21x), kernels
+// of 8 bits 1.2 to 1.3x; one core with two tokens, fetched into L2: 1.2 to 1.7x.
+template <int WIDTH, class C>
+AIOS_INLINE void add_ascending(const uint8_t* w, const Token* x, int64_t g,
+                               vf (&acc)[WIDTH][VECTORS]) {
   constexpr int STEPS = GROUP / STEP;
   const uint8_t* groups = groups_at(w, g);
   if constexpr (C::FETCH)
     AIOS_LOOP (int line = 0; line < JOINT * GROUP_BYTES * BLOCK; line += 64)
       __builtin_prefetch(groups + C::AHEAD + line, 0, C::CACHE);
-  vi sums[JOINT * STEPS][1][VECTORS];
+  vi sums[JOINT * STEPS][WIDTH][VECTORS];
   AIOS_LOOP (int i = 0; i < JOINT * STEPS; ++i) {
     const int64_t step = g * STEPS + i;
-    AIOS_LOOP (int r = 0; r < VECTORS; ++r) sums[i][0][r] = splat(x.offsets[step]);
+    AIOS_LOOP (int t = 0; t < WIDTH; ++t)
+      AIOS_LOOP (int r = 0; r < VECTORS; ++r) sums[i][t][r] = splat(x[t].offsets[step]);
     const uint8_t* codes = groups + i / STEPS * CODE_BYTES;
-    const int32_t* four = x.codes + step * UNITS;
-    dots<BITS, UNITS, WORDS, AT_ONCE>(codes, 0, i % STEPS * UNITS, four, sums[i]);
+    const int32_t* four = x->codes + step * UNITS;
+    dots<BITS, UNITS, WORDS>(codes, 0, i % STEPS * UNITS, four, sums[i]);
     asm volatile("" : : : "memory");  // later loads stay behind these
   }
   AIOS_LOOP (int i = 0; i < JOINT * STEPS; ++i) {
     const int64_t step = g * STEPS + i;
     vf scale[VECTORS], minimum[VECTORS];
     scales_of(w + g / PER_SPAN * SPAN_BYTES, groups, i / STEPS, scale, minimum);
-    const vf factor = splat(x.scales[step * STEP / 32]);
-    AIOS_LOOP (int r = 0; r < VECTORS; ++r) {
-      acc[r] = fma(to_float(sums[i][0][r]), factor * scale[r], acc[r]);
-      if constexpr (MINIMUMS) acc[r] = fma(-splat(x.sums[step]), minimum[r], acc[r]);
+    AIOS_LOOP (int t = 0; t < WIDTH; ++t) {
+      const vf factor = splat(x[t].scales[step * STEP / 32]);
+      AIOS_LOOP (int r = 0; r < VECTORS; ++r) {
+        vf& total = acc[t][r];
+        total = fma(to_float(sums[i][t][r]), factor * scale[r], total);
+        if constexpr (MINIMUMS) total = fma(-splat(x[t].sums[step]), minimum[r], total);
+      }
     }
   }
 }
@@ -155,7 +167,7 @@ AIOS_NOINLINE void tile(const uint8_t* w, const Token* x, float* out) {
             sums[t][r] = splat(x[first + t].offsets[step]);
         asm("" : "+r"(codes));  // read the codes again: kept ones would be spilled
         const int32_t* four = x[first].codes + step * UNITS;
-        dots<BITS, UNITS, WORDS, AT_ONCE>(codes, BLOCK_BYTES, s * UNITS, four, sums);
+        dots<BITS, UNITS, WORDS>(codes, BLOCK_BYTES, s * UNITS, four, sums);
         AIOS_LOOP (int t = 0; t < LANES; ++t) {
           const vf factor = splat(x[first + t].scales[step * STEP / 32]);
           AIOS_LOOP (int r = 0; r < COUNT; ++r) {
@@ -168,8 +180,8 @@ AIOS_NOINLINE void tile(const uint8_t* w, const Token* x, float* out) {
       }
   };
   for (int64_t g = 0; g < K / GROUP; g += JOINT)
-    if constexpr (WIDTH == 1 && JOINT * GROUP / STEP * COUNT <= 4)
-      add_ascending<C>(w, *x, g, acc[0]);
+    if constexpr (BLOCKS == 1 && ASCENDING<WIDTH>)
+      add_ascending<WIDTH, C>(w, x, g, acc);
     else if constexpr (WIDTH == 1)
       AIOS_LOOP (int j = 0; j < JOINT; ++j) add(g, j);
     else
@@ -197,11 +209,13 @@ AIOS_INLINE void panel(const Sizes* n, void* const* p, int64_t block, int64_t fi
 }
 
 // Blocks [block, stop) for one tile of tokens: two at a time for 4 and 8 tokens, whose sums fit in
-// registers then.
+// registers then. 4 tokens of 8 bits wait for memory more than for loads: one stream is 1.06 to
+// 1.12x as fast (of 4 bits 0.95 to 1.04x; one core of Zen 4, K = 1024 to 3072).
 template <int WIDTH, class C>
 AIOS_NOINLINE void panels(const Sizes* n, void* const* p, int64_t block, int64_t stop,
                           int64_t first, int64_t count, const Token* x) {
-  constexpr bool TWO = VECTORS == 1 && (WIDTH == 4 || WIDTH == 8);
+  constexpr bool STREAM = BITS == 8 && ASCENDING<4>;
+  constexpr bool TWO = VECTORS == 1 && (WIDTH == 8 || (WIDTH == 4 && !STREAM));
   if constexpr (TWO && STREAMS == 1)
     for (; stop - block >= 2; block += 2) panel<2, WIDTH, C>(n, p, block, first, count, x);
   if constexpr (!TWO || STREAMS > 1 || NUM_BLOCKS % 2)  // items begin at even blocks
@@ -240,7 +254,7 @@ AIOS_INLINE void quantized_linear_finish(const Sizes* n, void* const* p, int64_t
   const LinearWork<C> work(num_tokens(n));
   work.for_panels(begin, end, [&](int64_t block, int64_t stop, int64_t tile, auto width) {
     constexpr int WIDTH = width.value;
-    panels<WIDTH, Fetching<C, WIDTH>>(n, p, block, stop, tile * TILE, work.tokens_of(tile),
-                                      (const Token*)workspace(p) + tile * TILE);
+    panels<WIDTH, Way<C, WIDTH>>(n, p, block, stop, tile * TILE, work.tokens_of(tile),
+                                 (const Token*)workspace(p) + tile * TILE);
   });
 }
