@@ -3,8 +3,8 @@
 A decode step streams every packed weight once. In pages of 4 KiB the translations run out every few
 microseconds: the same kernels run 10 to 16 % faster in huge pages (bf16, int8 and int4 of a 0.6B
 shape, 2 cores of Zen 4; docs/performance.md). A page cache may hold the file in huge pages already.
-What it holds in small ones is replaced, while steps run, by a thread of low priority, piece by
-piece and with pauses (`huge_pages.replace`): no address changes, so the first token need not wait.
+What it holds in small ones is replaced while steps run, by a thread of low priority, piece by piece
+and at a limited rate (`huge_pages.replace`). No address changes, so the first token need not wait.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ LEAST_BYTES = 64 << 20  # less than this stays in caches or within reach of the 
 SPARE_BYTES = 1 << 30  # left to others
 PIECE_BYTES = 16 << 20  # replaced at a time, and what that takes of memory for a moment
 DELAY_SECONDS = 0.1  # the first request goes first
-PAUSE = 2.0  # between two pieces, in times of what a piece took: steps want the memory's bandwidth
+# At most: each byte moved is read, cleared and written, and the steps want the memory's bandwidth.
+BYTES_A_SECOND = 1 << 30
 NICENESS = 10  # behind whatever computes, but not so far that whoever waits for the GIL starves
 
 
@@ -71,7 +72,7 @@ class WeightMemory:
             self._thread.start()
 
     def finish(self) -> None:
-        """Move all weights now, without pauses. `begin` must not have been called."""
+        """Move all weights now, as fast as it goes. `begin` must not have been called."""
         assert self._thread is None, "a thread moves them"
         if self._moves:
             for _ in self._steps():
@@ -82,13 +83,13 @@ class WeightMemory:
         if self._stop.wait(DELAY_SECONDS):
             return
         begin = time.perf_counter()
-        for _ in self._steps():
-            if self._stop.wait(PAUSE * (time.perf_counter() - begin)):
+        for size in self._steps():
+            if self._stop.wait(max(0, begin + size / BYTES_A_SECOND - time.perf_counter())):
                 return
             begin = time.perf_counter()
 
-    def _steps(self) -> Iterator[None]:
-        """Replace one piece at a time; end where memory is short or has no huge pages."""
+    def _steps(self) -> Iterator[int]:
+        """Replace pieces, yield the bytes of each; end where memory or huge pages are short."""
         for begin, end in self._ranges:
             for first in range(begin, end, PIECE_BYTES):
                 last = min(first + PIECE_BYTES, end)
@@ -102,7 +103,7 @@ class WeightMemory:
                     if self._why_not:
                         return
                     self._moved += size
-                    yield
+                    yield size
 
     def line(self) -> str:
         """Return how much lies in huge pages by now, and why no more does; "" for few weights."""
