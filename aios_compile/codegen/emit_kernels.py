@@ -99,6 +99,8 @@ def linear_weights(call: fx.Node, packs: bool = True) -> dict[int, str]:
                 found[index] = LAYOUTS[node.target]
             if packs:
                 found[index] = layout_in(body, node.args[1], found[index])
+        if node.target is aios.quantized_expert_linear.default and node.args[1] in holders:
+            found[holders.index(node.args[1])] = f"{rows}.{node.args[3]}"
         if node.target is aios.quantized_embedding.default and node.args[0] in holders:
             found[holders.index(node.args[0])] = f"{rows}.{node.args[2]}"
     return found

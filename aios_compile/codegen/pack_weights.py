@@ -113,6 +113,8 @@ def _quantized(
         value = None if source is None else source.run(tensors)
         rows = recipe.run(tensors) if value is None else quantize_rows(value, form.name)
         label = _checked(entry, recipe, rows)
+        if rows.dim() == 3:  # of experts, one under the other
+            rows, value = rows.flatten(0, 1), None if value is None else value.flatten(0, 1)
         if entry.packed.startswith(PREFIX):
             array = pack_planar(rows, form, label).numpy()
         else:

@@ -99,7 +99,8 @@ def remarks(program: Program, weights: Sequence[QuantizedWeight]) -> list[str]:
         )
     if not weights:
         return notes
-    kept = [w for w in program.weights if kind_of(w.packed) in FLOAT_LAYOUTS or len(w.shape) > 2]
+    floats = [w for w in program.weights if kind_of(w.packed) not in QUANTISED_LAYOUTS]
+    kept = [w for w in floats if kind_of(w.packed) in FLOAT_LAYOUTS or len(w.shape) > 2]
     count = sum(w.rows * w.depth for w in weights) + sum(prod(w.shape) for w in kept)
     total = sum(w.rows * w.depth * w.bits for w in weights)
     total += sum(8 * BYTES[w.dtype] * prod(w.shape) for w in kept)

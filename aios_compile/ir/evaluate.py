@@ -20,6 +20,8 @@ LINEAR = torch.ops.aios.linear.default
 BF16_LINEAR = torch.ops.aios.bf16_linear.default
 PAGED_ATTENTION = torch.ops.aios.paged_attention.default
 QUANTIZED_LINEAR = torch.ops.aios.quantized_linear.default
+EXPERT_LINEAR = torch.ops.aios.expert_linear.default
+QUANTIZED_EXPERT_LINEAR = torch.ops.aios.quantized_expert_linear.default
 QUANTIZED_EMBEDDING = torch.ops.aios.quantized_embedding.default
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -89,6 +91,8 @@ def call(
                 args = (args[0], widened(args[1]), *args[2:])
             if widened and node.target is QUANTIZED_LINEAR:
                 env[node] = _dequantized_linear(widened, *args, **read(node.kwargs))
+            elif widened and node.target is QUANTIZED_EXPERT_LINEAR:
+                env[node] = _dequantized_experts(widened, *args, **read(node.kwargs))
             elif widened and node.target is BF16_LINEAR:
                 env[node] = LINEAR(*args, **read(node.kwargs))
             elif widened and node.target is PAGED_ATTENTION:
@@ -133,6 +137,18 @@ def _dequantized_linear(
 ) -> Tensor:
     x = x if order is None else x[..., order]
     result: Tensor = LINEAR(x, widened(rows, form).to(x.dtype), bias)
+    return result
+
+
+def _dequantized_experts(
+    widened: Widened,
+    x: Tensor,
+    rows: Tensor,
+    experts: Tensor,
+    form: str,
+    bias: Tensor | None = None,
+) -> Tensor:
+    result: Tensor = EXPERT_LINEAR(x, widened(rows, form).to(x.dtype), experts, bias)
     return result
 
 

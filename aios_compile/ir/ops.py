@@ -55,12 +55,29 @@ def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def expert_linear(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _by_expert(linear, x, weight, experts, bias)
+
+
+def quantized_expert_linear(
+    x: Tensor, weight: Tensor, experts: Tensor, form: str, bias: Tensor | None = None
+) -> Tensor:
+    def product(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+        return quantized.quantized_linear(x, rows, form, bias)
+
+    return _by_expert(product, x, weight, experts, bias)
+
+
+def _by_expert(
+    product: Callable[..., Tensor], x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None
+) -> Tensor:
     rows = torch.arange(experts.shape[0]) // (experts.shape[0] // x.shape[0])
     out = x.new_empty(experts.shape[0], weight.shape[1])
     for expert in range(weight.shape[0]):  # one at a time: all chosen matrices would not fit
         own = experts == expert
+        if not own.any():
+            continue
         chosen = None if bias is None else bias[expert]
-        out[own] = linear(x[rows[own]], weight[expert], chosen)
+        out[own] = product(x[rows[own]], weight[expert], chosen)
     return out
 
 
@@ -183,6 +200,14 @@ OPS: tuple[Op, ...] = (
         "weight[E, N, K], bias[E, N]: a mixture's matrix product, P / M choices a token",
     ),
     Op(
+        "quantized_expert_linear",
+        "(Tensor x, Tensor weight, Tensor experts, str form, Tensor? bias=None) -> Tensor",
+        quantized_expert_linear,
+        _fake_expert_linear,
+        "expert_linear on rows uint8[E, N, row_bytes] of a format, x quantised to int8 as by "
+        "quantized_linear",
+    ),
+    Op(
         "rms_norm",
         "(Tensor x, Tensor? weight, float eps, bool scale_in_float32) -> Tensor",
         rms_norm,
@@ -261,7 +286,8 @@ OPS: tuple[Op, ...] = (
         "(Tensor weight, str form) -> Tensor",
         quantize_rows.quantize_rows,
         quantize_rows.fake_quantize_rows,
-        "weight[N, K] as the rows uint8[N, row_bytes] of a format (ir/quant_format.py)",
+        "weight[N, K] as the rows uint8[N, row_bytes] of a format (ir/quant_format.py); of "
+        "[E, N, K] as [E, N, row_bytes]",
     ),
     Op(
         "dequantize_rows",

@@ -36,9 +36,10 @@ ir/quantized.py makes rows from codes and scales (pack_fields), and back. Torch-
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SUPER_BLOCK = 256  # values under one f16 in formats with a k: llama.cpp's QK_K
+GROUPS = (128, 64, 32)  # of formats that weights are quantised to, the largest first
 SIZES = {"f16": 2, "bf16": 2, "f32": 4, "k": 1, "zero": 1, "": 0}
 UNIT_DEPTH = {8: 4, 4: 8, 6: 16, 5: 32}  # values whose codes fill whole units
 SHORT_NAMES = {"int8": "int8_g32_f16", "int4": "int4_g32_f16", "fp8": "e4m3_g128_f32"}
@@ -128,6 +129,16 @@ class QuantFormat:
     @property
     def span_bytes(self) -> int:
         return self.header_bytes + self.span // self.group * self.group_bytes
+
+    def fitting(self, depth: int) -> QuantFormat | None:
+        """Return the format with the largest group, up to this one's, that cuts rows of `depth`
+        values; None where not even groups of 32 do (or of the format itself, with super-blocks).
+        """
+        if depth % self.span == 0:
+            return self
+        groups = (g for g in GROUPS if g < self.group and depth % g == 0)
+        group = next(groups, 0) if self.span == self.group else 0
+        return replace(self, group=group) if group else None
 
     def row_bytes(self, depth: int) -> int:
         """Return the bytes of a row of `depth` values, a multiple of `span`."""

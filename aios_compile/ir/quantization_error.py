@@ -26,6 +26,7 @@ from aios_compile.ir.quantize_rows import quantize_rows
 from aios_compile.ir.quantized import dequantize
 
 ROWS = 32  # of a matrix that are measured
+EXPERTS = 8  # of a mixture, whose rows they are
 NORMAL_SHAPE = (64, 1024)
 A_BIT = 2.0  # a step twice as wide errs twice as much
 
@@ -86,6 +87,24 @@ def relative_error(weight: Tensor, form: str) -> float:
     return float(lost / rows.norm().clamp_min(1e-30))
 
 
+def _error(matrix: Tensor, form: QuantFormat) -> float | None:
+    fitting = form.fitting(int(matrix.shape[1]))
+    return None if fitting is None else relative_error(matrix, fitting.name)
+
+
+def _matrices(weight: Tensor) -> list[Tensor]:
+    """Return the matrices [N, K] to measure: the weight, or those of all experts under each other.
+
+    Experts are stored as [E, N, K] or [E, K, N]; the model says which, and is not asked here: both
+    are measured, and the worse of the two counts.
+    """
+    if weight.dim() == 2:
+        return [weight]
+    picked = torch.linspace(0, len(weight) - 1, min(len(weight), EXPERTS)).long()
+    ways = (weight[picked], weight[picked].transpose(1, 2))
+    return [w.flatten(0, 1) for w in ways]
+
+
 def limit_of(form: str) -> float:
     """Return what a place may lose in a format: a bit more than normal weights do."""
     generator = torch.Generator().manual_seed(0)
@@ -94,11 +113,12 @@ def limit_of(form: str) -> float:
 
 def measure(weights: Iterable[tuple[str, Tensor]], form: str) -> Measured:
     """Measure matrices by checkpoint name; those that the format does not fit are left out."""
-    span = QuantFormat.parse(form).span
+    parsed = QuantFormat.parse(form)
     errors, squares = dict[str, float](), dict[str, list[float]]()
     for name, weight in weights:
-        if weight.dim() == 2 and weight.is_floating_point() and weight.shape[1] % span == 0:
-            error = relative_error(weight, form)
+        if weight.dim() in (2, 3) and weight.is_floating_point():
+            found = (_error(matrix, parsed) for matrix in _matrices(weight))
+            error = max((e for e in found if e is not None), default=math.nan)
             if math.isfinite(error):  # what is not finite is refused, by name, when it is packed
                 errors[name] = error
                 squares.setdefault(place_of(name), []).append(error * error)

@@ -26,7 +26,8 @@ SHRINKS = {4: (1.0, 0.95, 0.9, 0.85, 0.8), 8: (1.0,)}  # of an asymmetric group'
 
 
 def quantize_rows(weight: Tensor, form: str) -> Tensor:
-    """Return the rows uint8 [N, row_bytes] of a matrix [N, K] (any float), K a multiple of a group.
+    """Return the rows uint8 [N, row_bytes] of a matrix [N, K] (any float), K a multiple of a group;
+    of matrices [E, N, K] as [E, N, row_bytes].
 
     Values that are NaN or infinite give scales that are: packing finds them, with the tensor's
     name. Formats: int4 and int8, symmetric or with a minimum, scales and minimums f16, bf16 or f32.
@@ -34,6 +35,12 @@ def quantize_rows(weight: Tensor, form: str) -> Tensor:
     """
     parsed = QuantFormat.parse(form)
     assert parsed.can_quantize, f"{form} is a format of files, nothing is quantised to it"
+    if weight.dim() == 3:
+        shape = (*weight.shape[:2], parsed.row_bytes(weight.shape[2]))
+        found = torch.empty(shape, dtype=torch.uint8)
+        for matrix, place in zip(weight, found):
+            place.copy_(quantize_rows(matrix, form))
+        return found
     rows, depth = weight.shape
     result = torch.empty(rows, parsed.row_bytes(depth), dtype=torch.uint8)
     step = max(1, CHUNK_ELEMENTS // max(1, depth))
@@ -58,8 +65,8 @@ def quantize_rows(weight: Tensor, form: str) -> Tensor:
 
 
 def fake_quantize_rows(weight: Tensor, form: str) -> Tensor:
-    row_bytes = QuantFormat.parse(form).row_bytes(int(weight.shape[1]))
-    return weight.new_empty(weight.shape[0], row_bytes, dtype=torch.uint8)
+    row_bytes = QuantFormat.parse(form).row_bytes(int(weight.shape[-1]))
+    return weight.new_empty(*weight.shape[:-1], row_bytes, dtype=torch.uint8)
 
 
 def _fields(groups: Tensor, form: QuantFormat) -> QuantFields:

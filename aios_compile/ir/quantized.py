@@ -99,7 +99,9 @@ def code_values(form: QuantFormat, codes: Tensor) -> Tensor:
 
 
 def dequantize(rows: Tensor, form: QuantFormat) -> Tensor:
-    """Return the matrix float32 [N, K] of quantised rows."""
+    """Return the matrix float32 [N, K] of quantised rows [N, row_bytes], or [E, N, K] of E such."""
+    if rows.dim() == 3:
+        return dequantize(rows.flatten(0, 1), form).reshape(*rows.shape[:2], -1)
     fields = unpack_fields(form, rows)
     count, depth = fields.codes.shape
     scales, minimums = scales_of(form, fields)

@@ -24,6 +24,7 @@ STREAMED: dict[Any, tuple[int, ...]] = {  # the arguments that are read as rows
     aios.bf16_linear.default: (0,),
     aios.quantized_linear.default: (0,),
     aios.expert_linear.default: (0,),
+    aios.quantized_expert_linear.default: (0,),
     aios.rope.default: (0, 1, 2),
     aios.kv_write.default: (0, 1),
     aios.quantized_kv_write.default: (0, 1),

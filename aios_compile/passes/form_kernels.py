@@ -36,6 +36,7 @@ KINDS = {
     aios.bf16_linear.default: "bf16_linear",
     aios.expert_linear.default: "expert_linear",
     aios.quantized_linear.default: "quantized_linear",
+    aios.quantized_expert_linear.default: "quantized_expert_linear",
     aios.quantized_embedding.default: "quantized_embedding",
     aios.rope.default: "rope",
     aios.kv_write.default: "kv_write",

@@ -39,6 +39,7 @@ ROWWISE = (
     aios.bf16_linear.default,
     aios.expert_linear.default,
     aios.quantized_linear.default,
+    aios.quantized_expert_linear.default,
     aios.rms_norm.default,
     aios.layer_norm.default,
     aios.rope.default,

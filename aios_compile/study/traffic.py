@@ -21,6 +21,7 @@ from aios_compile.passes.context import PassContext
 
 _SIZES = {"T": 1, "S": 1, "R": 1, "NP": 1, "NB": 1, "NA": 1}
 aten, aios = torch.ops.aten, torch.ops.aios
+EXPERTS = (aios.expert_linear.default, aios.quantized_expert_linear.default)
 LOOKUPS = (
     aten.embedding.default,
     aten.index.Tensor,
@@ -131,7 +132,7 @@ def _weight_bytes(module: IRModule, weight: fx.Node) -> int:
     if users and all(n.target in LOOKUPS and n.args[0] is weight for n in users):
         rows = sum(_looked_up(module, n) for n in users)
         return min(whole, rows)
-    if users and all(n.target is aios.expert_linear.default for n in users):
+    if users and all(n.target in EXPERTS for n in users):
         num_chosen = _count(module, users[0].args[2])
         return min(whole, whole // int(value.shape[0]) * num_chosen)
     return whole

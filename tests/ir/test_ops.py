@@ -41,6 +41,10 @@ EXAMPLES: dict[str, tuple[Any, ...]] = {
     "linear": (rand(3, 8), rand(5, 8, dtype=torch.bfloat16), rand(5)),
     "bf16_linear": (rand(3, 8), rand(5, 8, dtype=torch.bfloat16), rand(5)),
     "expert_linear": (rand(3, 8), rand(4, 5, 8), torch.tensor([1, 0, 3, 3, 0, 2]), rand(4, 5)),
+    "quantized_expert_linear": (
+        *(rand(3, 64), aios.quantize_rows(rand(4, 5, 64), "int8_g32_f16")),
+        *(torch.tensor([1, 0, 3, 3, 0, 2]), "int8_g32_f16", rand(4, 5)),
+    ),
     "rms_norm": (rand(3, 2, 8).transpose(0, 1), rand(8), 1e-6, True),
     "layer_norm": (rand(3, 8), rand(8), None, 1e-5),
     "rope": (rand(1, 3, 2, 8), rand(1, 3, 4), rand(1, 3, 4), True),

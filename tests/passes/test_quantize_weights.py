@@ -79,7 +79,7 @@ def test_refusals() -> None:
         few: "weight f32[8, 64]",
         made: "weight f32[64, 64]",
         fits: "weight f32[64, 64]",
-        experts: "weight f32[2, 64, 64]",
+        experts: "weight f32[2, 40, 64]",
     ) -> Any:
         chosen = (y[:, 0] > 0).long()
         return (aios.linear(x, odd), aios.linear(y, few), aios.linear(y, made * 2.0),
@@ -89,8 +89,59 @@ def test_refusals() -> None:
     assert result.hits == 1 and result.kept
     text = " ".join(result.refusals)
     for reason in ("rows of 80 values, no multiple of the 32", "a matrix of 8 rows", "computed",
-                   "matrices of experts"):  # fmt: skip
+                   "experts of 40 rows, no multiple of 16"):  # fmt: skip
         assert reason in text
+
+
+def mixture(
+    x: "f32[T, 64]", up: "weight bf16[4, 32, 64]", down: "weight bf16[4, 64, 32]",
+    bias: "weight bf16[4, 32]",
+) -> Any:  # fmt: skip
+    chosen = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+    return aios.expert_linear(aios.expert_linear(x, up, chosen, bias), down, chosen)
+
+
+def test_experts_are_quantised_by_themselves() -> None:
+    module = traced(mixture)
+    result = run(module, quantize_weights)["quantize_weights"]
+    assert result.hits == 2 and result.kept and result.max_error is not None, result.reason
+    assert "aios.expert_linear" not in helpers.targets(module)
+    names = [n for n in module.weights if n.endswith(INT8)]
+    assert [module.weights[n].names for n in names] == [("up",), ("down",)]
+    w = torch.randn(4, 32, 64)
+    rows = module.weights[names[0]].run({"up": w.bfloat16()})
+    assert rows.shape == (4, 32, QuantFormat.parse(INT8).row_bytes(64))
+    for matrix, own in zip(w.bfloat16(), rows):
+        assert torch.equal(own, aios.quantize_rows(matrix, INT8))
+    values = dequantize(rows, QuantFormat.parse(INT8))
+    assert (values - w).norm() < 0.01 * w.norm()
+
+
+def test_experts_stay_where_no_kernel_reads_them() -> None:
+    module = traced(mixture)
+    options = PassOptions(quantization=INT8, target="triton")
+    (result,) = run_pipeline(module, [Stage(module.level, (quantize_weights,))], options)
+    assert result.hits == 0 and "which no triton kernel reads as codes" in result.refusals[0]
+
+
+def test_the_largest_group_that_cuts_the_rows() -> None:
+    """Rows of 160 and 192 values are no multiple of 128: groups of 32 and of 64."""
+
+    def f(
+        x: "f32[T, 160]", y: "f32[T, 192]", a: "weight bf16[64, 160]", b: "weight bf16[64, 192]"
+    ) -> Any:
+        return aios.linear(x, a), aios.linear(y, b)
+
+    module = traced(f)
+    result = run(module, quantize_weights, form="int4_g128_f16")["quantize_weights"]
+    assert result.hits == 2 and result.kept
+    assert set(module.weights) == {"a_int4_g32_f16", "b_int4_g64_f16"}
+    asked = QuantFormat.parse("int4_g128_f16")
+    assert asked.fitting(256) is asked and asked.fitting(80) is None
+    assert QuantFormat.parse("int6_g16_k").fitting(160) is None
+    weights = {"layers.0.a": torch.randn(64, 160), "layers.0.e": torch.randn(3, 40, 96)}
+    measured = measure(weights.items(), "int4_g128_f16")
+    assert measured.errors.keys() == weights.keys() and not measured.kept
 
 
 def test_a_tied_table_keeps_its_rows_for_the_embedding() -> None:

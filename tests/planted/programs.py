@@ -51,6 +51,12 @@ def experts(x: "f32[T, 48]", w: "weight f32[4, 80, 48]") -> Any:
     return torch.bmm(w[chosen], x[:, :, None]).squeeze(-1)
 
 
+def mixture(x: "f32[T, 64]", up: "weight f32[4, 32, 64]", down: "weight f32[4, 64, 32]") -> Any:
+    chosen = torch.topk(x[:, :4], 1).indices[:, 0]
+    aios = torch.ops.aios
+    return aios.expert_linear(aios.expert_linear(x, up, chosen), down, chosen)
+
+
 def stored(x: "f32[T, 64]", gate: "weight f32[64, 64]", up: "weight f32[64, 64]") -> Any:
     aios = torch.ops.aios
     return aios.linear(x, gate, None), aios.linear(x, up, None)
@@ -103,6 +109,7 @@ PROGRAMS: dict[str, Callable[[], IRModule]] = {
     "int8_kv": lambda: captured("mistral", sliding_window=9),
     "e4m3_kv": lambda: snapshot.take(level_1("int8_kv")),
     "experts": lambda: _traced(experts),
+    "mixture": lambda: _traced(mixture),
     "stored": _stored,
     "ordered": _ordered,
     "strided": lambda: _traced(strided),
@@ -114,6 +121,7 @@ PROGRAMS: dict[str, Callable[[], IRModule]] = {
 
 OPTIONS = {
     "quantised": PassOptions(quantization="int8_g32_f16"),
+    "mixture": PassOptions(quantization="int8_g32_f16"),
     "triton": PassOptions(target="triton"),
     "rounded": PassOptions(bf16_dot=True),
     "not_rounded": PassOptions(bf16_dot=True),

@@ -19,6 +19,7 @@ from tests.planted import (
     carried_plants,
     fuse_plants,
     programs,
+    quantized_plants,
     raise_plants,
     rare_plants,
     rewrite_plants,
@@ -26,6 +27,7 @@ from tests.planted import (
 from tests.planted.plants import PLANTS, Plant
 
 MISTAKES = (raise_plants, rewrite_plants, fuse_plants, rare_plants, carried_plants)
+MISTAKES += (quantized_plants,)
 assert all(MISTAKES), "they register themselves"
 # What is no longer a program is seen without numbers.
 SEEN = {

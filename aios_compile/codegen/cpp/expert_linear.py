@@ -81,15 +81,18 @@ def emit(spec: ExpertLinearSpec) -> KernelSource:
         f"using X = {C_TYPES[spec.x.operand.dtype]};",
         number("num_rows", spec.x.operand.shape[0]),
         number("num_pairs", spec.experts.operand.shape[0]),
-        _pointer("x_row", spec.x, ("m",)),
-        _pointer("weight_row", spec.weight, ("e", "i")),
-        _pointer("expert_at", spec.experts, ("i",)),
-        _pointer("bias_at", bias, ("e", "i")),
+        view_pointer("x_row", spec.x, ("m",)),
+        view_pointer("weight_row", spec.weight, ("e", "i")),
+        view_pointer("expert_at", spec.experts, ("i",)),
+        view_pointer("bias_at", bias, ("e", "i")),
         pointer("out_row", out, spec.out, ("i",)),
         number("out_step", spec.out.strides[-1]),
     ]
-    return kernel("expert_linear", spec, definitions, out + 1, lines=spec.lines)
+    return kernel(
+        "expert_linear", spec, definitions, out + 1, lines=spec.lines, headers=("experts.h",)
+    )
 
 
-def _pointer(name: str, view: Strided, indices: Sequence[str]) -> str:
+def view_pointer(name: str, view: Strided, indices: Sequence[str]) -> str:
+    """Return the C function that gives the address of an element of a view."""
     return pointer(name, view.index, view.operand, indices, view.offset)

@@ -89,7 +89,7 @@ def emit(spec: QuantizedLinearSpec) -> KernelSource:
     base = spec.linear
     words = prepared_words(spec.form, base.depth)
     definitions = [*format_definitions(spec.form, base.depth), constants(WORDS=words)]
-    definitions += [*linear.definitions(base), *_order_definitions(spec.order)]
+    definitions += [*linear.definitions(base), *order_definitions(spec.order)]
     rows = base.columns * base.streams
     source = kernel(
         "quantized_linear",
@@ -105,7 +105,7 @@ def emit(spec: QuantizedLinearSpec) -> KernelSource:
     return dataclasses.replace(source, workspace=(linear.workspace(base, words),))
 
 
-def _order_definitions(order: Strided | None) -> list[str]:
+def order_definitions(order: Strided | None) -> list[str]:
     """Return whether x is read in another order, and the function that gives it."""
     if order is None:
         return [constants(ORDERED=False), "const int32_t* column_of(void* const*, int64_t);"]

@@ -40,10 +40,6 @@ AIOS_NOINLINE void columns(const Sizes* n, void* const* p, const int64_t* pairs,
   for (; column < stop; ++column) tile<ROWS, 1>(n, p, pairs, choices, expert, column);
 }
 
-AIOS_INLINE int64_t expert_of(int64_t id) {
-  return min(max(id < 0 ? id + E : id, (int64_t)0), E - 1);
-}
-
 AIOS_INLINE int64_t expert_linear_items(const Sizes* n) {
   return num_pairs(n) == 0 ? 0 : NUM_BLOCKS * E;
 }
@@ -56,7 +52,7 @@ AIOS_INLINE void expert_linear(const Sizes* n, void* const* p, int64_t begin, in
     int64_t pairs[TILE];
     int64_t filled = 0;
     for (int64_t i = 0; i < count; ++i) {
-      if (expert_of(load1(expert_at(n, p, i))) != expert) continue;
+      if (expert_of<E>(load1(expert_at(n, p, i))) != expert) continue;
       pairs[filled++] = i;
       if (filled < TILE) continue;
       columns<TILE>(n, p, pairs, choices, expert, column, stop);
