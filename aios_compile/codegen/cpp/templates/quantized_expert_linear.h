@@ -1,4 +1,4 @@
-// A mixture's product on quantised matrices: row i of out is x[i / choices] times that of experts[i].
+// A mixture's product on quantised matrices: row i of out is x[i / choices] times one expert's.
 //
 // The text before this one is that of quantized_linear.h, whose prepared tokens and tiles it uses:
 // num_tokens are the rows of x, COLUMNS those of one expert's matrix, and epilogue stores row i. It
