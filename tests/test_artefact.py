@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from aios_compile.codegen.aligned_map import HUGE_PAGE
 from aios_compile.codegen.artefact import Artefact, ArtefactWriter, verify_weights
 from aios_compile.codegen.checksum import BLOCK_BYTES, Checksum, checksum_buffer, checksum_file
 from aios_compile.codegen.manifest import canonical, verify_folder, write_manifest
@@ -47,6 +49,35 @@ def test_what_is_written_is_read_back(folder: Path) -> None:
     assert artefact.program == {"launches": []} and artefact.plan == {"arena_bytes": 64}
     assert artefact.library.read_bytes() == bytes(range(256))
     artefact.verify_weights(num_threads=1)
+    artefact.close()
+
+
+def test_weights_are_written_in_whole_huge_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the page cache uses small ones at the ends of tensors. Calls may write less than asked."""
+    real, ends, at = os.writev, [], 0
+
+    def short(fd: int, pieces: list[memoryview]) -> int:
+        nonlocal at
+        ends.append(at + sum(map(len, pieces)))
+        whole = b"".join(pieces)
+        count = real(fd, [whole[: rng.integers(1, 2 << 20)]])
+        at += count
+        return count
+
+    monkeypatch.setattr(os, "writev", short)
+    rng = np.random.default_rng(0)
+    writer, arrays = ArtefactWriter(tmp_path), []
+    for index, size in enumerate([5, HUGE_PAGE - 64, 64, 1, 3 * HUGE_PAGE + 7, HUGE_PAGE, 0, 9]):
+        arrays.append(rng.integers(0, 255, size, np.uint8))
+        writer.add_tensor(f"w{index}", arrays[-1])
+    writer.finish()
+    assert len(ends) > 5 and all(end % HUGE_PAGE == 0 or end == ends[-1] for end in ends)
+    artefact = Artefact.unsealed(tmp_path)
+    for index, array in enumerate(arrays):
+        np.testing.assert_array_equal(artefact.tensor(f"w{index}"), array)
+    assert len(artefact.weights) == ends[-1] == (tmp_path / "weights.bin").stat().st_size
     artefact.close()
 
 

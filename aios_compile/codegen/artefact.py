@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +32,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aios_compile.codegen.aligned_map import map_aligned
+from aios_compile.codegen.aligned_map import HUGE_PAGE, map_aligned
 from aios_compile.codegen.checksum import Checksum, checksum_buffer
 from aios_compile.codegen.kernel_choices import FILE, NO_CHOICES, KernelChoices
 from aios_compile.codegen.manifest import WEIGHTS, Manifest, canonical, damaged, open_folder
@@ -81,6 +82,7 @@ class ArtefactWriter:
         self._names: set[str] = set()
         self._offset = 0
         self._checksum = Checksum()
+        self._kept = bytearray()  # of the last huge page
         with cache_errors(folder):
             # Closed by `finish`.
             self._file = open(folder / WEIGHTS, "xb", buffering=0)  # noqa: SIM115
@@ -99,11 +101,25 @@ class ArtefactWriter:
         return record
 
     def _append(self, data: memoryview) -> None:
+        """Write what fills whole huge pages and keep the rest: then the page cache uses them."""
         self._checksum.update(data)
         self._offset += len(data)
+        whole = (len(self._kept) + len(data)) // HUGE_PAGE * HUGE_PAGE
+        if not whole:
+            self._kept += data
+            return
+        now, later = data[: whole - len(self._kept)], data[whole - len(self._kept) :]
+        self._write([memoryview(self._kept), now])
+        self._kept = bytearray(later)
+
+    def _write(self, pieces: list[memoryview]) -> None:
         with cache_errors(self.folder / WEIGHTS):
-            while data:
-                data = data[self._file.write(data) :]
+            while pieces:
+                count = os.writev(self._file.fileno(), pieces)
+                while pieces and count >= len(pieces[0]):
+                    count -= len(pieces.pop(0))
+                if pieces:
+                    pieces[0] = pieces[0][count:]
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` (ready for JSON) as the file `name`."""
@@ -129,6 +145,7 @@ class ArtefactWriter:
 
     def finish(self) -> None:
         """Write the table of tensors and close the weights."""
+        self._write([memoryview(self._kept)])
         self.close()
         tensors = [[r.name, r.dtype, list(r.shape), r.offset] for r in self._records]
         table = {"bytes": self._offset, "checksum": self._checksum.hex(), "tensors": tensors}
