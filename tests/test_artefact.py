@@ -55,7 +55,7 @@ def test_what_is_written_is_read_back(folder: Path) -> None:
 def test_weights_are_written_in_whole_huge_pages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the page cache uses small ones at the ends of tensors. Calls may write less than asked."""
+    """Else the page cache uses small ones at ends of tensors. Calls may write less than asked."""
     real, ends, at = os.writev, [], 0
 
     def short(fd: int, pieces: list[memoryview]) -> int:

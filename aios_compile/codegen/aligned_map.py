@@ -13,6 +13,7 @@ import mmap
 import os
 import sys
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,21 @@ def map_aligned(path: Path) -> tuple[mmap.mmap, int]:
 
 
 def _map_over(address: int, num_bytes: int, fd: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     flags = mmap.MAP_SHARED | MAP_FIXED
-    if libc.mmap(address, num_bytes, mmap.PROT_READ, flags, fd, 0) != address:
+    if memory_calls().mmap(address, num_bytes, mmap.PROT_READ, flags, fd, 0) != address:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+@cache
+def memory_calls() -> ctypes.CDLL:
+    """Return the C library with the types of what it knows about memory: mmap and its kin."""
+    libc, address, size = ctypes.CDLL(None, use_errno=True), ctypes.c_void_p, ctypes.c_size_t
+    libc.mmap.restype = address
+    libc.mmap.argtypes = [address, size, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.madvise.argtypes = libc.mprotect.argtypes = [address, size, ctypes.c_int]
+    libc.munmap.argtypes = [address, size]
+    if sys.platform == "linux":
+        libc.mremap.restype = address
+        libc.mremap.argtypes = [address, size, size, ctypes.c_int, address]
+    return libc

@@ -13,13 +13,12 @@ import errno
 import fcntl
 import mmap
 import sys
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from aios_compile import env
-from aios_compile.codegen.aligned_map import HUGE_PAGE
+from aios_compile.codegen.aligned_map import HUGE_PAGE, memory_calls
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PAGEMAP = Path("/proc/self/pagemap")
@@ -47,7 +46,7 @@ def allowed() -> bool:
 
 def populate(begin: int, end: int) -> None:
     """Map the pages from begin up to end that are not mapped yet, if the kernel knows how to."""
-    _libc().madvise(begin, end - begin, MADV_POPULATE_READ)
+    memory_calls().madvise(begin, end - begin, MADV_POPULATE_READ)
 
 
 def find(begin: int, end: int) -> list[Range] | None:
@@ -81,7 +80,7 @@ def replace(begin: int, end: int) -> bool:
     it is read-only afterwards. Returns False, and changes nothing, where no huge pages are to be
     had. The copy needs end - begin bytes of memory; the old pages are given back.
     """
-    size, libc = end - begin, _libc()
+    size, libc = end - begin, memory_calls()
     copy = _aligned(size)
     if copy is None:
         return False
@@ -106,7 +105,7 @@ def replace(begin: int, end: int) -> bool:
 
 def _aligned(size: int) -> int | None:
     """Return the address of so many bytes of new memory, at a multiple of HUGE_PAGE."""
-    libc, flags = _libc(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    libc, flags = memory_calls(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     raw = libc.mmap(None, size + HUGE_PAGE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
     if raw == FAILED:
         return None
@@ -115,14 +114,3 @@ def _aligned(size: int) -> int | None:
         libc.munmap(raw, before)
     libc.munmap(raw + before + size, HUGE_PAGE - before)
     return int(raw + before)
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    libc, address, size = ctypes.CDLL(None, use_errno=True), ctypes.c_void_p, ctypes.c_size_t
-    libc.mmap.restype = libc.mremap.restype = address
-    libc.mmap.argtypes = [address, size, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.mremap.argtypes = [address, size, size, ctypes.c_int, address]
-    libc.madvise.argtypes = libc.mprotect.argtypes = [address, size, ctypes.c_int]
-    libc.munmap.argtypes = [address, size]
-    return libc

@@ -24,6 +24,7 @@ from aios_compile.codegen.cpp.emitters import EMITTERS
 from aios_compile.codegen.cpp.step import emit_step
 from aios_compile.codegen.emit_kernels import Emitted, emit_kernels
 from aios_compile.codegen.lower import lower
+from aios_compile.codegen.manifest import WEIGHTS
 from aios_compile.codegen.program import Launch, Program
 from aios_compile.compiled_model import CompiledModel
 from aios_compile.config import CompileOptions
@@ -36,7 +37,7 @@ from aios_compile.passes.pipeline import STAGES
 from aios_compile.passes.plan_memory import plan_memory
 from aios_compile.passes.runner import run_pipeline
 from aios_compile.progress import Progress
-from aios_compile.runtime import huge_pages, program_runner
+from aios_compile.runtime import huge_pages, program_runner, weight_memory
 from aios_compile.runtime.batch import Executor, Limits
 from aios_compile.runtime.engine import Engine
 from aios_compile.runtime.executor import CpuExecutor
@@ -118,6 +119,29 @@ def test_a_short_context_takes_no_huge_pages_of_the_pool(load: Load) -> None:
         assert num_huge() == want
     runner.close()
     build.unload(library)
+
+
+@pytest.mark.skipif(not huge_pages.allowed(), reason="the system gives no huge pages")
+def test_tokens_do_not_change_while_weights_move(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"max_tokens": 20, "temperature": 0, "logprobs": 2}
+    plain = load(NAME)
+    want = plain.generate([5, 6, 7], **given).outputs
+    plain.close()
+    for name, value in (("LEAST_BYTES", 0), ("DELAY_SECONDS", 0.0), ("BYTES_A_SECOND", 1 << 24)):
+        monkeypatch.setattr(weight_memory, name, value)
+    monkeypatch.setattr(huge_pages, "find", lambda begin, end: None)
+    model = load(NAME)
+    memory = model._opened.memory
+    assert memory is not None and memory._thread is not None, "begun by the warm-up"
+    alive = True
+    while alive:
+        alive = memory._thread.is_alive()
+        assert model.generate([5, 6, 7], **given).outputs == want
+    assert "2 in huge pages, 2 of them moved" in str(model.report())
+    model.close()
+    assert str(model.artefact_path / WEIGHTS) not in Path("/proc/self/maps").read_text()
 
 
 def test_the_plan_is_consistent(load: Load) -> None:

@@ -194,10 +194,12 @@ def test_huge_pages_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_huge_pages
 @pytest.mark.parametrize("call", ["mmap", "madvise", "mprotect", "mremap"])
 def test_calls_that_fail_change_nothing(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    real = huge_pages._libc()
+    real = aligned_map.memory_calls()
     failing = lambda *args: huge_pages.FAILED if call in ("mmap", "mremap") else -1  # noqa: E731
     names = {n: getattr(real, n) for n in ("mmap", "madvise", "mprotect", "mremap", "munmap")}
-    monkeypatch.setattr(huge_pages, "_libc", lambda: SimpleNamespace(**names | {call: failing}))
+    monkeypatch.setattr(
+        huge_pages, "memory_calls", lambda: SimpleNamespace(**names | {call: failing})
+    )
     before = Path("/proc/self/maps").read_text().count("\n")
     memory = mmap.mmap(-1, 2 * HUGE_PAGE)
     memory[:] = bytes(range(256)) * (2 * HUGE_PAGE // 256)
