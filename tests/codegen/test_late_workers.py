@@ -23,6 +23,11 @@ static int64_t num_counted = 0;
 static std::atomic<int64_t> num_run{0};
 static int64_t items(const Sizes *) { return TOTAL; }
 static int64_t counted(const Sizes *, void *const *) { return num_counted++, TOTAL; }
+static std::atomic<int> *sleepers;
+static int64_t counted_slowly(const Sizes *, void *const *) {
+    while (!sleepers->load()) sched_yield();
+    return num_counted++, TOTAL;
+}
 static void kernel(const Sizes *, void *const *, int64_t i, int64_t end) { num_run += end - i; }
 static void run_step(aios::Worker *w, const Run *r) {
     aios::launch(w, r, items, kernel, counted, kernel, nullptr);
@@ -80,6 +85,18 @@ static int alone(aios::Pool *pool, Run *r) {
     pool->advanced.ring();
     waits.join();
     CHECK(found == 0 && w.late && num_counted == 0);
+
+    aios::Worker other; /* in their step: one counts, and wakes up the one that sleeps meanwhile */
+    int64_t totals_of_other[4];
+    make_old(&w, pool, totals);
+    make_old(&other, pool, totals_of_other);
+    l->extent.store(0);
+    sleepers = &pool->advanced.sleepers;
+    std::thread one([&] { found = aios::second_pass(&other, r, counted_slowly, nullptr); });
+    CHECK(aios::second_pass(&w, r, counted_slowly, nullptr) == TOTAL);
+    one.join();
+    CHECK(found == TOTAL && num_counted == 1 && !w.late && !other.late);
+    num_counted = 0;
     return 0;
 }
 
