@@ -28,7 +28,7 @@ elif "avx512bf16" in RUNNABLE:  # for these kernels it is avx512vnni
 EVERYWHERE = ("int8_g32_f16", "int4_g32_f16", "uint5_g32_k_min_k", "int6_g16_k")
 # On every instruction set; `make nightly` takes one format of each width.
 WIDTHS = EVERYWHERE if "NIGHTLY" in os.environ else ("int4_g32_f16", "int6_g16_k")
-TOKENS = (1, 2, 3, 5, 12, 13, 40)
+TOKENS = (1, 2, 3, 5, 12, 14, 40)  # tiles of 1, 2, 3, 4, 6 and 8, full and not
 ROWS, DEPTH = 37, 512
 SHORT = 256  # a whole super-block
 

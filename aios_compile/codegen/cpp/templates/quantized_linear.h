@@ -142,7 +142,7 @@ AIOS_INLINE void add_ascending(const uint8_t* w, const Token* x, int64_t g,
 // those of LANES tokens at a time.
 template <int BLOCKS, int WIDTH, class C>
 AIOS_NOINLINE void tile(const uint8_t* w, const Token* x, float* out) {
-  constexpr int COUNT = BLOCKS * VECTORS, LANES = BLOCKS > 1 && WIDTH > 4 ? 4 : WIDTH;
+  constexpr int COUNT = BLOCKS * VECTORS, LANES = BLOCKS > 1 && WIDTH > 4 ? WIDTH / 2 : WIDTH;
   constexpr int64_t AHEAD = BLOCKS > 1 ? BLOCKS * BLOCK_BYTES : C::AHEAD;
   vf acc[WIDTH][COUNT] = {};
   const auto add = [&](int64_t first_group, int64_t j) __attribute__((always_inline)) {
@@ -208,14 +208,14 @@ AIOS_INLINE void panel(const Sizes* n, void* const* p, int64_t block, int64_t fi
   }
 }
 
-// Blocks [block, stop) for one tile of tokens: two at a time for 4 and 8 tokens, whose sums fit in
-// registers then. 4 tokens of 8 bits wait for memory more than for loads: one stream is 1.06 to
-// 1.12x as fast (of 4 bits 0.95 to 1.04x; one core of Zen 4, K = 1024 to 3072).
+// Blocks [block, stop) for one tile of tokens: two at a time for 3 tokens and more, where their
+// sums fit in registers. 3 and 4 tokens of 8 bits wait for memory more than for loads: one stream
+// is 1.02 to 1.1x as fast (of 4 bits 0.95 to 1.04x; one core of Zen 4, K = 1024 to 3072).
 template <int WIDTH, class C>
 AIOS_NOINLINE void panels(const Sizes* n, void* const* p, int64_t block, int64_t stop,
                           int64_t first, int64_t count, const Token* x) {
-  constexpr bool STREAM = BITS == 8 && ASCENDING<4>;
-  constexpr bool TWO = VECTORS == 1 && (WIDTH == 8 || (WIDTH == 4 && !STREAM));
+  constexpr bool STREAM = WIDTH <= 2 || (WIDTH <= 4 && BITS == 8 && ASCENDING<4>);
+  constexpr bool TWO = VECTORS == 1 && !STREAM;
   if constexpr (TWO && STREAMS == 1)
     for (; stop - block >= 2; block += 2) panel<2, WIDTH, C>(n, p, block, first, count, x);
   if constexpr (!TWO || STREAMS > 1 || NUM_BLOCKS % 2)  // items begin at even blocks
