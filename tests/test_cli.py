@@ -268,6 +268,7 @@ def test_a_mistake_is_told_without_a_traceback(
         (("--dtype", "int9"), "float32"),
         (("--speculative-config", "{"), "not JSON"),
         (("--logit-bias", "x"), "ID=BIAS"),
+        (("--max-tokens", "-1"), "max_tokens=-1"),
     ],
 )
 def test_a_bad_option_fails_before_anything_is_loaded(
@@ -296,6 +297,20 @@ def test_output_is_plain_when_it_is_no_terminal(shell: Shell) -> None:
     for arguments in (("--help",), ("env",), ("generate", "m", "a"), ("frob",)):
         result = shell.run(*arguments)
         assert "\x1b" not in result.out + result.err and "│" not in result.out + result.err
+
+
+def test_a_full_disk_is_told() -> None:
+    code = "from aios_compile.cli.main import main; main()"
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", code, "cache", "path"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=False,
+        )
+    assert result.returncode == 1
+    assert result.stderr == b"error: cannot write: No space left on device\n"
 
 
 def test_a_closed_pipe_is_no_error() -> None:

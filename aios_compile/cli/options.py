@@ -7,6 +7,7 @@ SamplingParams and the model's generation_config.json.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import json
 import os
@@ -67,6 +68,9 @@ def _compile_values(given: dict[str, Any]) -> dict[str, Any]:
 def _sampling_values(given: dict[str, Any]) -> dict[str, Any]:
     if "logit_bias" in given:
         given["logit_bias"] = dict(map(_bias, given["logit_bias"]))
+    from aios_compile.sampling_params import SamplingParams
+
+    SamplingParams(**given)  # a mistake is told before anything is loaded
     return given
 
 
@@ -183,11 +187,21 @@ def _guarded(body: Callable[[], None], as_json: bool) -> None:
         sys.stderr.write("\ninterrupted\n")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
-        # Python flushes stdout once more at exit; give it something that takes the bytes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
         raise typer.Exit(EXIT_BROKEN_PIPE) from None
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _NO_ROOM:
             raise
-        print_error(ConfigError(f"{error.filename}: {error.strerror}"), as_json)
+        what = error.filename or "cannot write"
+        if error.filename is None:
+            _forget_stdout()
+        print_error(ConfigError(f"{what}: {error.strerror}"), as_json and bool(error.filename))
         raise typer.Exit(EXIT_MISTAKE) from None
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def _forget_stdout() -> None:
+    """Let stdout go nowhere: Python flushes it once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

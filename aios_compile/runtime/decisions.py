@@ -7,6 +7,7 @@ the decisions as they are made.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 from collections import deque
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from aios_compile.errors import ConfigError
 from aios_compile.runtime.log_privacy import Pseudonyms, without_tokens
 
 KINDS = (
@@ -49,7 +51,7 @@ class DecisionLog:
     def __init__(self, capacity: int = 4096, sink: Path | None = None, echo: bool = False) -> None:
         self._echo = echo
         self.ring: deque[Decision] = deque(maxlen=capacity)
-        self._file: TextIO | None = None if sink is None else sink.open("w", encoding="utf-8")
+        self._file: TextIO | None = None if sink is None else open_sink(sink)
         self._pseudonyms = Pseudonyms()
 
     def extend(self, decisions: Iterable[Decision]) -> None:
@@ -90,6 +92,29 @@ class DecisionLog:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def open_sink(path: Path) -> TextIO:
+    """Open a file for one engine's decisions, empty. Raises ConfigError where it cannot be written,
+    or where another engine, of this process or another, writes into it.
+    """
+    try:
+        file = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"decision_log={str(path)!r}: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the file, or its process
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(
+            f"decision_log={str(path)!r}: another engine writes into it",
+            advice="give each engine a file of its own",
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    if path.is_file():  # no pipe, no terminal
+        file.truncate(0)
+    return file
 
 
 def read_log(path: Path) -> tuple[list[dict[str, Any]], list[Decision]]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aios_compile.errors import ConfigError
 from aios_compile.runtime.engine import Engine
 from aios_compile.runtime.events import Preempt
 from aios_compile.runtime.outputs import RequestOutput
@@ -242,6 +243,22 @@ def test_max_model_len_ends_with_length(make_engine: MakeEngine) -> None:
     for wanted in (None, 1000, 4):
         output = engine.generate([[1] * 60], max_tokens=wanted)[0].outputs[0]
         assert (len(output.token_ids), output.finish_reason) == (4, "length")
+
+
+def test_a_decision_log_has_one_writer(tmp_path: Path) -> None:
+    """Two engines that were given one path wrote into one file, which no replay could read."""
+    sink = tmp_path / "log"
+    first = checked_engine(decision_sink=sink)
+    first.generate([[1]], max_tokens=2)
+    written = sink.read_bytes()
+    with pytest.raises(ConfigError, match="another engine writes into it"):
+        checked_engine(decision_sink=sink)
+    assert sink.read_bytes() == written
+    first.close()
+    checked_engine(decision_sink=sink).close()  # begun anew
+    assert sink.read_bytes() != written
+    with pytest.raises(ConfigError, match=r"decision_log='.*nowhere/log': No such file"):
+        checked_engine(decision_sink=tmp_path / "nowhere" / "log")
 
 
 def test_the_decision_log_replays(tmp_path: Path) -> None:
