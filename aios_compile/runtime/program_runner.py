@@ -66,8 +66,7 @@ class ProgramRunner:
         choices: KernelChoices = NO_CHOICES,
     ) -> None:
         self.program = program
-        self._buckets = choices.buckets
-        self._choices = choices.table(program)
+        self._set_choices(choices)
         self._library = library
         self._guarded = guarded
         self._pid = os.getpid()
@@ -217,7 +216,7 @@ class ProgramRunner:
     def _choices_of(self, num_tokens: int) -> int:
         """Return the address of the candidates that are chosen for so many tokens."""
         bucket = bisect_left(self._buckets, num_tokens)
-        return int(self._choices.ctypes.data + bucket * self._choices.shape[1])
+        return int(self._choices_address + bucket * self._choices.shape[1])
 
     @property
     def can_begin(self) -> bool:
@@ -233,7 +232,11 @@ class ProgramRunner:
         """Use other candidates from the next run on."""
         self.settle()
         self._library.pool_rest(self._pool)  # a worker that comes late reads the old ones
+        self._set_choices(choices)
+
+    def _set_choices(self, choices: KernelChoices) -> None:
         self._buckets, self._choices = choices.buckets, choices.table(self.program)
+        self._choices_address = int(self._choices.ctypes.data)
 
     def time_kernels(self, nanoseconds: Longs | None) -> None:
         """Add to nanoseconds[kernel] in every run, for kernels that have candidates; None: stop.

@@ -86,7 +86,8 @@ class SplitStep:
             self._copies.append(copies)
             part.copies = ctypes.addressof(copies)
         self._counting = np.arange(program.sizes["T"] + 1, dtype=np.int64).tobytes()
-        self._bound = (0, 0)  # tokens, and moves of the whole step's inputs
+        self._address = ctypes.addressof(self._parts)
+        self._bound: tuple[int, int, bool, int] | None = None  # what the parts were made for
 
     def bind(
         self,
@@ -104,15 +105,15 @@ class SplitStep:
         if not run.n.S == run.n.R == num or count < 2 or not self._counts(inputs, num):
             run.parts = None
             return False
-        if self._bound != (num, self._whole.num_moves):
-            self._bound = num, self._whole.num_moves
+        bound = num, self._whole.num_moves, wants_logits, run.choices
+        if self._bound != bound:
+            self._bound = bound
             for i in range(count):
                 self._place(i, num * i // count, num * (i + 1) // count)
-        num_copies = len(self._results) - (not wants_logits)
-        for i in range(count):
-            self._parts[i].num_copies = num_copies
-            self._parts[i].run.choices = choices_of(self._parts[i].run.n.T)
-        run.parts, run.num_parts = ctypes.addressof(self._parts), count
+                part = self._parts[i]
+                part.num_copies = len(self._results) - (not wants_logits)
+                part.run.choices = choices_of(part.run.n.T)
+        run.parts, run.num_parts = self._address, count
         return True
 
     def _counts(self, inputs: Mapping[str, NDArray[Any]], num: int) -> bool:

@@ -189,18 +189,39 @@ def _rises(num_tokens: int) -> tuple[float, ...]:
 
 
 @dataclass
-class _Steps:
-    """What a log says of its steps: features and times; how long arrivals woke the engine."""
+class LoggedSteps:
+    """What a log says of its steps: features and times; how long arrivals woke the engine.
+
+    began_us: of each step, by the log's clock. afters: (when, R, us) without arrivals. wakes:
+    (when, us).
+    """
 
     rows: list[tuple[float, ...]] = field(default_factory=list)
     times_us: list[float] = field(default_factory=list)
-    afters: list[tuple[int, int]] = field(default_factory=list)  # (R, us) without arrivals
-    wakes_us: list[float] = field(default_factory=list)
+    began_us: list[int] = field(default_factory=list)
+    afters: list[tuple[int, int, int]] = field(default_factory=list)
+    wakes: list[tuple[int, int]] = field(default_factory=list)
+
+    def within(self, spans: Sequence[tuple[int, int]]) -> LoggedSteps:
+        """Return what began in one of the spans [from, to) of the log's clock."""
+
+        def has(micros: int) -> bool:
+            return any(begin <= micros < end for begin, end in spans)
+
+        kept = [i for i, began in enumerate(self.began_us) if has(began)]
+        return LoggedSteps(
+            [self.rows[i] for i in kept],
+            [self.times_us[i] for i in kept],
+            [self.began_us[i] for i in kept],
+            [after for after in self.afters if has(after[0])],
+            [wake for wake in self.wakes if has(wake[0])],
+        )
 
 
-def _read_steps(path: Path) -> _Steps:
+def read_steps(path: Path) -> LoggedSteps:
+    """Read the steps of a decision log; raise LogError for a damaged one."""
     limits, options, events = read_records(path)
-    state, found = SchedulerState.empty(limits, options, b"fit"), _Steps()
+    state, found = SchedulerState.empty(limits, options, b"fit"), LoggedSteps()
     step: tuple[Plan, int, Plan | None] | None = None  # that has not ended; and the one before
     committed_us, arrived = 0, (0, 0)
     submitted_us: int | None = None  # by the request that woke the engine
@@ -210,8 +231,9 @@ def _read_steps(path: Path) -> _Steps:
         plan, start_us, before = step
         found.rows.append(features(plan, *arrived, before is None, is_changed(plan, before)))
         found.times_us.append(now_us - start_us)
+        found.began_us.append(start_us)
         if not arrived[0] and now_us > committed_us:
-            found.afters.append((plan.num_rows, now_us - committed_us))
+            found.afters.append((committed_us, plan.num_rows, now_us - committed_us))
 
     for logged in events:
         event, now_us = logged.event, logged.now_us
@@ -219,7 +241,7 @@ def _read_steps(path: Path) -> _Steps:
             if step is not None:
                 end(now_us)
             elif submitted_us is not None:
-                found.wakes_us.append(now_us - submitted_us)
+                found.wakes.append((now_us, now_us - submitted_us))
             submitted_us, arrived = None, (0, 0)
         elif isinstance(event, Arrive):
             if step is not None:
@@ -244,13 +266,16 @@ def fit_log(path: Path) -> CostModel:
 
 def fit_logs(paths: Sequence[Path]) -> CostModel:
     """Do the same with several logs of one engine."""
-    steps = [_read_steps(path) for path in paths]
+    return fit_steps([read_steps(path) for path in paths], ", ".join(map(str, paths)))
+
+
+def fit_steps(steps: Sequence[LoggedSteps], where: str) -> CostModel:
+    """Fit the model to steps of one engine; raise LogError, which says `where`, if they are few."""
     times = [time for each in steps for time in each.times_us]
     if len(times) < LEAST_STEPS:
-        where = ", ".join(map(str, paths))
         raise LogError(f"{where}: {len(times)} steps, expected at least {LEAST_STEPS} to fit")
-    after_us, after_row_us = _line([pair for each in steps for pair in each.afters])
-    wakes = [wake for each in steps for wake in each.wakes_us]
+    after_us, after_row_us = _line([after[1:] for each in steps for after in each.afters])
+    wakes = [wake for each in steps for _, wake in each.wakes]
     return fit(
         [row for each in steps for row in each.rows],
         times,

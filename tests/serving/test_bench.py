@@ -8,7 +8,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from aios_compile.cli.main import app
-from aios_compile.study.cost_model import KNOTS, CostModel, _read_steps
+from aios_compile.study.cost_model import KNOTS, CostModel, read_steps
 from benchmarks.engine_workload import make_workload, ours
 from tests.serving.conftest import EXAMPLE
 
@@ -24,7 +24,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert [row["num_tokens"] for row in found["prefill"]] == [3, 6, 12, 24, 48, 96, 160, 256, 384]
     model = CostModel.load(cost)
     assert 0 < model.step_us(1) < model.step_us(64) and model.num_steps > 100
-    busy = [k for k in _read_steps(log).rows if k[len(KNOTS) + 4]]  # requests came meanwhile
+    busy = [k for k in read_steps(log).rows if k[len(KNOTS) + 4]]  # requests came meanwhile
     assert len(busy) >= 8, "what taking in a request costs would be fitted to chance"
     result = CliRunner().invoke(
         app, ["simulate", str(log), "--cost", str(cost), "--arrivals", "poisson"]
