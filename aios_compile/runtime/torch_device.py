@@ -1,8 +1,9 @@
-"""The device of the Triton target with torch tensors: CUDA (or ROCm), or Triton's interpreter.
+"""Devices of the Triton target with torch tensors: what they share, and Triton's interpreter.
 
-torch is imported when a device is made, not before. A CUDA graph is captured by the driver; the
-interpreter's graph is the list of launches with the grids, scalars and tensors that they had, which
-is what a driver keeps too, so a value that a graph freezes by mistake is frozen here as well.
+torch is imported when a device is made, not before. A GPU is in cuda_device.py, and its driver
+captures graphs. The interpreter's graph is the list of launches with the grids, scalars and tensors
+that they had, which is what a driver keeps too, so a value that a graph freezes by mistake is
+frozen here as well.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aios_compile.codegen.triton import binary_cache
-from aios_compile.codegen.triton.binary_cache import Compilations, every_launch
+from aios_compile.codegen.triton.binary_cache import every_launch
 from aios_compile.errors import ConfigError, EngineError
-from aios_compile.runtime.device import Bytes, Graph, Mark, Memory
+from aios_compile.runtime.device import Bytes, Device, Graph, Mark, Memory
 
-SCRATCH_BYTES = 1 << 20  # 128 for each descriptor of each program: more than any kernel takes
 DTYPES = {
     "*fp32": "float32", "*bf16": "bfloat16", "*fp16": "float16", "*fp64": "float64",
     "*i64": "int64", "*i32": "int32", "*i16": "int16", "*i8": "int8", "*u8": "uint8", "*i1": "bool",
@@ -30,11 +30,13 @@ DTYPES = {
 }  # fmt: skip
 
 
-def open_device(name: str) -> CudaDevice | InterpreterDevice:
+def open_device(name: str) -> Device:
     """Return the device "cuda", "cuda:1" or "interpreter"; ConfigError if it is not there."""
     if name == "interpreter":
         return InterpreterDevice()
     require_cuda(name)
+    from aios_compile.runtime.cuda_device import CudaDevice
+
     return CudaDevice(name)
 
 
@@ -95,30 +97,6 @@ class PassedMark:
     def micros_since(self, earlier: Mark) -> float:
         assert isinstance(earlier, PassedMark), "marks of one device"
         return (self.seconds - earlier.seconds) * 1e6
-
-
-class EventMark:
-    """A CUDA event. stream: torch's, of the device; the current one may be another thread's."""
-
-    def __init__(self, stream: Any) -> None:
-        import torch
-
-        make: Any = torch.cuda.Event  # has no types
-        self._stream, self.event = stream, make(enable_timing=True)
-
-    def record(self) -> None:
-        self.event.record(self._stream)
-
-    @property
-    def is_passed(self) -> bool:
-        return bool(self.event.query())
-
-    def wait(self) -> None:
-        self.event.synchronize()
-
-    def micros_since(self, earlier: Mark) -> float:
-        assert isinstance(earlier, EventMark), "marks of one device"
-        return float(earlier.event.elapsed_time(self.event)) * 1e3
 
 
 class TorchDevice:
@@ -191,96 +169,10 @@ class TorchDevice:
         pass
 
 
-class CudaDevice(TorchDevice):
-    """A GPU. Host memory is pinned; graphs share one pool of memory.
+class OnDevice:
+    """A kernel of a loaded module; whoever launches it, it is the device that launches it."""
 
-    The engine's thread is not the one that opens the device, and what torch calls current is a
-    thread's own: so the device and its stream are named wherever torch would take the current one.
-    """
-
-    runs_ahead = True
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name if ":" in name else "cuda:0")
-        self.torch.cuda.set_device(self.name)
-        self._stream = self.torch.cuda.current_stream(self.name)
-        self._pool = self.torch.cuda.graph_pool_handle()
-        self._compilations = Compilations()
-        self._flushed: Memory | None = None
-        self._scratch = self.allocate(SCRATCH_BYTES)
-        self._set_scratch()
-
-    def _set_scratch(self) -> None:
-        """Give tensor descriptors a fixed place: kernels run one behind the other.
-
-        Triton keeps this for the thread alone that says it, so whoever captures says it again.
-        """
-        import triton
-
-        def take(size: int, alignment: int, stream: int | None) -> Any:
-            if size > SCRATCH_BYTES:
-                raise EngineError(f"a kernel's tensor descriptors take {size} bytes")
-            return self._scratch
-
-        triton.set_allocator(take)
-
-    @property
-    def num_compiled(self) -> int:
-        return len(self._compilations.names)
-
-    def num_processors(self) -> int:
-        """Return how many multiprocessors the card has."""
-        return int(self.torch.cuda.get_device_properties(self.name).multi_processor_count)
-
-    def use_binaries(self, artefact: Path) -> None:
-        binary_cache.use(artefact)
-
-    def host_bytes(self, num_bytes: int) -> Bytes:
-        pinned: Bytes = self.torch.zeros(
-            max(num_bytes, 1), dtype=self.torch.uint8, pin_memory=True
-        ).numpy()
-        return pinned
-
-    def capture(self, run: Callable[[], None]) -> Graph:
-        graph = self.torch.cuda.CUDAGraph()
-        self._set_scratch()
-        try:
-            with self.torch.cuda.device(self.name), self.torch.cuda.graph(graph, pool=self._pool):
-                run()
-        except RuntimeError as error:
-            raise EngineError(f"a step cannot be captured as a CUDA graph: {error}") from error
-        captured: Graph = graph
-        return captured
-
-    def memory(self) -> tuple[int, int]:
-        """Return the (free, total) bytes of the card."""
-        free, total = self.torch.cuda.mem_get_info(self.name)
-        return int(free), int(total)
-
-    def mark(self) -> Mark:
-        return EventMark(self._stream)
-
-    def flush_cache(self) -> None:
-        """Write twice the second-level cache."""
-        if self._flushed is None:
-            cache = self.torch.cuda.get_device_properties(self.name).L2_cache_size
-            self._flushed = self.allocate(2 * int(cache))
-        self._flushed.fill_(1)
-
-    def synchronize(self) -> None:
-        self.torch.cuda.synchronize(self.name)
-
-    def close(self) -> None:
-        self.synchronize()
-        self._compilations.close()
-        self._flushed = None
-        self.torch.cuda.empty_cache()  # another device's plan counts what the card has free
-
-
-class Recorded:
-    """A kernel that runs when it is launched, or is noted while a graph is captured."""
-
-    def __init__(self, kernel: Any, device: InterpreterDevice) -> None:
+    def __init__(self, kernel: Any, device: Any) -> None:
         self.kernel, self.device = kernel, device
         self.__name__ = kernel.__name__
 
@@ -325,7 +217,7 @@ class InterpreterDevice(TorchDevice):
     def load(self, path: Path) -> Any:
         module = super().load(path)
         for known in every_launch(module):
-            known.launch["kernel"] = Recorded(known.launch["kernel"], self)
+            known.launch["kernel"] = OnDevice(known.launch["kernel"], self)
         return module
 
     def launch(self, kernel: Any, grid: Any, arguments: Any, options: Any) -> None:

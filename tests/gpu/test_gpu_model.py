@@ -15,7 +15,8 @@ import aios_compile
 from aios_compile.codegen.triton import binary_cache, compile_ahead
 from aios_compile.codegen.triton.binary_cache import every_launch
 from aios_compile.compiler import launched_sources
-from aios_compile.runtime.torch_device import CudaDevice, card_name
+from aios_compile.runtime.cuda_device import CudaDevice
+from aios_compile.runtime.torch_device import card_name
 from tests import zoo
 from tests.interpreted.harness import assert_close, batch, model
 from tests.interpreted.test_graph_faults import check_replay
