@@ -81,6 +81,7 @@ def _for_card(
             {
                 "index": index,
                 "memory": report.memory,
+                "ledger": report.ledger,
                 "kernels": [k.as_dict() for k in report.kernels],
             }
         )
@@ -100,4 +101,7 @@ def _for_card(
         f"{report.target} ({report.card}), decode of one sequence: {report.launches} launches, "
         f"floor {report.floor_us:.0f} us, predicted {report.predicted_us:.0f} us"
     )
+    told, *used = report.ledger
+    decided = f"; decided {len(used)} variants:" if used else ""
+    print("\n  ".join([f"ledger: {told}{decided}", *used]))
     print(f"memory of one {report.card}:\n{report.memory}\n{index}")

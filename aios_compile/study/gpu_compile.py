@@ -11,19 +11,24 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import triton
+
 from aios_compile.codegen.program import Program
 from aios_compile.codegen.triton.cards import LATENCY_US, LAUNCH_US, Card, card_of
+from aios_compile.codegen.triton.choice import Tuning
 from aios_compile.codegen.triton.compile_ahead import CACHE, Binary, compile_ahead
+from aios_compile.codegen.triton.kernel_ledger import FOLDER, MEASURED, of_card
 from aios_compile.codegen.triton.occupancy import Occupancy, occupancy
 from aios_compile.compiler import launched_sources
 from aios_compile.config import CompileOptions
 from aios_compile.errors import DeviceMemoryError
 from aios_compile.ir.module import body_of
+from aios_compile.kernel_tuning import tuning_for
 from aios_compile.runtime.batch import Limits
 from aios_compile.runtime.gpu_executor import token_buckets
 from aios_compile.runtime.gpu_memory import plan_card
@@ -81,7 +86,7 @@ class StepReport:
     """All kernels for a card, the one with the longest time in a step first.
 
     floor_us: every weight and KV entry once, over the bandwidth. memory: the plan of the card, or
-    why the model does not fit.
+    why the model does not fit. ledger: which measurements of a GPU were used, a line each.
     """
 
     target: str
@@ -89,6 +94,7 @@ class StepReport:
     kernels: tuple[KernelReport, ...]
     floor_us: float
     memory: str = ""
+    ledger: tuple[str, ...] = ()
 
     @property
     def predicted_us(self) -> float:
@@ -120,7 +126,9 @@ def compile_for(
     Raises CodegenError naming kernel and target when one does not compile for it.
     """
     card = card_of(target)
-    planned = plan_for(model, target, keywords)
+    options = CompileOptions.parse({**keywords, "device": "cuda"})
+    tuning, told = shipped_tuning(options, card)
+    planned = plan_for(model, target, keywords, tuning)
     sources = launched_sources(planned.program, planned.emitted)
     binaries = compile_ahead(sources, target, out, jobs)
     shutil.rmtree(out / CACHE, ignore_errors=True)
@@ -140,9 +148,29 @@ def compile_for(
         report = report_of(row, by_symbol[row.symbol], card, nodes.get(row.symbol, {}), phases)
         reports.append(replace(report, chosen=tuple(CHOSEN.findall(text))))
     reports.sort(key=lambda report: -report.predicted_us * report.calls)
-    options = CompileOptions.parse({**keywords, "device": "cuda"})
     memory = memory_table(planned.program, card, options.gpu_memory_utilization)
-    return StepReport(target, card.name, tuple(reports), floor_us(rows, card), memory)
+    ledger = (told, *measured_lines(reports))
+    return StepReport(target, card.name, tuple(reports), floor_us(rows, card), memory, ledger)
+
+
+def shipped_tuning(
+    options: CompileOptions, card: Card, folder: Path = FOLDER
+) -> tuple[Tuning | None, str]:
+    """Return whom to ask about the configurations for a card, its shipped ledger too, and a line
+    that says what the ledger is.
+    """
+    tuning = tuning_for(options, card.target)
+    if options.joined_launches():
+        return tuning, "the ledger of kernels is not used: phases of one launch share their warps"
+    ledger, line = of_card(card.target, card.name, triton.__version__, folder)
+    if ledger is not None:
+        tuning = replace(tuning or Tuning(), ledger=ledger)
+    return tuning, line
+
+
+def measured_lines(reports: Sequence[KernelReport]) -> list[str]:
+    """Return a line for each variant that the ledger decided."""
+    return [f"{r.row.name}: {line}" for r in reports for line in r.chosen if MEASURED in line]
 
 
 def memory_table(program: Program, card: Card, utilization: float) -> str:

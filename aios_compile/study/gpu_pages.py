@@ -40,7 +40,7 @@ def write_pages(report: StepReport, out: Path) -> Path:
     data = {
         "target": report.target, "card": report.card, "launches": report.launches,
         "floor_us": report.floor_us, "predicted_us": report.predicted_us, "memory": report.memory,
-        "kernels": [k.as_dict() for k in report.kernels],
+        "ledger": report.ledger, "kernels": [k.as_dict() for k in report.kernels],
     }  # fmt: skip
     (out / "report.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
     index = out / "index.html"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from triton import __version__ as TRITON
 
 from aios_compile.codegen.operand import dim_value
 from aios_compile.codegen.triton import kernel_ledger, linear, quantized_linear
@@ -19,7 +22,9 @@ from aios_compile.codegen.triton.choice import NEAR, Tuning
 from aios_compile.codegen.triton.configs import Config
 from aios_compile.codegen.triton.cost_model import cost
 from aios_compile.codegen.triton.kernel_ledger import Entry, KernelLedger
+from aios_compile.config import CompileOptions
 from aios_compile.errors import CodegenError
+from aios_compile.study.gpu_compile import CHOSEN, measured_lines, shipped_tuning
 from tests.codegen.harness import make_body
 from tests.codegen.test_triton_linear import normed_and_gated, plain
 from tests.codegen.test_triton_quantized_linear import plain as quantized
@@ -167,3 +172,33 @@ def test_a_ledger_goes_round_and_is_refused_where_it_does_not_hold(tmp_path: Pat
         path.write_text(damaged)
         with pytest.raises(CodegenError, match="is not a ledger of kernels"):
             kernel_ledger.shipped(GPU, TARGET, "3.6.0", tmp_path)
+
+
+def test_a_card_that_is_not_here_takes_its_gpus_ledger(tmp_path: Path) -> None:
+    """What `aios compile --target cuda:90` uses, and says."""
+    options, card = CompileOptions.parse({"device": "cuda"}), card_of(TARGET)
+    tuning, line = shipped_tuning(options, card, tmp_path)
+    assert tuning is None and line.startswith("the ledger of kernels is empty for cuda:90")
+    entry = Entry("rows 1x2x512 2 warps", 1, 311.5, 1.02, 25)
+    version = kernel_ledger.minor_version(TRITON)
+    for gpu, target, day in (
+        ("NVIDIA A100", "cuda:80", "1"), ("NVIDIA H100 80GB HBM3", TARGET, "2"), (GPU, TARGET, "3"),
+    ):  # fmt: skip
+        rows = {"linear 1x8x8": {"1": entry}}
+        KernelLedger(gpu, target, version, day, rows).write(tmp_path)
+    tuning, line = shipped_tuning(options, card, tmp_path)
+    assert tuning is not None and tuning.ledger.gpu == GPU
+    assert line == "nvidia_h200.json, measured 3: 1 kernels"
+    kernel_ledger.path_of(GPU, tmp_path).unlink()
+    tuning, line = shipped_tuning(options, card, tmp_path)
+    assert tuning is not None and "nvidia_h100_80gb_hbm3.json" in line, "another of its kind"
+    assert kernel_ledger.of_card(TARGET, "H200", "2.9.1", tmp_path)[0] is None
+    joined = CompileOptions.parse({"device": "cuda", "persistent_decode": True})
+    tuning, line = shipped_tuning(joined, card, tmp_path)
+    assert tuning is None and "is not used" in line
+    spec = linear_spec("Qwen3-0.6B", "qkv")
+    other = linear.choices(spec, card, Tuning(timed=2))[0].others[0]
+    source = linear.emit(spec, card, tuning=Tuning(ledger=ledger_of(spec, "linear", other, 1)))
+    report = SimpleNamespace(row=SimpleNamespace(name="qkv"), chosen=CHOSEN.findall(source.text))
+    (used,) = measured_lines([report])  # type: ignore[list-item]
+    assert used.startswith(f"qkv: up to 1 rows: {other.text()}: measured, 1.040x")

@@ -15,7 +15,12 @@ from tests.codegen.test_paged_attention import PAGE, POOL, Batch
 pytest.importorskip("triton")
 
 from aios_compile.codegen.triton import kv_write_attention, paged_attention
+from aios_compile.codegen.triton.choice import Tuning
+from aios_compile.codegen.triton.kernel_ledger import Entry, KernelLedger
+from aios_compile.codegen.triton.launch_forms import choose
 from tests.codegen.triton_kernels import Kernel
+from tests.codegen.triton_modules import poisoned
+from tests.variants import nightly
 
 aios = torch.ops.aios
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
@@ -54,7 +59,7 @@ def body_of(norms, rotated, options, quantized=False):
 
 
 @functools.cache
-def made(norms, rotated, dtype, fused=True, split=128, options=()):
+def made(norms, rotated, dtype, fused=True, split=128, options=(), timed=0):
     heads, kv_heads, width, v_width = SHAPE
     quantized = dtype in LARGEST_CODE
     row = heads * width + kv_heads * (width + v_width)
@@ -84,7 +89,7 @@ def made(norms, rotated, dtype, fused=True, split=128, options=()):
         patch.setattr(paged_attention, "PROGRAMS", 6)  # fewer than there are units
         patch.setattr(paged_attention, "MAX_SPLIT_TOKENS", split)
         patch.setattr(kv_write_attention, "NEW_TOKENS", 128 if fused else 0)
-        source = kv_write_attention.emit(spec)
+        source = kv_write_attention.emit(spec, tuning=Tuning(timed=timed) if timed else None)
     assert source.inplace == tuple((i, 7 + i) for i in range(4 if quantized else 2))
     return body, Kernel(source)
 
@@ -196,3 +201,46 @@ def test_decodes_of_a_batch_are_those_of_single_steps():
         alone.states = step.states
         alone.batch.tables = step.batch.tables[s : s + 1]
         assert torch.equal(alone.run(built)[2][0], together[s])
+
+
+@pytest.mark.parametrize("split", [128, *nightly(8)])
+def test_every_form_of_the_launches_gives_the_same_bits(split: int) -> None:
+    """Half as many programs and twice as many share the same segments. Stages of loads are the
+    compiler's: the interpreter runs one form of each grid.
+    """
+    _, built = made(True, True, bf16, fused=split == 128, split=split, timed=9)
+    step, sizes = Step(MIXED, bf16), {"T": 13, "S": 3, "P": 6}
+    variant = built.module.variant_of(**sizes)
+    forms = {variant["name"]: variant["launches"], **variant["candidates"]}
+    assert set(variant["candidates"]) <= {c.name for c in built.source.candidates}
+    assert len(forms) == (9 if split == 128 else 3)
+    assert all(len(launches) == len(variant["launches"]) for launches in forms.values())
+    grids = {tuple(x["grid"](13, 3, 1, 6) for x in forms[name]): name for name in forms}
+    assert len(grids) == (3 if split == 128 else 1), "3, 2 and 6 programs for each of two heads"
+    results = []
+    for name in grids.values():
+        tensors, out = step.arguments(), poisoned(step.batch.shape)
+        caches = tensors[7:9]
+        built({**sizes, "candidate": name}, *tensors, *caches, out)
+        results.append((*caches, out))
+    assert not results[0][-1].isnan().any()
+    for found in results:
+        for got, wanted in zip(found, results[0]):
+            assert torch.equal(got.nan_to_num(-7.0), wanted.nan_to_num(-7.0))
+
+
+def test_a_form_that_was_measured_is_emitted_alone() -> None:
+    _, built = made(True, True, bf16, timed=9)
+    (place,) = {c.type for c in built.source.candidates}
+    first = built.module.VARIANTS[0]
+    assert place.startswith("kv_write_attention 4/2 heads of 24 and 40, pages of 16 bf16, 3 x 32")
+    every = {first["name"]: "standard", **dict.fromkeys(first["candidates"], "other")}
+    chosen = list(every)[-1]
+    entry = Entry(chosen, 1, 300.0, 1.02, 25)
+    ledger = KernelLedger("g", "t", "3.7", "today", {place: {str(first["most"]): entry}})
+    found = choose(every, place, first["most"], Tuning(ledger=ledger, timed=2))
+    assert (found.chosen, found.name, found.others) == ("other", chosen, {})
+    rest = choose(every, place, None, Tuning(ledger=ledger, timed=2))
+    assert rest.chosen == "standard" and len(rest.others) == 2
+    gone = KernelLedger("g", "t", "3.7", "today", {place: {"any": Entry("9 programs", 1, 1, 1, 9)}})
+    assert choose(every, place, None, Tuning(ledger=gone, timed=2)) == rest

@@ -76,7 +76,7 @@ BY_CARD = (
     linear, quantized_linear, fp8_linear, kv_write_attention, paged_attention, kv_write,
     qk_norm_rope_kv_write,
 )  # fmt: skip
-TUNED = (linear, quantized_linear, fp8_linear)
+TUNED = (linear, quantized_linear, fp8_linear, kv_write_attention, paged_attention, sample)
 
 
 def emitters_for(card: Card = DEFAULT, tuning: Tuning | None = None) -> Sequence[Any]:

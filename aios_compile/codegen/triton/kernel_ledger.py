@@ -20,6 +20,7 @@ from aios_compile.errors import CodegenError
 
 FOLDER = Path(__file__).parent / "ledgers"
 FORMAT = 1
+MEASURED = "measured, "  # begins the reason of what a ledger decided
 Rows = Mapping[str, "Entry"]  # the largest number of rows, or "any"
 
 
@@ -40,7 +41,7 @@ class Entry:
     def text(self) -> str:
         """Return the reason in words."""
         return (
-            f"measured, {self.speedup:.3f}x of a step of {self.tokens} tokens and "
+            f"{MEASURED}{self.speedup:.3f}x of a step of {self.tokens} tokens and "
             f"{self.step_us:.0f} us"
         )
 
@@ -116,14 +117,38 @@ def shipped(
     path = path_of(gpu, folder)
     if not path.exists():
         return None, f"no ledger of kernels for {gpu}"
+    found = _read(path)
+    if (found.gpu, found.target) != (gpu, target):
+        return None, f"{path.name} is of {found.gpu}, {found.target}: not used on {gpu}, {target}"
+    return _for_version(found, path, triton)
+
+
+def of_card(
+    target: str, name: str, triton: str, folder: Path = FOLDER
+) -> tuple[KernelLedger | None, str]:
+    """Return the ledger of a GPU that is not here, and a line that says which: of the GPUs of a
+    target the one that the card is named after ("H200"), else the first.
+
+    Raises CodegenError for a file that cannot be read.
+    """
+    every = [(path, _read(path)) for path in sorted(folder.glob("*.json"))]
+    mine = [(path, ledger) for path, ledger in every if ledger.target == target]
+    if not mine:
+        return None, f"the ledger of kernels is empty for {target}: no GPU of it was measured"
+    path, found = min(mine, key=lambda x: name not in x[1].gpu)
+    return _for_version(found, path, triton)
+
+
+def _for_version(found: KernelLedger, path: Path, triton: str) -> tuple[KernelLedger | None, str]:
+    if found.triton != minor_version(triton):
+        return None, f"{path.name} was measured with triton {found.triton}: not used with {triton}"
+    return found, f"{path.name}, measured {found.measured}: {len(found.entries)} kernels"
+
+
+def _read(path: Path) -> KernelLedger:
     try:
-        found = KernelLedger.from_json(json.loads(path.read_text()))
+        return KernelLedger.from_json(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CodegenError(
             f"{path} is not a ledger of kernels ({error})", advice="install the package again"
         ) from error
-    if (found.gpu, found.target) != (gpu, target):
-        return None, f"{path.name} is of {found.gpu}, {found.target}: not used on {gpu}, {target}"
-    if found.triton != minor_version(triton):
-        return None, f"{path.name} was measured with triton {found.triton}: not used with {triton}"
-    return found, f"{path.name}, measured {found.measured}: {len(found.entries)} kernels"

@@ -28,7 +28,9 @@ from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.strided import body_lines, resolve
 from aios_compile.codegen.triton import head_rows, paged_attention
 from aios_compile.codegen.triton.cards import DEFAULT, Card
+from aios_compile.codegen.triton.choice import Tuning
 from aios_compile.codegen.triton.frame import python_dim
+from aios_compile.codegen.triton.launch_forms import choose
 from aios_compile.codegen.triton.template import Bound, Entry, kernel
 
 aios = torch.ops.aios
@@ -102,8 +104,11 @@ def reference(spec: Bound[Pair], body: fx.GraphModule, *tensors: Tensor) -> tupl
     return tuple(body(*tensors))
 
 
-def emit(bound: Bound[Pair], card: Card = DEFAULT) -> KernelSource:
-    """Return the module for a card; the caches are updated in place."""
+def emit(bound: Bound[Pair], card: Card = DEFAULT, tuning: Tuning | None = None) -> KernelSource:
+    """Return the module for a card; the caches are updated in place.
+
+    tuning: see launch_forms.choose.
+    """
     rows, spec = bound.spec
     names, tokens = head_rows.names(rows), spec.inputs[0].operand.shape[0]
     order = ("q", "q_weight", "k", "k_weight", "v", "cos", "sin", "slots")
@@ -120,15 +125,19 @@ def emit(bound: Bound[Pair], card: Card = DEFAULT) -> KernelSource:
         "head_rows", (*names.values(), count),
         f"({count} + {block - 1}) // {block}, {2 * values['KV_HEADS']}", (("BLOCK_T", block),),
     )  # fmt: skip
-    variants = [(min(NEW_TOKENS, most), [fused])]
-    variants += [(most, [write, split])] if most > NEW_TOKENS else []
+    every = {min(NEW_TOKENS, most): {name: [e] for name, e in fused.items()}}
+    if most > NEW_TOKENS:
+        every[most] = {name: [write, e] for name, e in split.items()}
+    last = {name: [write, e] for name, e in whole.items()}
+    place = f"kv_write_{paged_attention.signature(spec)}"
+    found = {m: choose(x, place, m, tuning) for m, x in [*every.items(), (None, last)]}
     return kernel(
         rows.name, bound, SUMMARY, bound.operands, values,
         [*head_rows.code_templates(rows), "head_rows", paged_attention.slopes(spec), "new_rows",
          "paged_attention"],
-        [*variants, (None, [write, whole])], tokens, inplace=head_rows.inplace(rows),
+        [(m, forms.chosen) for m, forms in found.items()], tokens, inplace=head_rows.inplace(rows),
         lines=rows.lines, workspace=paged_attention.workspaces(spec),
-        counters=paged_attention.counters(spec),
+        counters=paged_attention.counters(spec), others=found, signature=place,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ results of (segments x queries) once more.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +26,9 @@ from aios_compile.codegen.cpp.paged_attention import PagedAttentionSpec
 from aios_compile.codegen.operand import Operand
 from aios_compile.codegen.source import KernelSource
 from aios_compile.codegen.triton.cards import DEFAULT, Card
+from aios_compile.codegen.triton.choice import Tuning
 from aios_compile.codegen.triton.frame import python_dim
+from aios_compile.codegen.triton.launch_forms import choose
 from aios_compile.codegen.triton.template import (
     Bound,
     Entry,
@@ -66,19 +69,34 @@ def reference(spec: Bound[PagedAttentionSpec], *tensors: Tensor) -> Tensor:
     return paged_attention.reference(spec.spec, *tensors)
 
 
-def emit(bound: Bound[PagedAttentionSpec], card: Card = DEFAULT) -> KernelSource:
-    """Return the kernel module for a card."""
+def emit(
+    bound: Bound[PagedAttentionSpec], card: Card = DEFAULT, tuning: Tuning | None = None
+) -> KernelSource:
+    """Return the kernel module for a card. tuning: see launch_forms.choose."""
     spec = bound.spec
     q, k, v, *_ = (view.index for view in spec.inputs)
     scales = (spec.k_scales.index, spec.v_scales.index) if spec.k_scales and spec.v_scales else ()
-    split, whole = entries(spec, (q,) * 8, (k, v, *scales), card)
+    every = entries(spec, (q,) * 8, (k, v, *scales), card)
+    name, most = signature(spec), split_tokens(spec)
+    bounds = zip((most, None), every)
+    found = {m: choose({n: [e] for n, e in x.items()}, name, m, tuning) for m, x in bounds}
     return kernel(
         "paged_attention", bound, SUMMARY, bound.operands, constants(spec, card),
         [*(["e4m3"] if floats_in_codes(spec) else []), slopes(spec), "plain_queries",
          "paged_attention"],
-        [(split_tokens(spec), [split]), (None, [whole])], spec.inputs[0].operand.shape[0],
-        lines=spec.lines, workspace=workspaces(spec), counters=counters(spec),
+        [(most, forms.chosen) for most, forms in found.items()], spec.inputs[0].operand.shape[0],
+        lines=spec.lines, workspace=workspaces(spec), counters=counters(spec), others=found,
+        signature=name,
     )  # fmt: skip
+
+
+def signature(spec: PagedAttentionSpec) -> str:
+    """Return what a measurement of the kernels is kept under (kernel_ledger.py)."""
+    shape = shape_of(spec)
+    sizes = f"{shape['HEADS']}/{shape['KV_HEADS']} heads of {shape['D']} and {shape['DV']}"
+    pages = f"pages of {shape['PAGE']} {spec.inputs[1].operand.dtype}"
+    masks = "".join(f", {n} {v}" for n, v in (("window", spec.window), ("chunk", spec.chunk)) if v)
+    return f"attention {sizes}, {pages}, {shape['SEGMENTS']} x {shape['SEGMENT']} keys{masks}"
 
 
 def entries(
@@ -87,8 +105,9 @@ def entries(
     caches: Sequence[int],
     card: Card,
     writes: bool = False,
-) -> tuple[Entry, Entry]:
-    """Return the launches for few tokens and for many.
+) -> tuple[dict[str, Entry], dict[str, Entry]]:
+    """Return the launches for few tokens and for many: by name, the standard one first. All forms
+    give the same bits: how many programs share the units, and how far loads are ahead.
 
     rows: operands q, q's norm weight, k, k's, v, cos, sin, slots. caches: of keys, of values, and
     their scales if they hold codes. writes: the first one writes the
@@ -103,20 +122,28 @@ def entries(
     spaces = tuple(range(spec.num_operands, spec.num_operands + 3))
     narrow = next_power_of_two(shape["GROUP"], 16)
     wide, kv_heads = max(WHOLE_ROWS, narrow), shape["KV_HEADS"]
-    programs = f"min({sizes[0]} * {shape['SEGMENTS']}, {-(-PROGRAMS // kv_heads)})"
     blocks = f"{sizes[0]} // {wide // shape['GROUP']} + {sizes[1]} + 1"
     stages = (3 if card.async_dots else 2, 3 if card.warp == 32 else 2)
     stages = (1, 1) if spec.k_scales is not None else stages  # Triton 3.7 stages no bytes
     where = ("tl.program_id(0)", "tl.program_id(1)", "tl.num_programs(0)")
-    split = Entry(
-        "attend_split", (*rows, *arguments, *spaces, *sizes, *where), f"{programs}, {kv_heads}",
-        (("BLOCK_M", narrow), ("WRITES", int(writes))), num_stages=stages[0],
-    )  # fmt: skip
+    ahead = (0,) if spec.k_scales is not None else (0, -1, 1)
+    split = {}
+    for share, more in itertools.product((1.0, 0.5, 2.0), ahead):
+        count = max(1, -(-int(PROGRAMS * share) // kv_heads))
+        split[f"{count} programs a head, {stages[0] + more} stages"] = Entry(
+            "attend_split", (*rows, *arguments, *spaces, *sizes, *where),
+            f"min({sizes[0]} * {shape['SEGMENTS']}, {count}), {kv_heads}",
+            (("BLOCK_M", narrow), ("WRITES", int(writes))), num_stages=stages[0] + more,
+        )  # fmt: skip
     queries = (rows[0], rows[1], rows[5], rows[6])
-    whole = Entry(
-        "attend_whole", (*queries, *arguments, *sizes), f"{blocks}, {kv_heads}",
-        (("BLOCK_M", wide),), num_warps=8 if card.warp == 32 else 4, num_stages=stages[1],
-    )  # fmt: skip
+    whole = {
+        f"{stages[1] + more} stages": Entry(
+            "attend_whole", (*queries, *arguments, *sizes), f"{blocks}, {kv_heads}",
+            (("BLOCK_M", wide),), num_warps=8 if card.warp == 32 else 4,
+            num_stages=stages[1] + more,
+        )
+        for more in ahead
+    }  # fmt: skip
     return split, whole
 
 

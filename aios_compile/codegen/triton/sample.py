@@ -14,7 +14,7 @@ global counters; Gumbel-max (Gumbel, 1954) with Philox4x32-10 (Salmon et al., SC
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, fx
@@ -25,7 +25,9 @@ from aios_compile.codegen.linear_index import product
 from aios_compile.codegen.naming import symbol_of, variable
 from aios_compile.codegen.operand import Dim, Operand
 from aios_compile.codegen.source import KernelSource
+from aios_compile.codegen.triton.choice import Tuning
 from aios_compile.codegen.triton.frame import Launch, Variant, module_text, python_dim, signature
+from aios_compile.codegen.triton.launch_forms import candidates, choose
 from aios_compile.ir.sample_op import INPUTS, MAX_LOGPROBS
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -33,6 +35,9 @@ CHUNK = 4096  # logits of one program: 32 a thread
 BLOCK = 4096  # logits that the one program of a filtered row holds at a time
 TOPS = 32  # room for the likeliest tokens of a chunk: a power of two that holds MAX_LOGPROBS
 WARPS = {"rewrite": 16, "draw": 16}  # 4 in the others
+# Warps of the draw and of the rank that the clock may choose, the standard first: largest values
+# and counts are the same in any order. Of the others, which add floats, it may not.
+FORMS = ((16, 4), (8, 4), (4, 4), (16, 8), (8, 8))
 LISTS = ("penalty_starts", "bias_starts", "allowed_starts")
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 # The template's functions in the order of their launches: what each is given, its constexprs.
@@ -110,8 +115,8 @@ def workspace_of(spec: TritonSampleSpec) -> list[Operand]:
     ]
 
 
-def emit(spec: TritonSampleSpec) -> KernelSource:
-    """Return the kernel module."""
+def emit(spec: TritonSampleSpec, tuning: Tuning | None = None) -> KernelSource:
+    """Return the kernel module. tuning: see launch_forms.choose."""
     symbol = symbol_of("sample", spec)
     workspace = workspace_of(spec)
     operands = [*spec.operands, *workspace]
@@ -134,11 +139,21 @@ def emit(spec: TritonSampleSpec) -> KernelSource:
         parts.append("\n".join([*head, f"    {function}({call})"]))
         grid = rows if whole_row else f"{rows} * {chunks}"
         launches.append(Launch(name, grid, constexprs, WARPS.get(function, 4), 1, fused=False))
+    forms = {}
+    for draw, rank in FORMS:
+        warps = dict(zip(ARGUMENTS, (None, None, draw, rank, None)))
+        pairs = zip(launches, warps.values())
+        forms[f"draw {draw}, rank {rank} warps"] = tuple(
+            replace(launch, num_warps=w or launch.num_warps) for launch, w in pairs
+        )
+    place = f"sample {spec.vocabulary} by {spec.chunk}"
+    found = choose(forms, place, None, tuning)
+    variant = Variant(None, found.chosen, tuple(found.others.items()), found.name)
     comment = ["sample: one token a row of logits", *(f"model: {x}" for x in spec.base.lines)]
-    text = module_text(comment, operands, parts, [Variant(None, tuple(launches))], 1, workspace)
+    text = module_text(comment, operands, parts, [variant], 1, workspace)
     return KernelSource(
         "sample", symbol, "triton", text, len(spec.operands), (), spec.base.lines,
-        tuple(workspace),
+        tuple(workspace), candidates=candidates([found], place),
     )  # fmt: skip
 
 

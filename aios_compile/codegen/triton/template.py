@@ -16,7 +16,9 @@ from typing import Generic, TypeVar
 from aios_compile.codegen.naming import variable
 from aios_compile.codegen.operand import Dim, Operand, SizeExpr
 from aios_compile.codegen.source import KernelSource
-from aios_compile.codegen.triton.frame import Launch, Variant, module_text, signature
+from aios_compile.codegen.triton.frame import Launch, Variant, module_text
+from aios_compile.codegen.triton.frame import signature as head_of
+from aios_compile.codegen.triton.launch_forms import Forms, candidates
 from aios_compile.errors import CodegenError
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -94,13 +96,17 @@ def kernel(
     lines: Sequence[str] = (),
     workspace: Sequence[Operand] = (),
     counters: int = 0,
+    others: Mapping[int | None, Forms[Sequence[Entry]]] | None = None,
+    signature: str = "",
 ) -> KernelSource:
     """Return the source of one module.
 
     values: constants by name. templates: files below templates/, or the Text itself. variants: the
     entries that run for up to so many `rows` (None: any number). counters: how many the module
-    needs; they are the last operand.
+    needs; they are the last operand. others: row bound -> what else the clock may choose, under
+    the signature.
     """
+    others = others or {}
     symbol = symbol_of(name, spec)
     told = [*summary, *(["computes", *(f"  {x}" for x in lines)] if lines else [])]
     spaces = [*workspace, *([Operand("counters", "i32", (counters,), (1,))] if counters else [])]
@@ -111,22 +117,25 @@ def kernel(
         parts.append(file if known else (TEMPLATES / f"{file}.py.txt").read_text().rstrip("\n"))
     chosen = []
     for most, entries in variants:
-        for entry in entries:
+        forms = others.get(most, Forms(entries, "", {}))
+        for entry in (*entries, *(e for form in forms.others.values() for e in form)):
             text = _entry(symbol, entry, every)
             if text not in parts:
                 parts.append(text)
-        chosen.append(Variant(most, tuple(_launch(symbol, entry) for entry in entries)))
+        listed = [(n, tuple(_launch(symbol, e) for e in es)) for n, es in forms.others.items()]
+        launches = tuple(_launch(symbol, entry) for entry in entries)
+        chosen.append(Variant(most, launches, tuple(listed), forms.name))
     text = module_text(told, every, parts, chosen, rows, workspace)
     return KernelSource(
         name, symbol, "triton", text, len(operands), inplace, tuple(lines), tuple(workspace),
-        counters,
+        counters, candidates=candidates(list(others.values()), signature),
     )  # fmt: skip
 
 
 def _entry(symbol: str, entry: Entry, operands: Sequence[Operand]) -> str:
     names = [name for name, _ in entry.constexprs]
     given = [variable(operands[a], a) if isinstance(a, int) else a for a in entry.arguments]
-    head = signature(f"{symbol}_{entry.function}", operands, names)
+    head = head_of(f"{symbol}_{entry.function}", operands, names)
     return "\n".join([*head, f"    {entry.function}({', '.join([*given, *names])})"])
 
 
