@@ -7,6 +7,8 @@ quantized_linear.py: a row has the same bits for every T, tile, split and target
 expert's matrix once for up to 8 tokens that chose it (4 on AVX2), again from the cache for more;
 experts that nobody chose not at all. Items: tokens to prepare (one token is prepared by whoever
 multiplies), then (panel of blocks, chosen expert); an item looks for its rows in `experts`.
+Measured, 32 experts of [1536, 2048], 8 a token, one core of Zen 4, against the kernel of bf16: 1
+token 2.8x as fast in 8 bits (24 GB/s) and 4.9x in 4, 8 tokens 2.9x and 5.3x, 64 tokens 3.3x, 3.8x.
 """
 
 from __future__ import annotations
