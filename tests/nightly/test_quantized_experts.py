@@ -62,7 +62,7 @@ def test_logits_are_those_of_the_weights_that_the_codes_mean(
     model = build(name)
     with aios_compile.load_and_compile(model, quantization=bits, progress=False) as found:
         row = next(r for r in found.report().passes if r.name == "quantize_weights")
-        assert not [r for r in row.refusals if "expert" in r and "router" not in r], row.refusals
+        assert all("rows is too small" in r for r in row.refusals), row.refusals  # routers, gates
         packed = [w for w in found.program.weights if len(w.shape) == 3]
         assert len(packed) == 4 and all(w.packed.startswith("quant16") for w in packed)
         exact = model.float()
