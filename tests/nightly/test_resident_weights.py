@@ -54,6 +54,9 @@ before = resident()
 if sys.argv[3] == "huge":
     weight_memory.LEAST_BYTES = 0
 model = answer(sys.argv[2])
+if sys.argv[3] == "huge":
+    model._opened.memory._thread.join()
+    assert model._opened.memory.in_huge_pages
 after = resident()
 assert "torch" not in sys.modules
 print(after - before - model.memory_plan.arena_bytes - {pool})
