@@ -1,17 +1,18 @@
 """How long a step takes, as a small additive model fitted to the steps of a decision log.
 
 step_us = tokens(T) + row * R + key * K + context * C + page * P + arrival * A + prompt * Q
-          + woken * W + changed * B
+          + woken * W + changed * B + changed_row * B * R
 
 T tokens computed, R logit rows, P pages copied or swapped, A requests with Q prompt tokens that
 arrived while it ran; W is 1 for a step of an engine that slept before it: its threads wake up, and
 other programs have had the caches. B is 1 for a batch that is not the step before moved on by a
-token: it is built anew, and was not begun ahead of its turn, so that a decode after a change takes
-twice as long as the next one. Attention reads K keys, once for all queries of a chunk, and
-multiplies C pairs of a query and a key that it sees: a prompt's tokens share what a decode reads
-for itself, so that a pair of a decode costs several times one of a prompt. tokens(T) rises from
-knot to knot in straight lines: kernels work in tiles of 4 and 16 tokens, a few tokens are bound by
-bytes and many by arithmetic, so one slope for all lengths is off by a third somewhere.
+token: it is built anew, and was not begun ahead of its turn, which costs something for each row: a
+decode after a change takes twice as long as the next one. Attention reads K keys, once for all
+queries of a chunk, and multiplies C pairs of a query and a key that it sees: a prompt's tokens
+share what a decode reads for itself, so that a pair of a decode costs several times one of a
+prompt. tokens(T) rises from knot to knot in straight lines: kernels work in tiles of 4 and 16
+tokens, a few tokens are bound by bytes and many by arithmetic, so one slope for all lengths is off
+by a third somewhere.
 
 The log has the time of every event, so nothing else is measured: a step lasts from its Schedule to
 the next one, or to its Commit when nothing was left to do. What follows the Commit (text, metrics,
@@ -39,7 +40,7 @@ from aios_compile.runtime.events import Arrive, Commit, Schedule
 from aios_compile.runtime.replay import follow, read_records
 from aios_compile.runtime.schedule_state import Plan, SchedulerState
 
-VERSION = 5
+VERSION = 6
 LEAST_STEPS = 20
 NUM_TRIMS = 3  # rounds in which steps far off (another process had the core) are left out
 TRIM_AT = 4.0  # times the median deviation
@@ -51,14 +52,14 @@ QUANTILES = 41
 LISTS = ("tokens_us", "noise", "stalls_us")
 SLOPES = (
     *("row_us", "key_us", "context_us", "page_us", "arrival_us", "prompt_us"),
-    *("woken_us", "changed_us"),
+    *("woken_us", "changed_us", "changed_row_us"),
 )
 MOST_AFTER = 0.9  # of a step's time
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Microseconds. Written as JSON: {"version": 5, "tokens_us": [...], ...}.
+    """Microseconds. Written as JSON: {"version": 6, "tokens_us": [...], ...}.
 
     tokens_us: what a step of KNOTS[i] tokens takes more than one of KNOTS[i - 1], without its rows
     and attention. after_us, after_row_us: of a step's time what passes when its tokens are there.
@@ -76,6 +77,7 @@ class CostModel:
     prompt_us: float = 0.0
     woken_us: float = 0.0
     changed_us: float = 0.0
+    changed_row_us: float = 0.0
     after_us: float = 0.0
     after_row_us: float = 0.0
     wake_us: float = 0.0
@@ -150,7 +152,7 @@ def features(
     woken: bool = False,
     changed: bool = False,
 ) -> tuple[float, ...]:
-    """Return how far each rise between knots is climbed, then R, K, C, P, A, Q, W, B."""
+    """Return how far each rise between knots is climbed, then R, K, C, P, A, Q, W, B, BR."""
     keys = sum(c.start + c.num_tokens for c in plan.chunks)
     pairs = sum(c.num_tokens * (c.start + (c.num_tokens + 1) / 2) for c in plan.chunks)
     pages = len(plan.copies) + len(plan.swap_outs) + len(plan.swap_ins)
@@ -164,6 +166,7 @@ def features(
         num_prompt_tokens,
         float(woken),
         float(changed),
+        float(changed * plan.num_rows),
     )
 
 

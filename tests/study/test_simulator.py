@@ -78,7 +78,7 @@ def test_a_tile_of_kernels_is_seen() -> None:
 
 def test_no_cost_is_negative() -> None:
     plans = [a_plan(t, 1, 100 - t, 0) for t in range(1, 60)]
-    times = [100.0 + plan.num_tokens - features(plan)[-6] / 500 for plan in plans]
+    times = [100.0 + plan.num_tokens - features(plan)[-7] / 500 for plan in plans]
     assert min(fit([features(plan) for plan in plans], times).coefficients) >= 0
 
 
@@ -86,7 +86,8 @@ def test_features_of_a_plan() -> None:
     plan = Plan(chunks=[Chunk(0, 10, 1, 1), Chunk(1, 4, 3, 0)], num_tokens=4, num_rows=1)
     plan.copies.append((1, 2))
     # the query at 10 sees 11 keys; those at 4, 5, 6 see 5, 6, 7, which are 7 different ones
-    assert features(plan, 2, 30)[len(KNOTS) :] == (1, 11 + 7, 11 + 5 + 6 + 7, 1, 2, 30, 0, 0)
+    assert features(plan, 2, 30)[len(KNOTS) :] == (1, 11 + 7, 11 + 5 + 6 + 7, 1, 2, 30, 0, 0, 0)
+    assert features(plan, changed=True)[-2:] == (1, 1)
     assert features(plan)[: len(KNOTS)] == (1, 1, 1, *(0,) * (len(KNOTS) - 3))
 
 
@@ -96,10 +97,11 @@ def test_a_batch_that_changed_costs_more() -> None:
     prompt = Plan(chunks=[Chunk(0, 0, 7, 1)], num_tokens=7, num_rows=1, num_prefill_tokens=7)
     seen = [(decode, decode), (decode, other), (decode, prompt), (prompt, decode), (decode, None)]
     assert [is_changed(*pair) for pair in seen] == [False, True, True, True, False]
-    rows = [features(decode, changed=bool(i % 3)) for i in range(60)]
-    assert fit(rows, [300.0 + 200 * bool(i % 3) for i in range(60)]).changed_us == pytest.approx(
-        200
-    )
+    plans = [a_plan(t, t, 7, 0) for t in (1, 2, 4, 8)]
+    rows = [features(plans[i % 4], changed=bool(i % 3)) for i in range(60)]
+    times = [300.0 + (200 + 30 * plans[i % 4].num_rows) * bool(i % 3) for i in range(60)]
+    found = fit(rows, times)
+    assert found.changed_us == pytest.approx(200) and found.changed_row_us == pytest.approx(30)
     arrivals = [Arrival(0, (1, 2), (5,) * count) for count in (3, 6)]
     options = SchedulerOptions()
     base, more = (
@@ -112,7 +114,7 @@ def test_a_batch_that_changed_costs_more() -> None:
 def test_cost_models_are_json(tmp_path: Path) -> None:
     path = tmp_path / "cost.json"
     COST.save(path)
-    assert json.loads(path.read_text())["version"] == 5 and CostModel.load(path) == COST
+    assert json.loads(path.read_text())["version"] == 6 and CostModel.load(path) == COST
     for text in ("", "[]", "{}", '{"version": 2}', '{"version": 3, "noise": "x"}'):
         path.write_text(text)
         with pytest.raises(LogError):
