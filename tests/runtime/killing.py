@@ -102,9 +102,10 @@ def run_while_killing(
     rng, epoch = random.Random(seed), 0
     try:
         for number in range(num_kills):
-            end = time.monotonic() + 30
+            waits = 0  # not seconds: all of this may be stopped for minutes on a shared machine
             while front.epoch == epoch or front._outbox is None:
-                assert time.monotonic() < end and not over.is_set(), errors
+                assert waits < 15_000 and not over.is_set(), (waits, errors)
+                waits += 1
                 time.sleep(0.002)
             epoch, child = front.epoch, front.child
             time.sleep(rng.random() * longest_life_s)
