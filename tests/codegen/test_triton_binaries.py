@@ -14,14 +14,14 @@ pytest.importorskip("triton")
 
 import triton
 
-from aios_compile.codegen.triton import linear, quantized_linear, sample
+from aios_compile.codegen.triton import fp8_linear, linear, quantized_linear, sample
 from aios_compile.codegen.triton.cards import card_of
 from aios_compile.codegen.triton.compile_ahead import compile_ahead, parse_target
 from aios_compile.codegen.triton.configs import Config
 from aios_compile.codegen.triton.dependent_launch import with_dependent_launch
 from aios_compile.errors import CodegenError
 from tests.codegen.test_sample import body_of
-from tests.codegen.test_triton_quantized_linear import plain, quantized_spec
+from tests.codegen.test_triton_quantized_linear import plain, quantized_body
 from tests.codegen.triton_shapes import linear_spec
 from tests.variants import nightly
 
@@ -36,7 +36,7 @@ def test_linear_kernels_use_what_is_pinned(layer: str, target: str, tmp_path: Pa
     """(most registers, KiB of shared memory) with triton 3.7; others only may not spill."""
     pinned = {
         ("down", "cuda:90"): {"rows": (62, 8), "dot": (109, 128), "tile": (190, 112)},
-        ("gate_up", "cuda:80"): {"rows": (56, 2), "dot": (255, 72), "tile": (168, 48)},
+        ("gate_up", "cuda:80"): {"rows": (64, 2), "dot": (255, 72), "tile": (168, 48)},
     }[layer, target]
     source = linear.emit(linear_spec("Qwen3-0.6B", layer), card_of(target))
     (binaries,) = compile_ahead([source], target, tmp_path)
@@ -57,16 +57,43 @@ def test_linear_kernels_use_what_is_pinned(layer: str, target: str, tmp_path: Pa
             assert "wgmma" in text or "mma.sync" in text
 
 
-def test_quantised_rows_stream_16_bytes_a_load(tmp_path: Path) -> None:
-    """The chosen kernel for one token; every variant of two models: nightly/test_triton_models."""
+@pytest.mark.parametrize(
+    "form", ["int4_g32_f16", "bf16", *nightly("int8_g32_f16", "e4m3_g128_f32")]
+)
+def test_rows_of_weights_stream_and_nothing_is_exchanged_in_the_loop(
+    form: str, tmp_path: Path
+) -> None:
+    """The chosen kernel for one token; every variant of two models: nightly/test_triton_models.
+
+    Codes come 4 bytes a thread, 128 of a row in a warp; bf16 weights 16 bytes a thread. No barrier,
+    no shared memory and no slow conversion stands between the loop's label and its branch back.
+    """
     card = card_of("cuda:90")
-    spec = quantized_spec(plain, "int4_g32_f16", 1024, 3072)[2]
-    rows = [(c.most, c.config) for c in quantized_linear.choices(spec, card) if c.most == 1]
-    source = quantized_linear.emit(spec, card, rows)
+    if form == "bf16":
+        emitter, spec, width = linear, linear_spec("Llama-3.1-8B", "down"), "v4.b32"
+    else:
+        emitter = fp8_linear if form.startswith("e4m3") else quantized_linear
+        spec, width = emitter.spec_of(*quantized_body(plain, form, 1024, 4096)), ".b32"
+    rows = [(c.most, c.config) for c in emitter.choices(spec, card) if c.most == 1]
+    source = emitter.emit(spec, card, rows)
     ((binary,),) = compile_ahead([source], card.target, tmp_path)
-    loads = WEIGHT_LOADS.findall(binary.assembly())
+    text = binary.assembly()
+    loads = WEIGHT_LOADS.findall(text)
     assert binary.spill_bytes == 0 and binary.registers <= 128, binary
-    assert loads and all(load.endswith("v4.b32") for load in loads), loads
+    assert loads and all(load.endswith(width) for load in loads), loads
+    loop = max(loops(text), key=len)
+    assert WEIGHT_LOADS.search(loop) and "fma.rn.f32" in loop
+    exchanged = ("bar.sync", "shared", "shfl", "cvt.rn.f32.u8", "cvt.rn.f32.u16")
+    assert not [word for word in exchanged if word in loop]
+
+
+def loops(ptx: str) -> list[str]:
+    """Return the texts from a label to a branch back to it."""
+    found = []
+    for label in re.finditer(r"^(\$L\w+):", ptx, re.M):
+        back = re.compile(rf"bra(?:\.uni)?\s+{re.escape(label.group(1))};")
+        found += [ptx[label.end() : end.start()] for end in back.finditer(ptx, label.end())]
+    return found
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100"])

@@ -33,7 +33,7 @@ from aios_compile.codegen.triton.compile_ahead import Binary
 
 NAME_DIGEST = re.compile(r"_[0-9a-f]{8,10}(?=_|$)")
 STREAMING = ("linear", "quantized_linear", "fp8_linear", "kv_write_attention", "paged_attention")
-WIDE = ("v4.b32", "cp.async.cg.shared.global", "global_load_dwordx4")  # 16 bytes
+WIDE = ("v4.b32", "cp.async.cg.shared.global", "load_dwordx4")  # 16 bytes
 Compile = Callable[[Sequence[KernelSource], str, Mapping[str, int]], list[list[Binary]]]
 
 

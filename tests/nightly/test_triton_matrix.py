@@ -56,7 +56,8 @@ def test_quantized_linears(form: str, target: str, tmp_path: Path) -> None:
         assert all(b.spill_bytes == 0 for b in binaries), binaries
         (row,) = (b for b in binaries if "_rows_" in b.kernel)
         loads = WEIGHT_LOADS.findall(row.assembly())
-        assert all(x.endswith("v4.b32") for x in loads) and bool(loads) == ("cuda" in target)
+        # four codes a thread, 128 bytes of a row in a warp (quantized_linear._rows)
+        assert all(x.endswith(".b32") for x in loads) and bool(loads) == ("cuda" in target)
 
 
 @pytest.mark.parametrize("target", CARDS)

@@ -25,6 +25,7 @@ class Card:
     `async_dots`: whether the tensor cores read their factors from shared memory (wgmma, tcgen05).
     `fp8`: whether they multiply e4m3 numbers (OCP's).
     `warps`: that a streaming kernel's program may have; the phases of one launch share a number.
+    `loads`: of 16 bytes of a block that a thread of a program of 8 warps holds without spilling.
     """
 
     target: str
@@ -42,6 +43,7 @@ class Card:
     dependent_launch: bool = False
     fp8: bool = False
     warps: tuple[int, ...] = (2, 4, 8)
+    loads: int = 4
 
     def processor_bytes_per_us(self) -> float:
         """Return what one multiprocessor can draw when the others idle: twice its share."""
@@ -58,7 +60,7 @@ CARDS = {
         ),
         Card(
             "cuda:100", "B200", 148, 6.8e6, 1690e6, 228 << 10, 64, True, 180 * GB,
-            dependent_launch=True, fp8=True,
+            dependent_launch=True, fp8=True, loads=2,
         ),
         Card(
             "hip:gfx942", "MI300X", 304, 4.5e6, 980e6, 64 << 10, 64, False, 192 * GB,

@@ -139,7 +139,7 @@ def _rows_fit(c: Config, p: Problem, card: Card) -> bool:
 
     Two: of two streams that meet half precision ptxas spills the fourth load on sm_100.
     """
-    most = 2 if p.streams > 1 and p.x_bytes < 4 else 4
+    most = 2 if p.streams > 1 and p.x_bytes < 4 else card.loads if c.num_warps == 8 else 4
     loaded = c.block_k * p.weight_bytes / (c.num_warps * card.warp * 16)
     rows = c.block_n * p.streams
     whole = loaded in (1, 2, 4) and rows * loaded <= most
@@ -170,4 +170,8 @@ def _tiles_fit(c: Config, p: Problem, card: Card) -> bool:
     narrow = c.block_k < 256 or c.block_n == 16
     held = held_sums <= card.sums and held_sums * p.parts <= 128
     fits = shared <= card.shared_bytes - 4096 and held
-    return fits and x_elements <= most_x and depth and narrow
+    # Two products into one sum whose warps do not all stand along the tokens: Triton moves the sums
+    # through shared memory between them (65 barriers a step of 64x128x64 on sm_90).
+    along = c.kind != "tile" or not card.async_dots or p.parts == 1
+    along = along or c.block_t >= 16 * c.num_warps
+    return fits and along and x_elements <= most_x and depth and narrow

@@ -12,6 +12,7 @@ Compiled out in the interpreter; modules for other cards are left as they are.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from aios_compile.codegen.operand import BYTES
@@ -63,18 +64,26 @@ def _waiting(text: str, kernel: str) -> str:
 
 
 def prefetch_lines(spec: LinearSpec, config: Config) -> list[str]:
-    """Return the lines that fetch a program's weights into L2, before it waits for its inputs.
-
-    Programs that share a tile's depth fetch a part each.
-    """
-    size = BYTES[spec.weight.operand.dtype]
-    lines = -(-spec.depth * size // (LINE_BYTES * config.split))
-    if not config.prefetch or lines * config.block_n * spec.streams > MOST_LINES:
+    """Return the lines that fetch a program's weights into L2, before it waits for its inputs."""
+    if not config.prefetch:
         return []
-    first = f"part * {lines}" if config.split > 1 else "0"
+    rows = [w_row(spec, "column", s) for s in range(spec.streams)]
+    item = BYTES[spec.weight.operand.dtype]
+    return prefetch_rows(rows, spec.depth * item, item, config.block_n, config.split)
+
+
+def prefetch_rows(
+    rows: Sequence[str], num_bytes: int, item: int, columns: int, split: int
+) -> list[str]:
+    """Return the lines that fetch rows into L2; none where they are more than a program should.
+
+    rows: texts of the addresses [columns, 1] of a stream's rows of `num_bytes` in elements of
+    `item`. Programs that share a tile's depth fetch a part each.
+    """
+    lines = -(-num_bytes // (LINE_BYTES * split))
+    if lines * columns * len(rows) > MOST_LINES:
+        return []
+    first = f"part * {lines}" if split > 1 else "0"
     padded = 1 << max(0, lines - 1).bit_length()
-    last = -(-spec.depth * size // LINE_BYTES) - 1
-    return [
-        f"prefetch({w_row(spec, 'column', s)}, {first}, {last}, {padded}, {LINE_BYTES // size})"
-        for s in range(spec.streams)
-    ]
+    last = -(-num_bytes // LINE_BYTES) - 1
+    return [f"prefetch({row}, {first}, {last}, {padded}, {LINE_BYTES // item})" for row in rows]

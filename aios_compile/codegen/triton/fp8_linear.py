@@ -38,7 +38,11 @@ from aios_compile.codegen.triton.linear_spec import LinearSpec
 from aios_compile.codegen.triton.linear_text import kernel_text, tail_lines, tile_lines, x_row
 from aios_compile.codegen.triton.norm_prologue import gain_lines, scale_text, scaled
 from aios_compile.codegen.triton.quantized_configs import STRIP
-from aios_compile.codegen.triton.quantized_linear import QuantizedLinearSpec, weight_lines
+from aios_compile.codegen.triton.quantized_linear import (
+    QuantizedLinearSpec,
+    prefetch_codes,
+    weight_lines,
+)
 from aios_compile.codegen.triton.split_depth import Shared
 from aios_compile.codegen.triton.template import TEMPLATES
 from aios_compile.errors import CodegenError
@@ -87,7 +91,7 @@ def emit(
     workspace, counters = split_depth.workspace(base, shared), split_depth.counters(shared)
     operands = [*base.operands, *workspace, *split_depth.counter_operand(counters)]
     parts, variants = candidate_variants.variants(
-        symbol, chosen, others, partial(_variant, spec, operands)
+        symbol, chosen, others, partial(_variant, spec, operands, card)
     )
     head = (TEMPLATES / "fp8.py.txt").read_text().rstrip("\n")
     comment = [f"fp8_linear: e4m3 by {plane.group}, {quantized_linear.sizes_text(base)}"]
@@ -107,14 +111,14 @@ def _shared(base: LinearSpec, config: Config) -> Shared:
 
 
 def _variant(
-    spec: QuantizedLinearSpec, operands: list[Operand], config: Config, name: str
+    spec: QuantizedLinearSpec, operands: list[Operand], card: Card, config: Config, name: str
 ) -> tuple[list[str], tuple[Launch, ...]]:
     """Return the kernel function of a configuration and its launch."""
     depth, tokens = _shared(spec.linear, config), config.block_t
     grid = str(depth.tiles * config.split)
     sizes: list[tuple[str, int | str]] = [("BLOCK_N", config.block_n), ("SPLIT", config.split)]
     if config.kind == "rows":
-        body = _rows(spec, operands, depth)
+        body = _rows(spec, operands, depth, prefetch_codes(spec, depth, card, config.block_n))
     else:
         sizes = [("BLOCK_T", tokens), *sizes]
         body = _tiles(spec, operands, depth)
@@ -179,8 +183,12 @@ def _scales(base: LinearSpec, axis: int, shape: str) -> list[str]:
     return lines
 
 
-def _rows(spec: QuantizedLinearSpec, operands: list[Operand], depth: Shared) -> list[str]:
-    """Return the body for one token; codes are blocks [BLOCK_N, STRIPS, 16]."""
+def _rows(
+    spec: QuantizedLinearSpec, operands: list[Operand], depth: Shared, prefetches: list[str]
+) -> list[str]:
+    """Return the body for one token; codes are blocks [BLOCK_N, STRIPS, 4, 4], four of a thread
+    (see quantized_linear._rows).
+    """
     base, plane, streams = spec.linear, spec.plane, range(spec.linear.streams)
     mask = f", mask=place < {base.depth}, other=0.0"
     lines = [
@@ -189,37 +197,39 @@ def _rows(spec: QuantizedLinearSpec, operands: list[Operand], depth: Shared) -> 
         f"mask0 = i0 < {python_dim(base.x.operand.shape[0])}",
         "i1 = item * BLOCK_N + tl.arange(0, BLOCK_N)",
         f"mask1 = i1 < {base.columns}",
-        f"column = tl.minimum(i1, {base.columns - 1})[:, None, None]",
-        f"byte = tl.arange(0, {STRIPS})[None, :, None] * {STRIP}",
-        f"byte = byte + tl.arange(0, {STRIP})[None, None, :]",
+        f"column = tl.minimum(i1, {base.columns - 1})[:, None, None, None]",
+        f"strip = tl.arange(0, {STRIPS})[None, :, None, None] * {STRIP}",
+        "quarter = tl.arange(0, 4)[None, None, :, None]",
+        "byte = strip + 4 * quarter + tl.arange(0, 4)[None, None, None, :]",
         f"x_at = {x_row(base, '0')}",
+        *prefetches,
     ]
     step = str(STRIPS * STRIP)
-    stats = _stats(base, f"tl.load(x_at + place{mask})", f"[1, {STRIPS}, {STRIP}]", "place", mask)
+    stats = _stats(base, f"tl.load(x_at + place{mask})", f"[1, {STRIPS}, 4, 4]", "place", mask)
     loop = next(i for i, line in enumerate(stats) if line.startswith("for "))
     stats.insert(loop + 1, "    place = start + byte")
     lines += [line.replace("STEP", step) for line in stats]
-    lines += ["largest = tl.max(largest, 2)"]
-    lines += ["squares = tl.sum(squares, 2)"] if base.norm else []
+    lines += ["largest = tl.max(tl.max(largest, 3), 2)"]
+    lines += ["squares = tl.sum(tl.sum(squares, 3), 2)"] if base.norm else []
     lines += _scales(base, 1, "")
     for s in streams:
-        lines += [*weight_lines(spec, s), f"sums{s} = tl.zeros([BLOCK_N, {STRIPS}], tl.float32)"]
+        lines += [*weight_lines(spec, s), f"sums{s} = tl.zeros([BLOCK_N, {STRIPS}, 4], tl.float32)"]
     begin, step = split_depth.steps(depth.split, step)
     lines += [f"for start in range({begin}, {base.depth}, {step}):"]
     inner = ["place = start + byte", f"x = tl.load(x_at + place{mask}).to(tl.float32)"]
     inner += [*_gained(base, "x", "place", mask)]
-    inner += ["x = e4m3(x * inverse[:, None, None]).to(tl.float32)"]
-    strip = f"(start + tl.arange(0, {STRIPS})[None, :, None] * {STRIP})"
+    inner += ["x = e4m3(x * inverse[:, None, None, None]).to(tl.float32)"]
+    strip = "(start + strip + quarter * 0)"
     for s in streams:
         load = f"tl.load(row{s} + place, mask=place < {base.depth}, other=0, {EVICT})"
         group = f"scales{s} + {strip} // {plane.group}"
         inner += [
             f"codes = e4m3_of({load}).to(tl.float32)",
             f"scale = tl.load({group}, mask={strip} < {base.depth}, other=0.0).to(tl.float32)",
-            f"sums{s} += tl.sum(codes * x, 2) * tl.sum(scale, 2)",  # one scale a strip
+            f"sums{s} += tl.sum(codes * x, 3) * tl.sum(scale, 3)",  # one scale a strip
         ]
     lines += [f"    {line}" for line in inner]
-    lines += [f"sum{s} = tl.sum(sums{s}, 1)" for s in streams]
+    lines += [f"sum{s} = tl.sum(tl.sum(sums{s}, 2), 1)" for s in streams]
     return [*lines, *_finish(base, operands, depth)]
 
 

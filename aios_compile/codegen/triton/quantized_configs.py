@@ -33,6 +33,7 @@ def ranges(problem: Problem, strip_codes: int, card: Card) -> Ranges:
             card.warps, (2, 4, 8, 16), (16, 32, 64), SPLITS
         )
         if columns * strips in (warps * card.warp, MOST_LOADS * warps * card.warp)
+        and 4 * strips >= warps * card.warp  # 16 bytes of x a thread, or it changes threads
     ]
     few = [
         [

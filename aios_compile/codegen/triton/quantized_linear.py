@@ -3,12 +3,13 @@
 w: rows of codes, scales and minimums (codegen/planar.py), dequantised in registers; x, tail and
 outputs as in linear.py. Activations are not quantised: the sums are those of the float64 oracle to
 float32's precision (the CPU kernel rounds activations to 8 bits). rows: one token on the
-vector units; 16 codes meet 16 activations, their sum takes the scale once. tiles: the weights as
-two bfloat16 parts on the tensor cores, 16 bits of mantissa, and so are float32 activations.
-Bytes: codes, scales and minimums once for each tile of tokens; 16 bytes of codes a load. Grid: one
-program for BLOCK_N columns of 1, 16, 32 or 64 tokens, and up to 32 tokens several that share the
-depth (split_depth.py); 2 to 32 tokens have the same steps and parts, so a row has the same bits
-whatever their number.
+vector units; a thread's four or eight codes meet their activations, the sum takes the scale once.
+tiles: the weights as two bfloat16 parts on the tensor cores, 16 bits of mantissa, and so are
+float32 activations.
+Bytes: codes, scales and minimums once for each tile of tokens; a load of a tile's codes is 16
+bytes, of one token's 4, with 128 side by side in a warp. Grid: one program for BLOCK_N columns of
+1, 16, 32 or 64 tokens, and up to 32 tokens several that share the depth (split_depth.py); 2 to 32
+tokens have the same steps and parts, so a row has the same bits whatever their number.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ from aios_compile.codegen.triton.candidate_variants import Others, candidates
 from aios_compile.codegen.triton.cards import DEFAULT, Card
 from aios_compile.codegen.triton.choice import Choice, Tuning
 from aios_compile.codegen.triton.configs import Config, Problem
+from aios_compile.codegen.triton.dependent_launch import prefetch_rows
 from aios_compile.codegen.triton.frame import Launch, module_text, python_dim
 from aios_compile.codegen.triton.linear_spec import FLOATS, LinearSpec
 from aios_compile.codegen.triton.linear_text import (
     PRODUCT,
     kernel_text,
     tile_lines,
+    two_parts,
     x_row,
 )
 from aios_compile.codegen.triton.norm_prologue import finish_lines, gain_lines, scaled
@@ -143,7 +146,7 @@ def emit(
     workspace, counters = split_depth.workspace(base, shared), split_depth.counters(shared)
     operands = [*base.operands, *workspace, *split_depth.counter_operand(counters)]
     parts, variants = candidate_variants.variants(
-        symbol, chosen, others, partial(_variant, spec, operands)
+        symbol, chosen, others, partial(_variant, spec, operands, card)
     )
     comment = [f"quantized_linear: {plane.bits} bits by {plane.group}, {sizes_text(base)}"]
     comment += [f"  {layout(o)}" for o in operands] + [f"chosen for {x}" for x in reasons]
@@ -158,16 +161,17 @@ def emit(
 
 
 def _variant(
-    spec: QuantizedLinearSpec, operands: list[Operand], config: Config, name: str
+    spec: QuantizedLinearSpec, operands: list[Operand], card: Card, config: Config, name: str
 ) -> tuple[list[str], tuple[Launch, ...]]:
     """Return the kernel function of a configuration and its launch."""
     depth, strips = _shared(spec.linear, config), config.block_k // strip_codes(spec.plane)
     sizes = [("BLOCK_N", config.block_n), ("STRIPS", strips), ("SPLIT", config.split)]
     grid = str(depth.tiles * config.split)
     if config.kind == "rows":
-        body = _rows(spec, operands, depth)
+        ends = spec.linear.depth // strip_codes(spec.plane) % strips == 0
+        body = _rows(spec, operands, depth, card, config.block_n, whole=ends)
     else:
-        body = _tiles(spec, operands, depth)
+        body = _tiles(spec, operands, depth, card)
         sizes = [("BLOCK_T", config.block_t), *sizes]
         if config.kind == "tile":
             rows = python_dim(spec.linear.x.operand.shape[0])
@@ -212,6 +216,17 @@ def weight_lines(spec: QuantizedLinearSpec, stream: int) -> list[str]:
     return lines
 
 
+def prefetch_codes(spec: QuantizedLinearSpec, depth: Shared, card: Card, columns: int) -> list[str]:
+    """Return the lines that fetch a program's rows into L2 before it waits for its inputs."""
+    base, size = spec.linear, spec.plane.row_bytes
+    if not card.dependent_launch:
+        return []
+    weight = variable(base.weight.operand, base.weight.index)
+    own = f"tl.minimum(i1, {base.columns - 1})[:, None]"
+    rows = [f"{weight} + ({own} + {s * base.columns}) * {size}" for s in range(base.streams)]
+    return prefetch_rows(rows, size, 1, columns, depth.split)
+
+
 def _affine(spec: QuantizedLinearSpec, stream: int, half: int) -> list[str]:
     """Return the lines that load `scale` and `shift` of a half's strips: w = u * scale + shift."""
     plane, count = spec.plane, len(_halves(spec.plane))
@@ -233,13 +248,24 @@ def _order_lines(spec: QuantizedLinearSpec, mask: str) -> list[str]:
     return [f"place = tl.load({columns} + place{mask})"]
 
 
-def _codes(plane: Plane, half: int) -> str:
-    text = "codes" if plane.bits == 8 else "(codes & 15)" if half == 0 else "(codes >> 4)"
-    return f"{text}.to(tl.float32)"
+def _numbers(plane: Plane, card: Card) -> list[str]:
+    """Return the lines from `codes` to u0 and, of half bytes, u1: the codes as float32."""
+    if plane.bits == 8:
+        return ["u0 = codes.to(tl.float32)"]
+    return [f"u0, u1 = nibbles(codes, {card.target.startswith('cuda')})"]
 
 
-def _rows(spec: QuantizedLinearSpec, operands: list[Operand], depth: Shared) -> list[str]:
-    """Return the body for one token; codes are blocks [BLOCK_N, STRIPS, 16]."""
+def _rows(
+    spec: QuantizedLinearSpec, operands: list[Operand], depth: Shared, card: Card, columns: int,
+    whole: bool,
+) -> list[str]:  # fmt: skip
+    """Return the body for one token; codes are blocks [BLOCK_N, STRIPS, 4, 4].
+
+    columns: BLOCK_N. whole: no step goes beyond the end. A thread has four codes in a row and the
+    activations that they meet, 16 bytes: with 16 codes a thread, Triton moves codes or activations
+    between threads in every step (20 barriers on sm_90). The lanes of a warp read 128 bytes of a
+    row's codes in one go. A sum of four takes the scale; nothing is exchanged before the end.
+    """
     base, plane = spec.linear, spec.plane
     streams, count = range(base.streams), len(_halves(plane))
     strips = base.depth // (STRIP * count)
@@ -249,42 +275,74 @@ def _rows(spec: QuantizedLinearSpec, operands: list[Operand], depth: Shared) -> 
         f"mask0 = i0 < {python_dim(base.x.operand.shape[0])}",
         "i1 = item * BLOCK_N + tl.arange(0, BLOCK_N)",
         f"mask1 = i1 < {base.columns}",
-        f"column = tl.minimum(i1, {base.columns - 1})[:, None, None]",
-        f"byte = tl.arange(0, {STRIP})[None, None, :]",
+        f"column = tl.minimum(i1, {base.columns - 1})[:, None, None, None]",
+        "quarter = tl.arange(0, 4)[None, None, :, None]",
+        "byte = 4 * quarter + tl.arange(0, 4)[None, None, None, :]",
         f"x = {x_row(base, '0')}",
     ]
     for s in streams:
-        lines += [*weight_lines(spec, s), f"sums{s} = tl.zeros([BLOCK_N, STRIPS], tl.float32)"]
-    lines += ["squares = tl.zeros([1, STRIPS], tl.float32)"] if base.norm else []
+        lines += [*weight_lines(spec, s), f"sums{s} = tl.zeros([BLOCK_N, STRIPS, 4], tl.float32)"]
+    lines += ["squares = tl.zeros([1, STRIPS, 4], tl.float32)"] if base.norm else []
+    lines += prefetch_codes(spec, depth, card, columns)
     first, step = split_depth.steps(depth.split, "STRIPS")
     lines += [f"for start in range({first}, {strips}, {step}):"]
-    inner = [
-        "strip = start + tl.arange(0, STRIPS)[None, :, None]",
-        f"inside = strip < {strips}",
-    ]
+    inner = ["strip = start + tl.arange(0, STRIPS)[None, :, None, None]"]
+    inner += [] if whole else [f"inside = strip < {strips}"]
+    mask = "" if whole else ", mask=inside, other=0.0"
     for h in _halves(plane):
         inner.append(f"place = strip * {STRIP * count} + {STRIP * h} + byte")
-        inner += _order_lines(spec, ", mask=inside, other=0")
-        inner.append(f"x{h} = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)")
+        inner += _order_lines(spec, mask.replace("0.0", "0"))
+        inner.append(f"x{h} = tl.load(x + place{mask}).to(tl.float32)")
         if base.norm:
-            inner.append(f"squares += tl.sum(x{h} * x{h}, 2)")
-            inner += gain_lines(base, "place", ", mask=inside, other=0.0")
+            inner.append(f"squares += tl.sum(x{h} * x{h}, 3)")
+            inner += gain_lines(base, "place", mask)
             inner.append(f"x{h} = {scaled(base, f'x{h}')}")
-        inner.append(f"total{h} = tl.sum(x{h}, 2)")
+        inner.append(f"total{h} = tl.sum(x{h}, 3)")
     for s in streams:
-        load = f"row{s} + strip * {STRIP} + byte, mask=inside, other=0"
+        load = f"row{s} + strip * {STRIP} + byte{mask}".replace("0.0", "0")
         inner.append(f'codes = tl.load({load}, eviction_policy="evict_first")')
-        for h in _halves(plane):
-            inner += [*_affine(spec, s, h), f"u = {_codes(plane, h)}"]
-            inner += ["scale, shift = tl.sum(scale, 2), tl.sum(shift, 2)"]  # one value each
-            inner.append(f"sums{s} += tl.sum(u * x{h}, 2) * scale + total{h} * shift")
+        inner += _numbers(plane, card)
+        for first_half, last_half in _sharing(plane):
+            halves = range(first_half, last_half + 1)
+            inner += _scales_of(spec, s, first_half, mask)
+            product = " + ".join(f"u{h} * x{h}" for h in halves)
+            total = " + ".join(f"total{h}" for h in halves)
+            total = f"({total})" if len(halves) > 1 else total
+            if plane.minimum_dtype:
+                inner.append(f"sums{s} += tl.sum({product}, 3) * scale + {total} * shift")
+            else:
+                low = f" + {float(plane.low)} * {total}" if plane.low else ""
+                inner.append(f"sums{s} += (tl.sum({product}, 3){low}) * scale")
     lines += [f"    {line}" for line in inner]
-    lines += [f"sum{s} = tl.sum(sums{s}, 1)" for s in streams]
-    lines += ["total = tl.sum(squares, 1)"] if base.norm else []
+    lines += [f"sum{s} = tl.sum(tl.sum(sums{s}, 2), 1)" for s in streams]
+    lines += ["total = tl.sum(tl.sum(squares, 2), 1)"] if base.norm else []
     return [*lines, *split_depth.finish_lines(base, operands, depth, finish_lines(base))]
 
 
-def _tiles(spec: QuantizedLinearSpec, operands: list[Operand], depth: Shared) -> list[str]:
+def _sharing(plane: Plane) -> list[tuple[int, int]]:
+    """Return the first and the last of the halves of a byte that one scale is for."""
+    halves = _halves(plane)
+    whole = plane.group % (STRIP * len(halves)) == 0
+    return [(0, len(halves) - 1)] if whole else [(h, h) for h in halves]
+
+
+def _scales_of(spec: QuantizedLinearSpec, stream: int, half: int, mask: str) -> list[str]:
+    """Return the lines that load `scale`, and with minimums `shift`, for each thread of a strip:
+    one value that its four threads would share would go through shared memory.
+    """
+    plane, count = spec.plane, len(_halves(spec.plane))
+    lines = [f"group = (strip * {STRIP * count} + {STRIP * half}) // {plane.group} + quarter * 0"]
+    load = f"tl.load(scales{stream} + group{mask})"
+    lines.append(f"scale = tl.sum({load}.to(tl.float32), 3)")  # of one value
+    if plane.minimum_dtype:
+        load = f"tl.load(minimums{stream} + group{mask})"
+        lines.append(f"shift = {float(plane.low)} * scale - tl.sum({load}.to(tl.float32), 3)")
+    return lines
+
+
+def _tiles(
+    spec: QuantizedLinearSpec, operands: list[Operand], depth: Shared, card: Card
+) -> list[str]:
     """Return the body for a tile of tokens: weights in two parts times x[k, t] on tensor cores."""
     base, plane = spec.linear, spec.plane
     count = len(_halves(plane))
@@ -314,17 +372,16 @@ def _tiles(spec: QuantizedLinearSpec, operands: list[Operand], depth: Shared) ->
             *_order_lines(spec, f", mask=place < {base.depth}, other={base.depth}"),
             f"x = tl.load(x_at + place{mask}).to(tl.float32)",
             *(normed if base.norm else []),
-            f"x{h}_0 = x.to(tl.bfloat16)",
-            f"x{h}_1 = (x - x{h}_0.to(tl.float32)).to(tl.bfloat16)",
+            *two_parts("x", f"x{h}_0", f"x{h}_1"),
         ]
     for s in range(base.streams):
         inner.append(f"codes = tl.load(row{s} + strip * {STRIP} + byte, mask=inside, other=0)")
+        inner += _numbers(plane, card)
         for h in _halves(plane):
             inner += [
                 *_affine(spec, s, h),
-                f"w = tl.reshape({_codes(plane, h)} * scale + shift, [BLOCK_N, STRIPS * {STRIP}])",
-                "w0 = w.to(tl.bfloat16)",
-                "w1 = (w - w0.to(tl.float32)).to(tl.bfloat16)",
+                f"w = tl.reshape(u{h} * scale + shift, [BLOCK_N, STRIPS * {STRIP}])",
+                *two_parts("w", "w0", "w1"),
                 f'sum{s} = product(w0, x{h}_0, sum{s}, "ieee")',
                 f'sum{s} = product(w1, x{h}_0, sum{s}, "ieee")',
             ]

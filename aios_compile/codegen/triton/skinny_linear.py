@@ -11,7 +11,7 @@ them through cp.async, Triton 3.7 drops the hint).
 
 from __future__ import annotations
 
-from aios_compile.codegen.operand import Operand
+from aios_compile.codegen.operand import BYTES, Operand
 from aios_compile.codegen.triton import split_depth
 from aios_compile.codegen.triton.configs import Config
 from aios_compile.codegen.triton.dependent_launch import prefetch_lines
@@ -62,9 +62,10 @@ def _rows(spec: LinearSpec, config: Config) -> list[str]:
     lines += [f"column = tl.minimum(i1, {spec.columns - 1})[:, None]"]
     lines += [f"w{s} = {w_row(spec, 'column', s)} + k[None, :]" for s in streams]
     lines += prefetch_lines(spec, config)
+    wide = spec.x.operand.dtype == "f32" and BYTES[spec.weight.operand.dtype] == 2
     for t in tokens:
         token = f"tl.minimum({rows} - 1, {t}).to(tl.int64)" if t else "0"
-        lines += [f"x{t} = {x_row(spec, token)} + k[None, :]"]
+        lines += [f"x{t} = {x_row(spec, token)}" + ("" if wide else " + k[None, :]")]
     zeros = "tl.zeros([BLOCK_N, BLOCK_K], tl.float32)"
     lines += [f"sums{s}_{t} = {zeros}" for s in streams for t in tokens]
     if spec.norm is not None:
@@ -78,7 +79,9 @@ def _rows(spec: LinearSpec, config: Config) -> list[str]:
         inner.append(f"row{s} = {load}.to(tl.float32)")
     inner += gain_lines(spec, "start + k[None, :]", mask)
     for t in tokens:
-        inner.append(f"value{t} = tl.load(x{t} + start{mask}).to(tl.float32)")
+        narrow = f"tl.load(x{t} + start{mask}).to(tl.float32)"
+        left = f"{spec.depth} - start, BLOCK_K, {even}"
+        inner.append(f"value{t} = " + (f"octets(x{t} + start, {left})" if wide else narrow))
         if spec.norm is not None:
             inner.append(f"squares{t} += value{t} * value{t}")
             inner.append(f"value{t} = {scaled(spec, f'value{t}')}")
