@@ -25,7 +25,7 @@ class Card:
     `async_dots`: whether the tensor cores read their factors from shared memory (wgmma, tcgen05).
     `fp8`: whether they multiply e4m3 numbers (OCP's).
     `warps`: that a streaming kernel's program may have; the phases of one launch share a number.
-    `loads`: of 16 bytes of a block that a thread of a program of 8 warps holds without spilling.
+    `loads`: of 16 bytes of a block that a thread holds without spilling, of 8 warps or two streams.
     """
 
     target: str

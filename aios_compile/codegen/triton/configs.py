@@ -139,7 +139,9 @@ def _rows_fit(c: Config, p: Problem, card: Card) -> bool:
 
     Two: of two streams that meet half precision ptxas spills the fourth load on sm_100.
     """
-    most = 2 if p.streams > 1 and p.x_bytes < 4 else card.loads if c.num_warps == 8 else 4
+    most = 2 if p.streams > 1 and p.x_bytes < 4 else 4
+    if c.num_warps == 8 or (p.streams > 1 and not p.normed):
+        most = min(most, card.loads)
     loaded = c.block_k * p.weight_bytes / (c.num_warps * card.warp * 16)
     rows = c.block_n * p.streams
     whole = loaded in (1, 2, 4) and rows * loaded <= most
