@@ -27,13 +27,22 @@ from aios_compile.ir.module import (
 aten = torch.ops.aten
 BATCHED = "aios_batched"  # root.meta: the model's own code takes [1, T]
 LAST_ONLY = "aios_last_only"  # root.meta: the model's own code gives the last token's logits
+NO_LINE = 'File "<prompt>", line 0, in forward\n    code that is in no file\n'
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def assemble(
-    traced: fx.GraphModule, lowered: fx.GraphModule, bindings: list[Any], layer_paths: list[str]
+    traced: fx.GraphModule,
+    lowered: fx.GraphModule,
+    bindings: list[Any],
+    layer_paths: list[str],
+    has_lines: bool = True,
 ) -> IRModule:
-    """Return level 1. `bindings[i]` says what captured input i is (see capture._binding)."""
+    """Return level 1. `bindings[i]` says what captured input i is (see capture._binding).
+
+    has_lines: every line of the model is in a file, so that no node may have lost its own;
+    otherwise nodes without one get NO_LINE.
+    """
     root = torch_private.lazy_graph_module(lowered, lowered.graph)
     module = IRModule(root, Level.CAPTURED)
     _own_regions(module, traced)
@@ -45,7 +54,7 @@ def assemble(
     _drop_size_inputs(module)
     drop_dead(module)
     _name_region_inputs(module, layer_paths)
-    _check_provenance(module)
+    _check_provenance(module, has_lines)
     return module
 
 
@@ -265,7 +274,7 @@ def _name_region_inputs(module: IRModule, layer_paths: list[str]) -> None:
     module.root.recompile()
 
 
-def _check_provenance(module: IRModule) -> None:
+def _check_provenance(module: IRModule, has_lines: bool) -> None:
     for graph_module in module.graphs().values():
         for node in graph_module.graph.nodes:
             namespace = getattr(node.target, "namespace", "aten")
@@ -288,6 +297,8 @@ def _check_provenance(module: IRModule) -> None:
                     advice="data-dependent Python (.item()) must become tensor code",
                 )
             traced = node.op == "call_function" and "getitem" not in str(node.target)
+            if traced and not has_lines:
+                node.meta["stack_trace"] = node.meta.get("stack_trace") or NO_LINE
             if traced and node.target is not aten.sym_size.int and not node.meta.get("stack_trace"):
                 raise CaptureError(f"node {node.name} ({node.target}) lost the model's source line")
 

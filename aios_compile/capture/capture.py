@@ -8,6 +8,7 @@ bound to parameter names by identity, so that the module may live on the meta de
 from __future__ import annotations
 
 import contextlib
+import inspect
 import operator
 import re
 from collections import defaultdict
@@ -107,7 +108,8 @@ def _capture(model: nn.Module, flat: bool, max_tokens: int, whole: bool = False)
     names = _names(wrapped)
     inputs = {id(ids): "token_ids", id(positions): "positions"}
     bindings = [_binding(h, e, names, inputs) for h, e in zip(holders, examples)]
-    module = assemble(outer, lowered, bindings, [] if whole else list(lists))
+    layers = [] if whole else list(lists)
+    module = assemble(outer, lowered, bindings, layers, _is_in_files(model))
     module.root.meta[LAST_ONLY] = last_only
     _check_logits(module)
     module.length_limit = min((*limits, *table_limits(module)), default=None)
@@ -122,6 +124,13 @@ def _check_has_code(model: nn.Module) -> None:
                 f"{name or 'the module'} is scripted or traced (torch.jit): no Python code is left",
                 advice="pass the module as it was before",
             )
+
+
+def _is_in_files(model: nn.Module) -> bool:
+    """Return whether dynamo can tell the lines: code typed into a prompt has none."""
+    forwards = (inspect.unwrap(type(module).forward) for module in model.modules())
+    codes = (getattr(forward, "__code__", None) for forward in forwards)
+    return all(code is None or Path(code.co_filename).is_file() for code in codes)
 
 
 def _check_logits(module: IRModule) -> None:

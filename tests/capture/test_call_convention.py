@@ -9,6 +9,7 @@ from aios_compile.capture.assemble import LAST_ONLY
 from aios_compile.capture.capture import capture
 from aios_compile.capture.compare import compare_with_eager
 from aios_compile.errors import CaptureError
+from aios_compile.ir.verifier import verify
 from tests.foreign.modules import Model, blocks, build
 from tests.variants import nightly
 
@@ -65,6 +66,21 @@ def test_called_by_its_own_names(make, inputs):
 def test_a_forward_that_cannot_be_called(make, missing):
     with pytest.raises(CaptureError, match=rf"forward of {make.__name__} takes \(.*{missing}"):
         capture(make().eval())
+
+
+def test_a_class_without_a_file_is_captured():
+    """Typed into a prompt, or after python -c: no node has a line, which is not a lost one."""
+    space = {"Base": Base}
+    exec(  # as a prompt does
+        "class Typed(Base):\n"
+        "    def forward(self, input_ids, position_ids):\n"
+        "        return self.head(self.hidden(input_ids, position_ids))\n",
+        space,
+    )
+    model = space["Typed"]().eval()
+    module = capture(model)
+    assert compare_with_eager(model, module) <= 1e-6
+    verify(module)
 
 
 def test_a_scripted_part_is_named():
