@@ -97,6 +97,17 @@ static int alone(aios::Pool *pool, Run *r) {
     one.join();
     CHECK(found == TOTAL && num_counted == 1 && !w.late && !other.late);
     num_counted = 0;
+
+    std::atomic<bool> is_out{false}; /* who is inside may still read what the step points to */
+    pool->num_inside.fetch_add(1);
+    std::thread inside([&] {
+        while (!sleepers->load()) sched_yield();
+        is_out = true;
+        aios::leave(pool);
+    });
+    pool_rest(pool);
+    CHECK(is_out);
+    inside.join();
     return 0;
 }
 
