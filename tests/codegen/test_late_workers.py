@@ -177,12 +177,26 @@ static int torn() {
     return 0;
 }
 
+/* What changes between a sleeper's last look and its sleep wakes it up all the same. */
+static int woken() {
+    aios::Bell bell;
+    bool changed = false;
+    const auto look = [&] {
+        const bool seen = changed;
+        if (bell.sleepers.load()) changed = true, bell.ring();
+        return seen;
+    };
+    bell.wait(look, 0, [] {});
+    CHECK(changed && !bell.sleepers.load());
+    return 0;
+}
+
 int main() {
     Run run{};
     aios::Pool *pool = pool_new(2, 0, 4);
     const int failed = alone(pool, &run);
     pool_free(pool);
-    return failed || walk(&run, 0) || walk(&run, 1) || walk(&run, 2) || torn();
+    return failed || walk(&run, 0) || walk(&run, 1) || walk(&run, 2) || torn() || woken();
 }
 """
 
