@@ -35,11 +35,13 @@ def ranges(problem: Problem, strip_codes: int, card: Card) -> Ranges:
         if columns * strips in (warps * card.warp, MOST_LOADS * warps * card.warp)
         and 4 * strips >= warps * card.warp  # 16 bytes of x a thread, or it changes threads
     ]
+    # With three, two streams without a norm spill on gfx942 (16 bytes, int4).
+    ahead = (2,) if card.warp == 64 and problem.streams > 1 and not problem.normed else (2, 3)
     few = [
         [
             Config("dot", tokens, columns, strips * strip_codes, 4, stages, split)
             for columns, strips, stages, split in itertools.product(
-                BLOCKS, (2, 4, 8), (2, 3), SPLITS
+                BLOCKS, (2, 4, 8), ahead, SPLITS
             )
         ]
         for tokens in (16, 32)
