@@ -26,11 +26,13 @@ AREAS: dict[str, tuple[str, ...]] = {
         "runtime/prefix_cache.py", "runtime/kv_cache.py", "runtime/commit.py",
         "runtime/batch_builder.py", "runtime/page_moves.py", "runtime/draft_governor.py",
         "runtime/look_ahead.py", "runtime/overlap_governor.py", "runtime/step_slot.py",
+        "runtime/split_step.py", "runtime/run_tables.py",
     ),
     "planner": (
         "passes/plan_memory.py", "ir/lifetimes.py", "codegen/form_phases.py", "codegen/lower.py",
         "codegen/layout.py", "codegen/kernel_choices.py", "runtime/select_kernels.py",
         "runtime/select_gpu_kernels.py", "runtime/weight_memory.py", "kernel_tuning.py",
+        "runtime/huge_pages.py", "codegen/aligned_map.py",
     ),
 }  # fmt: skip
 
