@@ -18,14 +18,17 @@ The log has the time of every event, so nothing else is measured: a step lasts f
 the next one, or to its Commit when nothing was left to do. What follows the Commit (text, metrics,
 the log) is a time of its own, after + after_row * R: tokens are there before it, and of a short
 step it is a fifth, of a long prompt nothing. How far single steps are off is kept as
-quantiles, from which a simulation draws; steps far off (another process had the core) are stalls,
-which come at random as often as they came: percentiles of a machine with neighbours need both.
+quantiles, from which a simulation draws: for steps of each length their own, as a short decode is
+further off, for its time, than a long prompt. Steps far off (another process had the core) are
+stalls, which come at random as often as they came: percentiles of a machine with neighbours need
+both.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -40,7 +43,7 @@ from aios_compile.runtime.events import Arrive, Commit, Schedule
 from aios_compile.runtime.replay import follow, read_records
 from aios_compile.runtime.schedule_state import Plan, SchedulerState
 
-VERSION = 6
+VERSION = 7
 LEAST_STEPS = 20
 NUM_TRIMS = 3  # rounds in which steps far off (another process had the core) are left out
 TRIM_AT = 4.0  # times the median deviation
@@ -49,7 +52,9 @@ KNOT_RISES = np.diff((0, *KNOTS)).astype(np.float64)  # times how far each is cl
 LAST_TILE = KNOTS.index(17)  # past it a slope without steps is the one before
 PRIOR = 8.0  # how many steps that counts as
 QUANTILES = 41
-LISTS = ("tokens_us", "noise", "stalls_us")
+NOISE_STEP = 4.0  # times as long: steps of a class of their own
+NOISE_STEPS = 12  # of a class, at least
+LISTS = ("tokens_us", "noise_from_us", "stalls_us")
 SLOPES = (
     *("row_us", "key_us", "context_us", "page_us", "arrival_us", "prompt_us"),
     *("woken_us", "changed_us", "changed_row_us"),
@@ -59,13 +64,13 @@ MOST_AFTER = 0.9  # of a step's time
 
 @dataclass(frozen=True)
 class CostModel:
-    """Microseconds. Written as JSON: {"version": 6, "tokens_us": [...], ...}.
+    """Microseconds. Written as JSON: {"version": 7, "tokens_us": [...], ...}.
 
     tokens_us: what a step of KNOTS[i] tokens takes more than one of KNOTS[i - 1], without its rows
     and attention. after_us, after_row_us: of a step's time what passes when its tokens are there.
-    wake_us: from a request's submission to the step of an engine that slept. noise: quantiles of
-    the time of a step over its expectation, with mean 1. stalls_a_second: how many steps were far
-    off, and stalls_us: quantiles of how far.
+    wake_us: from a request's submission to the step of an engine that slept. noise[i]: quantiles of
+    the time of a step over its expectation, where that is noise_from_us[i] or more.
+    stalls_a_second: how many steps were far off, and stalls_us: quantiles of how far.
     """
 
     tokens_us: tuple[float, ...]
@@ -81,7 +86,8 @@ class CostModel:
     after_us: float = 0.0
     after_row_us: float = 0.0
     wake_us: float = 0.0
-    noise: tuple[float, ...] = (1.0,)
+    noise_from_us: tuple[float, ...] = (0.0,)
+    noise: tuple[tuple[float, ...], ...] = ((1.0,),)
     stalls_us: tuple[float, ...] = (0.0,)
     stalls_a_second: float = 0.0
     num_steps: int = 0  # that it was fitted to
@@ -89,6 +95,7 @@ class CostModel:
 
     def __post_init__(self) -> None:
         assert len(self.tokens_us) == len(KNOTS), f"{len(KNOTS)} knots"
+        assert 0 < len(self.noise) == len(self.noise_from_us) and all(self.noise), "noise"
 
     def __call__(self, plan: Plan, woken: bool = False, changed: bool = False) -> float:
         """Return the microseconds that a plan's step takes, without arrivals."""
@@ -98,7 +105,8 @@ class CostModel:
         self, plan: Plan, rng: random.Random, woken: bool, changed: bool = False
     ) -> tuple[float, float]:
         """Return until when its tokens are there, and the whole, with noise and maybe a stall."""
-        expected, noise = self(plan, woken, changed), rng.choice(self.noise)
+        expected = self(plan, woken, changed)
+        noise = rng.choice(self.noise[max(0, bisect_right(self.noise_from_us, expected) - 1)])
         after = min(self.after_us + self.after_row_us * plan.num_rows, MOST_AFTER * expected)
         micros = expected * noise
         if rng.random() * 1e6 < self.stalls_a_second * micros:
@@ -139,8 +147,9 @@ class CostModel:
                 raise LogError(f"{path}: version {version!r}, expected {VERSION}")
             lists: dict[str, Any] = {name: tuple(map(float, values.pop(name))) for name in LISTS}
             num_steps = int(values.pop("num_steps"))
+            noise = tuple(tuple(map(float, each)) for each in values.pop("noise"))
             numbers: dict[str, Any] = {name: float(value) for name, value in values.items()}
-            return cls(num_steps=num_steps, **lists, **numbers)
+            return cls(num_steps=num_steps, noise=noise, **lists, **numbers)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
             raise LogError(f"{path}: not a cost model: {error!r}") from error
 
@@ -309,7 +318,7 @@ def fit(
     error = float(np.median(np.abs(expected / y - 1)))
     scale = float(y[kept].sum()) / max(float(expected[kept].sum()), 1e-9)
     found, expected = found * scale, expected * scale
-    noise = _quantiles(y[kept] / np.maximum(expected[kept], 1e-9))
+    noise_from_us, noise = _noise(y[kept], expected[kept])
     late = y[~kept] - expected[~kept]
     late = late[late > 0]
     return CostModel(
@@ -318,12 +327,31 @@ def fit(
         after_us=after_us,
         after_row_us=after_row_us,
         wake_us=wake_us,
-        noise=tuple((noise / noise.mean()).tolist()),
+        noise_from_us=noise_from_us,
+        noise=noise,
         stalls_us=tuple(_quantiles(late).tolist()) if len(late) else (0.0,),
         stalls_a_second=1e6 * len(late) / float(y.sum()),
         num_steps=len(y),
         median_error=error,
     )
+
+
+def _noise(
+    times: NDArray[np.float64], expected: NDArray[np.float64]
+) -> tuple[tuple[float, ...], tuple[tuple[float, ...], ...]]:
+    """Return from which expectation on each class of steps is, and quantiles of its ratios."""
+    order = np.argsort(expected, kind="stable")
+    longer = expected[order] / max(float(expected[order[0]]), 1e-9)
+    borders = np.searchsorted(longer, NOISE_STEP ** np.arange(1, 8))
+    classes: list[NDArray[np.intp]] = []
+    for part in np.split(order, borders):
+        if classes and min(len(part), len(classes[-1])) < NOISE_STEPS:
+            classes[-1] = np.concatenate([classes[-1], part])
+        else:
+            classes.append(part)
+    ratios = [times[c] / np.maximum(expected[c], 1e-9) for c in classes]
+    begins = [0.0, *(float(expected[c[0]]) for c in classes[1:])]
+    return tuple(begins), tuple(tuple(_quantiles(each).tolist()) for each in ratios)
 
 
 def _line(pairs: Sequence[tuple[int, int]]) -> tuple[float, float]:

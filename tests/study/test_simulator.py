@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -111,14 +111,38 @@ def test_a_batch_that_changed_costs_more() -> None:
     assert more - base == pytest.approx(2000), "after the prompts, and when one has ended"
 
 
+def test_long_steps_are_as_far_off_as_long_steps_were() -> None:
+    """A step's share of noise shrinks with its length: p99 is made of the long ones."""
+    rng = random.Random(2)
+    plans = [a_plan(256 if i % 20 == 0 else 2, 1, 0, 0) for i in range(800)]
+    expected = [400.0 if plan.num_tokens == 2 else 12_000.0 for plan in plans]
+    found = fit(
+        [features(plan) for plan in plans],
+        [
+            us * (rng.uniform(0.7, 1.3) if us == 400.0 else rng.uniform(0.99, 1.01))
+            for us in expected
+        ],
+    )
+    for num_tokens, us, most in ((2, 400.0, 0.3), (256, 12_000.0, 0.01)):
+        plan = a_plan(num_tokens, 1, 0, 0)
+        drawn = [found.drawn(plan, rng, False)[1] / us - 1 for _ in range(300)]
+        assert most / 2 < max(drawn) < 1.2 * most and -1.2 * most < min(drawn) < -most / 2
+    few = fit([features(plan) for plan in plans[:30]], expected[:30])
+    assert few.noise_from_us == (0.0,), "two long steps are no class of their own"
+
+
 def test_cost_models_are_json(tmp_path: Path) -> None:
     path = tmp_path / "cost.json"
     COST.save(path)
-    assert json.loads(path.read_text())["version"] == 6 and CostModel.load(path) == COST
-    for text in ("", "[]", "{}", '{"version": 2}', '{"version": 3, "noise": "x"}'):
+    assert json.loads(path.read_text())["version"] == 7 and CostModel.load(path) == COST
+    for text in ("", "[]", "{}", '{"version": 2}', '{"version": 7, "noise": "x"}'):
         path.write_text(text)
         with pytest.raises(LogError):
             CostModel.load(path)
+    without = {"version": 7, **asdict(COST), "noise": [], "noise_from_us": []}
+    path.write_text(json.dumps(without))
+    with pytest.raises(LogError):
+        CostModel.load(path)
 
 
 @pytest.mark.parametrize("policy", sorted(RANKS))
