@@ -249,8 +249,8 @@ class CompiledModel:
         """Run a few steps, so that the first request finds everything in place; choose threads.
 
         Without the option num_threads, one thread is kept where all of them measure slower. Of a
-        large model it is one step: each takes as long as the first token may. Large weights begin
-        to move to huge pages after it.
+        large model on a CPU none is run: it takes as long as the first token, which it would delay.
+        Large weights begin to move to huge pages after it.
         """
         self._choose_threads()
         if self._opened.memory is not None:
@@ -259,7 +259,8 @@ class CompiledModel:
     def _choose_threads(self) -> None:
         runner = self.runner
         large = sum(t.num_bytes for t in self._artefact.tensors.values()) > LARGE_MODEL_BYTES
-        self._time_step(0 if large else WARM_UP_SECONDS)
+        if runner is None or not large:
+            self._time_step()
         if runner is None or self.options.num_threads is not None or runner.num_threads == 1:
             return
         every = runner.num_threads
@@ -276,14 +277,12 @@ class CompiledModel:
             f"{one:.0f} us with one"
         )
 
-    def _time_step(self, seconds: float = WARM_UP_SECONDS) -> float:
-        """Return the microseconds of a decode step: the quickest of pairs of steps that go on for
-        so many seconds; with 0, of one step.
-        """
-        params = SamplingParams(max_tokens=2 if seconds else 1, temperature=0, ignore_eos=True)
+    def _time_step(self) -> float:
+        """Return the microseconds of a decode step: the quickest of WARM_UP_SECONDS."""
+        params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
         generates = self.program.settings.get("generatable", True)
         stats = self.engine.stats
-        best, end = float("inf"), time.perf_counter() + seconds
+        best, end = float("inf"), time.perf_counter() + WARM_UP_SECONDS
         while True:
             steps, executor_us = stats.num_steps, stats.executor_us
             if generates:

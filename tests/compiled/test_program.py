@@ -102,19 +102,23 @@ def test_fewer_threads_when_more_measure_slower(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
 
     def timed(every: float, one: float) -> Any:
-        def time_step(self: CompiledModel, seconds: float = 1.0) -> float:
+        def time_step(self: CompiledModel) -> float:
             assert self.runner is not None
+            steps.append(self.runner.num_threads)
             return every if self.runner.num_threads > 1 else one
 
         return time_step
 
     small, large = 1 << 40, 0
+    steps: list[int] = []
     cases = ((90.0, 50.0, small, 1), (50.0, 90.0, small, 2), (90.0, 50.0, large, 2))
     for every, one, limit, kept in cases:
         monkeypatch.setattr(CompiledModel, "_time_step", timed(every, one))
         monkeypatch.setattr("aios_compile.compiled_model.LARGE_MODEL_BYTES", limit)
+        steps.clear()
         model = load("qwen3_gqa", num_threads=None)
         assert model.runner is not None and model.runner.num_threads == kept
+        assert bool(steps) == (limit == small), "a large model's first step is the first token's"
         assert any("the model is large" in n or "a step takes" in n for n in model.progress.notes)
         given = load("qwen3_gqa", num_threads=2)  # the user's number is kept
         assert given.runner is not None and given.runner.num_threads == 2
