@@ -14,10 +14,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from aios_compile.codegen.triton import binary_cache
-from aios_compile.codegen.triton.binary_cache import Compilations, every_launch
+from aios_compile.codegen.triton.binary_cache import Compilations
 from aios_compile.errors import EngineError
 from aios_compile.runtime.device import Bytes, Graph, Mark, Memory
-from aios_compile.runtime.torch_device import OnDevice, TorchDevice
+from aios_compile.runtime.torch_device import TorchDevice, launched_by
 
 SCRATCH_BYTES = 1 << 20  # 128 for each descriptor of each program: more than any kernel takes
 
@@ -130,10 +130,7 @@ class CudaDevice(TorchDevice):
             super().copy(memory, source, target, num_bytes)
 
     def load(self, path: Path) -> Any:
-        module = super().load(path)
-        for known in every_launch(module):
-            known.launch["kernel"] = OnDevice(known.launch["kernel"], self)
-        return module
+        return launched_by(self, super().load(path))
 
     def launch(self, kernel: Any, grid: Any, arguments: Any, options: Any) -> None:
         """Launch a kernel on this device, or into the graph that this thread captures."""

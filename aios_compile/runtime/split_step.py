@@ -20,12 +20,12 @@ from aios_compile.codegen.operand import BYTES, dim_value
 from aios_compile.codegen.program import Program, TensorEntry
 from aios_compile.runtime.memory import Region
 from aios_compile.runtime.run_tables import Copy, Memory, Run, RunTables, address_of
+from aios_compile.runtime.step_slot import ON_DEMAND
 
 # Tokens of a part, at least. Two workers of Zen 4, bundled model in bf16: 16 tokens in parts 1.27x
 # as fast, 8 tokens 1.3x, 4 tokens 0.6x, as each worker reads all weights for its two.
 LEAST_TOKENS = 4
 COUNTED = ("query_starts", "logit_rows")  # hold numbers of tokens: those of a part are the first
-LOGITS = "logits"
 
 
 class _Part(ctypes.Structure):
@@ -41,7 +41,7 @@ def may_split(program: Program, weight_bytes: int, num_threads: int) -> bool:
     for those of one: each of them then has a copy of the weights.
     """
     names = {entry.name for entry in program.inputs}
-    samples = names.issuperset(COUNTED) and any(o.name == LOGITS for o in program.outputs)
+    samples = names.issuperset(COUNTED) and any(o.name == ON_DEMAND for o in program.outputs)
     return samples and num_threads > 1 and weight_bytes <= build.cache_bytes(3) // 2
 
 
@@ -76,7 +76,7 @@ class SplitStep:
         self._tables: list[RunTables] = []
         self._copies: list[Any] = []
         # what nobody asks for in a step that was begun stands last
-        self._results = sorted(program.outputs, key=lambda entry: entry.name == LOGITS)
+        self._results = sorted(program.outputs, key=lambda entry: entry.name == ON_DEMAND)
         for part, arena in zip(self._parts, arenas.addresses):
             own = Memory(arena, memory.weights, memory.states)
             self._tables.append(RunTables(program, own, width, part.run))

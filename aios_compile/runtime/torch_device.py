@@ -183,6 +183,13 @@ class OnDevice:
         return launch
 
 
+def launched_by(device: Any, module: Any) -> Any:
+    """Return a loaded module whose kernels `device` launches."""
+    for known in every_launch(module):
+        known.launch["kernel"] = OnDevice(known.launch["kernel"], device)
+    return module
+
+
 class RecordedGraph:
     """Launches as they were captured: kernel, grid, tensors and numbers."""
 
@@ -215,10 +222,7 @@ class InterpreterDevice(TorchDevice):
         return np.zeros(max(num_bytes, 1), np.uint8)
 
     def load(self, path: Path) -> Any:
-        module = super().load(path)
-        for known in every_launch(module):
-            known.launch["kernel"] = OnDevice(known.launch["kernel"], self)
-        return module
+        return launched_by(self, super().load(path))
 
     def launch(self, kernel: Any, grid: Any, arguments: Any, options: Any) -> None:
         """Run a kernel, or note it in the graph that is being captured."""
